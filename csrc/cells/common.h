@@ -1,0 +1,41 @@
+// What every cell header uses.
+//
+// A cell is a struct of constants and two functions, written once for a value type V that is a
+// SIMD vector on the CPU and a float or double on a GPU. `M` supplies the transcendental functions
+// for V (M::sigmoid, M::tanh); everything else is operators, so one text serves every backend.
+//
+//   kGates   rows of W_ih and W_hh are kGates * hidden_size, in torch.nn's gate order
+//   kSlots   values a unit holds per step while its gates are computed
+//   kSaved   how many of them forward leaves for backward (slots 0 .. kSaved-1)
+//   kHasCell whether there is a cell state c beside h
+//   kUsesHPrev whether the element-wise functions read h_{t-1} itself
+//   x_runs(), h_runs()  into which slots the rows of W_ih and W_hh are accumulated
+//
+//   forward:  slots hold pre-activations on entry, what is saved on return; c is updated; returns h
+//   backward: slots hold what forward saved on entry and the gradients of the pre-activations on
+//             return; dc goes from dL/dc_t to dL/dc_{t-1}; returns the part of dL/dh_{t-1} that
+//             does not pass through W_hh
+#pragma once
+
+// Always inlined: the same text is compiled for several instruction sets, and an out-of-line copy
+// from one of them must not serve another.
+#if defined(__CUDACC__)
+#define FUSEDRNN_HD __host__ __device__ __forceinline__
+#else
+#define FUSEDRNN_HD inline __attribute__((always_inline))
+#endif
+
+namespace fusedrnn {
+
+// `count` gates starting at weight row `gate * H` are accumulated into slots starting at `slot`.
+struct Run {
+  int gate, slot, count;
+};
+
+template <int N>
+struct Runs {
+  static constexpr int kCount = N;
+  Run run[N];
+};
+
+}  // namespace fusedrnn

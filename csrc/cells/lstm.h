@@ -1,0 +1,43 @@
+// Long short-term memory, torch.nn.LSTM (gate order i f g o):
+//
+//   i, f, o = sigmoid(W_i* x + b_i* + W_h* h' + b_h*)      g = tanh(same with its own rows)
+//   c = f c' + i g        h = o tanh(c)                    h' = h_{t-1}, c' = c_{t-1}
+//
+// Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000. With proj_size the
+// caller multiplies h by W_hr afterwards (Sak et al., arXiv:1402.1128).
+#pragma once
+#include "cells/common.h"
+
+namespace fusedrnn {
+
+struct Lstm {
+  static constexpr int kGates = 4, kSlots = 4, kSaved = 4;
+  static constexpr bool kHasCell = true, kUsesHPrev = false;
+  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 4}}}; }
+  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 4}}}; }
+
+  template <class M, class V>
+  static FUSEDRNN_HD V forward(V (&s)[4], V, V& c) {
+    s[0] = M::sigmoid(s[0]);
+    s[1] = M::sigmoid(s[1]);
+    s[2] = M::tanh(s[2]);
+    s[3] = M::sigmoid(s[3]);
+    c = s[1] * c + s[0] * s[2];
+    return s[3] * M::tanh(c);
+  }
+
+  template <class M, class V>
+  static FUSEDRNN_HD V backward(V (&s)[4], V, V, V c_prev, V c, V dh, V& dc) {
+    V i = s[0], f = s[1], g = s[2], o = s[3];
+    V tc = M::tanh(c);
+    V d = dc + dh * o * (1 - tc * tc);
+    s[0] = d * g * i * (1 - i);
+    s[1] = d * c_prev * f * (1 - f);
+    s[2] = d * i * (1 - g * g);
+    s[3] = dh * tc * o * (1 - o);
+    dc = d * f;
+    return V{};
+  }
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,194 @@
+// Back-propagation through time of one layer for some rows of the batch.
+//
+// The mirror of forward: each thread takes its rows from the last step to the first without
+// meeting another. It writes the gradients of all pre-activations, from which the weight gradients
+// are one product later, and the gradient of the layer's input, chunk by chunk.
+#pragma once
+#include "cpu/layer.h"
+#include "cpu/vmath.h"
+
+namespace {
+
+template <class S>
+struct BackwardBuffers {
+  using C = Compute<S>;
+  int64_t tokens, ld_gates, ld_dh, ld_proj, ld_input;
+  C *gates, *dh, *dc, *dhidden, *dproj, *input;
+
+  BackwardBuffers(const Problem& p, int64_t rows, Scratch& s)
+      : tokens(max(rows, kChunkTokens)),
+        ld_gates(p.slot_columns() + kRowPad),
+        ld_dh(p.out_size()),
+        ld_proj(p.out_size() + kRowPad),
+        ld_input(max(p.input_size, p.num_directions * p.out_size())) {
+    gates = s.take<C>(tokens * ld_gates);
+    dh = s.take<C>(rows * ld_dh);
+    dc = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
+    dhidden = s.take<C>(p.proj_size ? rows * p.hidden_size : 0);
+    dproj = s.take<C>(p.proj_size ? rows * ld_proj : 0);
+    input = s.take<C>(tokens * ld_input);
+  }
+};
+
+// What one row of one step reads and writes. Null: h_prev and c_prev are zeros; `hidden` not wanted.
+template <class S>
+struct BackwardRow {
+  using C = Compute<S>;
+  const S *saved, *h, *h_prev, *c0;  // c0: c_prev when it is the initial state
+  const C *c, *c_prev, *dh, *dy;     // dL/dh of this row is dh + dy; dy may be null
+  C *dh_direct, *dc, *dgates, *dgates_out, *hidden;
+};
+
+template <class Cell, class S>
+void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
+  using C = Compute<S>;
+  constexpr int w = Lanes<C>::kWidth;
+  auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+    Vec<C> s[Cell::kSlots];
+    for (int k = 0; k < Cell::kSaved; k++) s[k] = load(row.saved + k * H + j, n);
+    const Vec<C> zero{};
+    const Vec<C> h = Cell::kSaved == 0 ? load(row.h + j, n) : zero;
+    const Vec<C> h_prev = Cell::kUsesHPrev && row.h_prev ? load(row.h_prev + j, n) : zero;
+    Vec<C> c = zero, c_prev = zero, dc = zero;
+    if constexpr (Cell::kHasCell) {
+      c = load(row.c + j, n);
+      dc = load(row.dc + j, n);
+      c_prev = row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : zero;
+      if (row.hidden) store(row.hidden + j, s[3] * VectorMath::tanh(c), n);
+    }
+    Vec<C> dh = load(row.dh + j, n);
+    if (row.dy) dh += load(row.dy + j, n);
+    const Vec<C> direct = Cell::template backward<VectorMath>(s, h_prev, h, c_prev, c, dh, dc);
+    if (Cell::kUsesHPrev) store(row.dh_direct + j, direct, n);
+    if (Cell::kHasCell) store(row.dc + j, dc, n);
+    for (int k = 0; k < Cell::kSlots; k++) {
+      store(row.dgates + k * H + j, s[k], n);
+      store(row.dgates_out + k * H + j, s[k], n);
+    }
+  };
+  int64_t j = 0;
+  for (; j + w <= H; j += w) units(j, w);
+  if (j < H) units(j, H - j);
+}
+
+template <class Cell, class S>
+void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch) {
+  using C = Compute<S>;
+  const Problem& p = a.problem;
+  const Sequence& seq = a.seq;
+  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
+  const int64_t longest = seq.length[seq.order[first]], layer = a.layer;
+  const Reserve reserve(p);
+  Scratch scratch_space{static_cast<char*>(scratch)};
+  const BackwardBuffers<S> buf(p, rows, scratch_space);
+  const PackedOffsets at = backward_offsets<C>(p, layer);
+  const LayerInput<S> input(a, layer, nullptr);
+  const S* out = static_cast<const S*>(
+      layer == p.num_layers - 1 ? a.y : a.reserve + reserve.output_offset(layer, seq.tokens));
+
+  for (int64_t dir = 0; dir < D; dir++) {
+    const int64_t state = (layer * D + dir) * seq.batch;
+    const C* packed = static_cast<const C*>(a.packed) + dir * at.total;
+    const S* saved = reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
+    const C* saved_c = reinterpret_cast<const C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens));
+    C* const dgates = static_cast<C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t b = seq.order[first + r];
+      C* dh = buf.dh + r * buf.ld_dh;
+      for (int64_t j = 0; j < P; j++) dh[j] = 0;
+      if (a.grad_hn) convert_row(dh, static_cast<const C*>(a.grad_hn) + (state + b) * P, P);
+      if (!Cell::kHasCell) continue;
+      C* dc = buf.dc + r * H;
+      for (int64_t j = 0; j < H; j++) dc[j] = 0;
+      if (a.grad_cn) convert_row(dc, static_cast<const C*>(a.grad_cn) + (state + b) * H, H);
+    }
+
+    const int64_t steps = chunk_steps(rows);
+    for (int64_t chunk_end = longest; chunk_end > 0; chunk_end -= min(chunk_end, steps)) {
+      const int64_t chunk = max(0, chunk_end - steps);
+      C* gates = buf.gates;
+      for (int64_t i = chunk_end - 1; i >= chunk; i--) {
+        const int64_t t = dir == 0 ? i : longest - 1 - i;
+        const int64_t n = active_rows(seq, first, end, t);
+        if (p.proj_size) {  // dL/dh of the projected output, then through W_hr
+          for (int64_t r = 0; r < n; r++) {
+            const int64_t token = seq.token(t, seq.order[first + r]);
+            const C* dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
+            C* d = buf.dproj + r * buf.ld_proj;
+            for (int64_t j = 0; j < P; j++) d[j] = buf.dh[r * buf.ld_dh + j] + dy[j];
+            convert_row(static_cast<C*>(a.dproj) + (dir * seq.tokens + token) * P, d, P);
+          }
+          gemm(n, H, P, buf.dproj, buf.ld_proj, packed + at.w_hr, buf.dhidden, H, false);
+        }
+        for (int64_t r = 0; r < n; r++) {
+          const int64_t b = seq.order[first + r], token = seq.token(t, b);
+          int64_t before;
+          const bool has_before = seq.previous(dir, t, b, &before);
+          const int64_t prev = has_before ? seq.token(before, b) : 0;
+          BackwardRow<S> row{};
+          row.saved = saved + token * Cell::kSaved * H;
+          row.h = out + (token * D + dir) * P;
+          if (Cell::kUsesHPrev)
+            row.h_prev = has_before ? out + (prev * D + dir) * P
+                         : a.hx     ? static_cast<const S*>(a.hx) + (state + b) * P
+                                    : nullptr;
+          if (Cell::kHasCell) {
+            row.c = saved_c + token * H;
+            row.c_prev = has_before ? saved_c + prev * H : nullptr;
+            row.c0 = a.cx ? static_cast<const S*>(a.cx) + (state + b) * H : nullptr;
+            row.dc = buf.dc + r * H;
+          }
+          row.dh_direct = buf.dh + r * buf.ld_dh;
+          if (p.proj_size) {
+            row.dh = buf.dhidden + r * H;
+            row.hidden = static_cast<C*>(a.hidden) + (dir * seq.tokens + token) * H;
+          } else {
+            row.dh = row.dh_direct;
+            row.dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
+          }
+          row.dgates = gates + r * buf.ld_gates;
+          row.dgates_out = dgates + token * p.slot_columns();
+          cell_backward_row<Cell, S>(H, row);
+        }
+        const C* w_hh = packed + at.w_hh;
+        bool accumulate = Cell::kUsesHPrev;  // on top of the direct part
+        for (const Run& run : Cell::h_runs().run) {
+          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, buf.dh, buf.ld_dh, accumulate);
+          w_hh += Panels<C>::size(run.count * H, P);
+          accumulate = true;
+        }
+        gates += n * buf.ld_gates;
+      }
+
+      if (!a.grad_in) continue;
+      constexpr Run x_run = Cell::x_runs().run[0];
+      static_assert(Cell::x_runs().kCount == 1, "W_ih is one run of slots");
+      gemm((gates - buf.gates) / buf.ld_gates, input.width, x_run.count * H, buf.gates + x_run.slot * H,
+           buf.ld_gates, packed + at.w_ih, buf.input, buf.ld_input, false);
+      C* from = buf.input;
+      for (int64_t i = chunk_end - 1; i >= chunk; i--) {
+        const int64_t t = dir == 0 ? i : longest - 1 - i;
+        const int64_t n = active_rows(seq, first, end, t);
+        for (int64_t r = 0; r < n; r++, from += buf.ld_input) {
+          const int64_t b = seq.order[first + r];
+          C* to = static_cast<C*>(a.grad_in) + seq.token(t, b) * input.width;
+          if (input.mask) input.drop(from, t, b);
+          if (dir == 0) {
+            convert_row(to, from, input.width);
+          } else {
+            for (int64_t j = 0; j < input.width; j++) to[j] += from[j];
+          }
+        }
+      }
+    }
+
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t b = seq.order[first + r];
+      if (a.dhx) convert_row(static_cast<C*>(a.dhx) + (state + b) * P, buf.dh + r * buf.ld_dh, P);
+      if (Cell::kHasCell && a.dcx) convert_row(static_cast<C*>(a.dcx) + (state + b) * H, buf.dc + r * H, H);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,97 @@
+// The kernels of one instruction set: FUSEDRNN_ISA names it, and the build compiles this file once
+// for each with that set's compiler flags.
+//
+// Every function has internal linkage (see simd.h). The table at the end is all that leaves.
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu/weight_grad.h"
+
+#define FUSEDRNN_CONCAT_(a, b) a##b
+#define FUSEDRNN_CONCAT(a, b) FUSEDRNN_CONCAT_(a, b)
+#define FUSEDRNN_STRING_(a) #a
+#define FUSEDRNN_STRING(a) FUSEDRNN_STRING_(a)
+
+namespace {
+
+// Calls f with a value of the problem's storage type, and with its cell.
+template <class F>
+FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(BFloat16{});
+    default: return f(Float16{});
+  }
+}
+template <class F>
+FUSEDRNN_INLINE auto with_cell(Cell cell, F f) {
+  switch (cell) {
+#define CELL(mode, type) \
+  case Cell::k##type: return f(type{});
+#include "cells/cells.inc"
+#undef CELL
+    default: __builtin_unreachable();
+  }
+}
+template <class F>
+FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
+  return with_cell(p.cell, [&](auto cell) { return with_dtype(p.dtype, [&](auto s) { return f(cell, s); }); });
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+  return true;
+#endif
+}
+
+PackedOffsets forward_offsets_of(const Problem& p, int64_t layer) {
+  return with_dtype(p.dtype, [&](auto s) { return forward_offsets<Compute<decltype(s)>>(p, layer); });
+}
+PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
+  return with_dtype(p.dtype, [&](auto s) { return backward_offsets<Compute<decltype(s)>>(p, layer); });
+}
+void pack_forward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part, int64_t parts) {
+  with_both(p, [&](auto cell, auto s) { pack_forward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts); });
+}
+void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part, int64_t parts) {
+  with_both(p, [&](auto cell, auto s) { pack_backward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts); });
+}
+int64_t rows_scratch_of(const Problem& p, int64_t rows) {
+  return with_dtype(p.dtype, [&](auto s) {
+    Scratch forward{nullptr}, backward{nullptr};
+    ForwardBuffers<decltype(s)>(p, rows, forward);
+    BackwardBuffers<decltype(s)>(p, rows, backward);
+    return max(forward.used, backward.used);
+  });
+}
+void forward_of(const Forward& a, int64_t first, int64_t end, void* scratch) {
+  with_both(a.problem, [&](auto cell, auto s) { forward_rows<decltype(cell), decltype(s)>(a, first, end, scratch); });
+}
+void backward_of(const Backward& a, int64_t first, int64_t end, void* scratch) {
+  with_both(a.problem, [&](auto cell, auto s) { backward_rows<decltype(cell), decltype(s)>(a, first, end, scratch); });
+}
+int64_t weight_scratch_of(const Problem& p, int64_t layer) {
+  return with_dtype(p.dtype, [&](auto s) { return weight_scratch<Compute<decltype(s)>>(p, layer); });
+}
+void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
+  with_both(a.problem, [&](auto cell, auto s) { weight_grad<decltype(cell), decltype(s)>(a, task, threads, scratch); });
+}
+
+}  // namespace
+
+namespace fusedrnn {
+extern const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA);
+const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
+    FUSEDRNN_STRING(FUSEDRNN_ISA), kVectorBytes,    supported,
+    forward_offsets_of,            backward_offsets_of, pack_forward_of,
+    pack_backward_of,              rows_scratch_of, forward_of,
+    backward_of,                   weight_tasks,    weight_scratch_of,
+    weight_grad_of,
+};
+}  // namespace fusedrnn

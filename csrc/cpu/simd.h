@@ -1,0 +1,193 @@
+// Vectors of the instruction set this file is compiled for, on GCC's vector extensions: loads and
+// stores that convert between storage and compute types, whole or the first n lanes.
+//
+// Everything here is in an anonymous namespace and nothing uses the standard library's inline
+// templates: code compiled for AVX-512 must not be picked by the linker for another variant.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type in which a storage type is computed.
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class C>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int kWidth = kVectorBytes / 4;
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t UInt __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct Lanes<double> {
+  static constexpr int kWidth = kVectorBytes / 8;
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+template <class C>
+using Vec = typename Lanes<C>::Vec;
+
+template <class To, class From>
+FUSEDRNN_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+FUSEDRNN_INLINE float to_compute(float x) { return x; }
+FUSEDRNN_INLINE double to_compute(double x) { return x; }
+FUSEDRNN_INLINE float to_compute(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+FUSEDRNN_INLINE float to_compute(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  if (rest >= 0x0400u) return bit_cast<float>(sign | ((rest << 13) + 0x38000000u));
+  const float tiny = float(rest) * 0x1p-24f;  // subnormal: exact in float32
+  return bit_cast<float>(sign | bit_cast<uint32_t>(tiny));
+}
+
+template <class S>
+FUSEDRNN_INLINE S from_compute(Compute<S> x) {
+  return x;
+}
+template <>
+FUSEDRNN_INLINE BFloat16 from_compute<BFloat16>(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  if (x != x) return {uint16_t(u >> 16 | 0x40u)};  // a quiet NaN; rounding could carry into infinity
+  return {uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
+}
+template <>
+FUSEDRNN_INLINE Float16 from_compute<Float16>(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, rest = u & 0x7fffffffu;
+  if (rest > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (rest >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds past 65504
+  if (rest >= 0x38800000u) {
+    const uint32_t r = rest - 0x38000000u;
+    return {uint16_t(sign | (r + 0xfffu + (r >> 13 & 1u)) >> 13)};
+  }
+  // Subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
+  const float shifted = bit_cast<float>(rest) + 0.5f;
+  return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+}
+
+// ---- whole vectors ----
+
+template <class C>
+FUSEDRNN_INLINE Vec<C> load(const C* p) {
+  Vec<C> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class C>
+FUSEDRNN_INLINE void store(C* p, Vec<C> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+FUSEDRNN_INLINE Vec<float> load(const BFloat16* p) {
+  Lanes<float>::Half h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec<float>>(__builtin_convertvector(h, Lanes<float>::UInt) << 16);
+}
+FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> v) {
+  using UInt = Lanes<float>::UInt;
+  const UInt u = bit_cast<UInt>(v);
+  UInt r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  r = v != v ? (u >> 16 | 0x40u) : r;
+  const Lanes<float>::Half h = __builtin_convertvector(r, Lanes<float>::Half);
+  std::memcpy(p, &h, sizeof h);
+}
+
+FUSEDRNN_INLINE Vec<float> load(const Float16* p) {
+#if defined(__AVX512F__)
+  __m256i h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(h));
+#elif defined(__F16C__)
+  __m128i h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(h));
+#else
+  Vec<float> v;
+  for (int i = 0; i < Lanes<float>::kWidth; i++) v[i] = to_compute(p[i]);
+  return v;
+#endif
+}
+FUSEDRNN_INLINE void store(Float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof h);
+#elif defined(__F16C__)
+  const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof h);
+#else
+  for (int i = 0; i < Lanes<float>::kWidth; i++) p[i] = from_compute<Float16>(v[i]);
+#endif
+}
+
+// ---- the first n lanes; the others read as 0 and are not written ----
+
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> load(const S* p, int64_t n) {
+  if (n >= Lanes<Compute<S>>::kWidth) return load(p);
+  S part[Lanes<Compute<S>>::kWidth] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load(part);
+}
+template <class S>
+FUSEDRNN_INLINE void store(S* p, Vec<Compute<S>> v, int64_t n) {
+  if (n >= Lanes<Compute<S>>::kWidth) return store(p, v);
+  S part[Lanes<Compute<S>>::kWidth];
+  store(part, v);
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+
+template <class C>
+FUSEDRNN_INLINE Vec<C> broadcast(C x) {
+  return x - Vec<C>{};  // not x + 0: -0 must stay -0
+}
+
+// Rows of n values, converted; the compute type's own rows are copied.
+template <class To, class From>
+FUSEDRNN_INLINE void convert_row(To* to, const From* from, int64_t n) {
+  constexpr int w = Lanes<Compute<From>>::kWidth;
+  int64_t j = 0;
+  for (; j + w <= n; j += w) store(to + j, load(from + j));
+  if (j < n) store(to + j, load(from + j, n - j), n - j);
+}
+
+}  // namespace

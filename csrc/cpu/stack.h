@@ -1,0 +1,96 @@
+// One call of the CPU kernels as plain pointers. The torch side fills it in; every variant of the
+// kernels reads it. Storage-type arrays have the problem's dtype, compute-type arrays float64 for
+// float64 and float32 otherwise.
+//
+// A token is one row of the batch at one step. Token (t, b) lies at row offset[t] + b of every
+// per-token array, so padded (T, B) and packed data are the same thing here.
+#pragma once
+#include "plan/problem.h"
+
+namespace fusedrnn {
+
+struct Sequence {
+  int64_t steps, batch, tokens;  // tokens: rows of the per-token arrays
+  const int64_t* offset;         // [steps]
+  const int64_t* length;         // [batch]
+  const int64_t* order;          // [batch] rows by falling length
+  // The tokens that exist, in storage order; fewer than `tokens` where rows are padded.
+  int64_t valid;
+  const int64_t *valid_step, *valid_row;  // [valid]
+
+  FUSEDRNN_HD int64_t token(int64_t t, int64_t b) const { return offset[t] + b; }
+  // The step before t in a direction; false at a row's first one.
+  FUSEDRNN_HD bool previous(int64_t dir, int64_t t, int64_t b, int64_t* before) const {
+    *before = dir == 0 ? t - 1 : t + 1;
+    return dir == 0 ? t > 0 : t + 1 < length[b];
+  }
+};
+
+// Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots,
+// then W_ih, W_hh (run by run), W_hr. Backward: W_hh, W_ih, W_hr the other way round.
+struct PackedOffsets {
+  int64_t bias, w_ih, w_hh, w_hr, total;
+};
+
+struct Weights {  // of one layer and direction, in torch.nn's layout; biases and w_hr may be null
+  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+
+struct Common {
+  Problem problem;
+  Sequence seq;
+  const void* x;  // storage type; token (t, b) at x + x_offset[t] + b * x_row elements
+  const int64_t* x_offset;
+  int64_t x_row;
+  const void *hx, *cx;  // storage type [layers * directions, batch, ...], null: zeros
+  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out], null: none
+  double mask_scale;
+  const Weights* weights;  // [layers * directions]
+  const void* packed;      // compute type, one PackedOffsets::total per layer and direction
+  char* reserve;           // null: nothing is kept for backward
+};
+
+struct Forward : Common {
+  void *y, *hn, *cn;  // storage type
+  void* inner[2];     // storage type [tokens, directions * out], layer outputs when reserve is null
+};
+
+struct Backward : Common {
+  const void* y;
+  // Compute type. grad_hn, grad_cn null: zeros. The gradient of a layer's output, read, and of its
+  // input, written (null: not wanted); dhx, dcx null: not wanted.
+  const void *grad_hn, *grad_cn, *grad_out;
+  void *grad_in, *dhx, *dcx;
+  void* dgates;   // [directions, tokens, slots * hidden], the gradients of the pre-activations
+  void* dproj;    // [directions, tokens, out], gradients of h, with a projection
+  void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
+  void* const* dweights;  // [directions * 5] in the order of Weights; null: not wanted
+  int64_t layer;
+};
+
+// One variant of the kernels, compiled for one instruction set; every entry takes what the dtype and
+// cell of the problem ask for. `part` of `parts` is a share of the work that needs no other share.
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  bool (*supported)();
+  PackedOffsets (*forward_offsets)(const Problem&, int64_t layer);
+  PackedOffsets (*backward_offsets)(const Problem&, int64_t layer);
+  void (*pack_forward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
+                       int64_t parts);
+  void (*pack_backward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
+                        int64_t parts);
+  int64_t (*rows_scratch)(const Problem&, int64_t rows);  // bytes, for forward and backward
+  void (*forward)(const Forward&, int64_t first_row, int64_t end_row, void* scratch);
+  void (*backward)(const Backward&, int64_t first_row, int64_t end_row, void* scratch);
+  int64_t (*weight_tasks)(const Problem&, int64_t layer, int64_t threads);
+  int64_t (*weight_scratch)(const Problem&, int64_t layer);
+  void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);
+};
+
+// Rows first_row .. end_row are places in Sequence::order.
+
+const Kernels& kernels();                  // the best that this processor runs, or FUSEDRNN_CPU's
+const Kernels* const* compiled_kernels();  // all in the binary, best first, null at the end
+
+}  // namespace fusedrnn

@@ -1,0 +1,196 @@
+// Weight gradients of one layer: for every matrix one product over all tokens, after the recurrence.
+//
+//   dW_ih = dgates^T x    dW_hh = dgates^T h_{t-1}    dW_hr = dh^T (o tanh c)    db = sum of dgates
+//
+// A task is a tile of rows of one matrix, or a tile of the bias sums; tokens are always added in the
+// same order, block by block, so results depend neither on the number of threads nor on the tiling.
+#pragma once
+#include "cpu/layer.h"
+
+namespace {
+
+constexpr int64_t kTokenBlock = 256;   // tokens packed at a time
+constexpr int64_t kColumnBlock = 512;  // columns packed at a time
+constexpr int64_t kBiasTile = 64;      // slot columns of one bias task
+
+enum Matrix { kIH, kHH, kBias, kHR, kMatrices };
+// Places in Weights and in Backward::dweights.
+enum { kPlaceIH, kPlaceHH, kPlaceBiasIH, kPlaceBiasHH, kPlaceHR, kPlaces };
+
+FUSEDRNN_INLINE int64_t matrix_rows(const Problem& p, int matrix) {
+  switch (matrix) {
+    case kIH:
+    case kHH: return p.gate_rows();
+    case kBias: return p.bias ? p.slot_columns() : 0;
+    default: return p.proj_size;
+  }
+}
+// Rows of a task: some tasks a thread, so that a slow one can be evened out.
+FUSEDRNN_INLINE int64_t tile_rows(const Problem& p, int matrix, int64_t threads) {
+  if (matrix == kBias) return kBiasTile;
+  const int64_t want = matrix_rows(p, matrix) / (2 * threads);
+  return max(8, min(32, want / kRows)) * kRows;
+}
+FUSEDRNN_INLINE int64_t tiles(const Problem& p, int matrix, int64_t threads) {
+  const int64_t rows = tile_rows(p, matrix, threads);
+  return (matrix_rows(p, matrix) + rows - 1) / rows;
+}
+
+inline int64_t weight_tasks(const Problem& p, int64_t, int64_t threads) {
+  int64_t n = 0;
+  for (int matrix = 0; matrix < kMatrices; matrix++) n += tiles(p, matrix, threads);
+  return n * p.num_directions;
+}
+
+template <class C>
+int64_t weight_scratch(const Problem& p, int64_t layer) {
+  const int64_t widest = max(max(p.layer_input(layer), p.out_size()), p.hidden_size);
+  return (kTokenBlock * (Panels<C>::padded(min(widest, kColumnBlock)) + 32 * kRows)) * sizeof(C) + 128;
+}
+
+// dst [M, N] rows of ldd = sum over tokens of a[token, m] * row(token)[n]; row(k, tmp) returns the
+// k-th valid token's row of N values, or null for zeros.
+template <class C, class Row>
+void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_t lda, Row row, C* dst,
+                   Scratch scratch) {
+  using P = Panels<C>;
+  C* const b_panels = scratch.take<C>(kTokenBlock * P::padded(min(N, kColumnBlock)));
+  C* const a_rows = scratch.take<C>(kTokenBlock * M);
+  const int64_t step = balanced(M, kRows);
+  for (int64_t n0 = 0; n0 < N; n0 += kColumnBlock) {
+    const int64_t cols = min(kColumnBlock, N - n0);
+    for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
+      const int64_t K = min(kTokenBlock, seq.valid - k0);
+      for (int64_t k = 0; k < K; k++) {
+        row(k0 + k, n0, cols, [&](int64_t n, Vec<C> v) __attribute__((always_inline)) {
+          const int64_t panel = n / P::kColumns, width = min(P::kColumns, P::padded(cols - panel * P::kColumns));
+          store(b_panels + panel * P::kColumns * K + k * width + (n - panel * P::kColumns), v);
+        });
+        const C* from = a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
+        for (int64_t m = 0; m < M; m += step) {
+          const int64_t rows = min(step, M - m);
+          C* to = a_rows + m * K + k * rows;
+          for (int64_t r = 0; r < rows; r++) to[r] = from[m + r];
+        }
+      }
+      for (int64_t n = 0; n < cols; n += P::kColumns) {
+        const int64_t width = min(P::kColumns, cols - n);
+        for (int64_t m = 0; m < M; m += step) {
+          const int64_t rows = min(step, M - m);
+          multiply_for<C>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, dst + m * N + n0 + n, N,
+                                       width, k0 > 0);
+        }
+      }
+    }
+    if (seq.valid == 0)
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < cols; n++) dst[m * N + n0 + n] = 0;
+  }
+}
+
+template <class Cell, class C>
+void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, const C* dgates, int64_t ld,
+               C* db_ih, C* db_hh) {
+  C total[kBiasTile] = {};
+  for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
+    C sum[kBiasTile] = {};
+    for (int64_t k = k0; k < min(seq.valid, k0 + kTokenBlock); k++) {
+      const C* from = dgates + seq.token(seq.valid_step[k], seq.valid_row[k]) * ld + column;
+      for (int64_t j = 0; j < cols; j++) sum[j] += from[j];
+    }
+    for (int64_t j = 0; j < cols; j++) total[j] += sum[j];
+  }
+  auto put = [&](C* db, const Run& run) {
+    if (!db) return;
+    for (int64_t j = 0; j < cols; j++) {
+      const int64_t at = column + j - run.slot * H;
+      if (at >= 0 && at < run.count * H) db[run.gate * H + at] = total[j];
+    }
+  };
+  for (const Run& run : Cell::x_runs().run) put(db_ih, run);
+  for (const Run& run : Cell::h_runs().run) put(db_hh, run);
+}
+
+template <class Cell, class S>
+void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch_space) {
+  using C = Compute<S>;
+  const Problem& p = a.problem;
+  const Sequence& seq = a.seq;
+  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, layer = a.layer;
+  const int64_t per_direction = weight_tasks(p, layer, threads) / D, dir = task / per_direction;
+  int matrix = 0;
+  int64_t tile = task % per_direction;
+  while (tile >= tiles(p, matrix, threads)) tile -= tiles(p, matrix++, threads);
+  const int64_t begin = tile * tile_rows(p, matrix, threads);
+  const int64_t rows = min(tile_rows(p, matrix, threads), matrix_rows(p, matrix) - begin);
+  const C* dgates = static_cast<const C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+  void* const* dweights = a.dweights + dir * kPlaces;
+  Scratch scratch{static_cast<char*>(scratch_space)};
+
+  if (matrix == kBias) {
+    C *db_ih = static_cast<C*>(dweights[kPlaceBiasIH]), *db_hh = static_cast<C*>(dweights[kPlaceBiasHH]);
+    if (db_ih || db_hh) bias_grad<Cell>(seq, H, begin, rows, dgates, p.slot_columns(), db_ih, db_hh);
+    return;
+  }
+
+  auto vectors = [](const auto* from, int64_t n0, int64_t cols, auto put) {
+    for (int64_t n = 0; n < cols; n += Lanes<C>::kWidth) put(n, from ? load(from + n0 + n, cols - n) : Vec<C>{});
+  };
+  if (matrix == kHR) {
+    C* dst = static_cast<C*>(dweights[kPlaceHR]);
+    if (!dst) return;
+    const C* hidden = static_cast<const C*>(a.hidden) + dir * seq.tokens * H;
+    const C* dproj = static_cast<const C*>(a.dproj) + dir * seq.tokens * P;
+    auto row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
+      vectors(hidden + seq.token(seq.valid_step[k], seq.valid_row[k]) * H, n0, cols, put);
+    };
+    outer_product(seq, rows, H, dproj + begin, P, row, dst + begin * H, scratch);
+    return;
+  }
+
+  C* dst = static_cast<C*>(dweights[matrix == kIH ? kPlaceIH : kPlaceHH]);
+  if (!dst) return;
+  const Reserve reserve(p);
+  auto output_of = [&](int64_t l) {
+    return static_cast<const S*>(l == p.num_layers - 1 ? a.y : a.reserve + reserve.output_offset(l, seq.tokens));
+  };
+  const LayerInput<S> input(a, layer, layer ? output_of(layer - 1) : nullptr);
+  auto input_row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
+    const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
+    const S* from = input.at(t, b);
+    if (!input.mask) return vectors(from, n0, cols, put);
+    const uint8_t* keep = input.mask + seq.token(t, b) * input.width + n0;
+    vectors(from, n0, cols, [&](int64_t n, Vec<C> v) {
+      for (int i = 0; i < Lanes<C>::kWidth && n + i < cols; i++) v[i] *= keep[n + i] * input.scale;
+      put(n, v);
+    });
+  };
+  auto state_row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
+    const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
+    int64_t before;
+    const S* from = nullptr;
+    if (seq.previous(dir, t, b, &before)) {
+      from = output_of(layer) + (seq.token(before, b) * D + dir) * P;
+    } else if (a.hx) {
+      from = static_cast<const S*>(a.hx) + ((layer * D + dir) * seq.batch + b) * P;
+    }
+    vectors(from, n0, cols, put);
+  };
+
+  // Rows [begin, begin + rows) of the weight, run by run.
+  auto each_run = [&](const auto& runs, int64_t N, auto row) {
+    for (const Run& run : runs.run) {
+      const int64_t m0 = max(begin, run.gate * H), m1 = min(begin + rows, (run.gate + run.count) * H);
+      if (m0 < m1)
+        outer_product(seq, m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, p.slot_columns(), row,
+                      dst + m0 * N, scratch);
+    }
+  };
+  if (matrix == kIH) {
+    each_run(Cell::x_runs(), input.width, input_row);
+  } else {
+    each_run(Cell::h_runs(), P, state_row);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,64 @@
+// What is to be computed, as plain numbers, and what follows from it alone: sizes of weights and of
+// the buffer that forward leaves for backward. No torch, no CUDA, nothing about how it is computed.
+#pragma once
+#include <cstdint>
+
+#include "cells/cells.h"
+
+namespace fusedrnn {
+
+enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+FUSEDRNN_HD constexpr int64_t bytes(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+// Sums, cell states and carried gradients are kept in float64 for float64 and float32 for the rest.
+FUSEDRNN_HD constexpr int64_t compute_bytes(DType t) { return t == DType::kFloat64 ? 8 : 4; }
+
+struct Problem {
+  Cell cell;
+  DType dtype;
+  int64_t input_size, hidden_size;
+  int64_t proj_size;  // 0: no projection
+  int64_t num_layers, num_directions;
+  bool bias;
+
+  // Width of h: what a layer's direction puts out and feeds back.
+  FUSEDRNN_HD constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
+  FUSEDRNN_HD constexpr int64_t layer_input(int64_t layer) const {
+    return layer == 0 ? input_size : num_directions * out_size();
+  }
+  FUSEDRNN_HD constexpr int64_t gate_rows() const { return traits(cell).gates * hidden_size; }
+  FUSEDRNN_HD constexpr int64_t slot_columns() const { return traits(cell).slots * hidden_size; }
+  FUSEDRNN_HD constexpr int weights_per_direction() const { return 2 + (bias ? 2 : 0) + (proj_size ? 1 : 0); }
+};
+
+// The reserve holds, for every layer and direction, one row per token (a row of the batch at a
+// step): first all cell states (compute type), then all saved slots (storage type), then the
+// outputs of all layers but the last (storage type). Offsets are bytes for `tokens` tokens.
+struct Reserve {
+  int64_t cell_row, slots_row, output_row;  // bytes per token, of one layer and direction (output: layer)
+  int64_t layers, directions;
+
+  FUSEDRNN_HD explicit constexpr Reserve(const Problem& p)
+      : cell_row(traits(p.cell).has_cell ? p.hidden_size * compute_bytes(p.dtype) : 0),
+        slots_row(traits(p.cell).saved * p.hidden_size * bytes(p.dtype)),
+        output_row(p.num_directions * p.out_size() * bytes(p.dtype)),
+        layers(p.num_layers),
+        directions(p.num_directions) {}
+
+  FUSEDRNN_HD constexpr int64_t bytes_per_token() const {
+    return layers * directions * (cell_row + slots_row) + (layers - 1) * output_row;
+  }
+  FUSEDRNN_HD constexpr int64_t cell_offset(int64_t layer, int64_t dir, int64_t tokens) const {
+    return (layer * directions + dir) * cell_row * tokens;
+  }
+  FUSEDRNN_HD constexpr int64_t slots_offset(int64_t layer, int64_t dir, int64_t tokens) const {
+    return (layers * directions * cell_row + (layer * directions + dir) * slots_row) * tokens;
+  }
+  FUSEDRNN_HD constexpr int64_t output_offset(int64_t layer, int64_t tokens) const {
+    return (layers * directions * (cell_row + slots_row) + layer * output_row) * tokens;
+  }
+};
+
+}  // namespace fusedrnn

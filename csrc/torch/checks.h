@@ -1,0 +1,110 @@
+// From tensors to a Problem: every argument of the ops is checked here, before a kernel sees it.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "plan/problem.h"
+
+namespace fusedrnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What describes a stack besides its tensors; the trailing arguments of every op.
+struct Config {
+  std::string mode;
+  int64_t hidden_size, proj_size, num_layers;
+  bool bias, bidirectional;
+};
+
+inline std::string show(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+inline std::string show(const std::vector<int64_t>& sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); i++) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
+  bool same = t.dim() == int64_t(sizes.size());
+  for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == sizes[i];
+  STD_TORCH_CHECK(same, "fusedrnn: expected ", name, " of shape ", show(sizes), ", got ", show(t));
+}
+inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedrnn: ", name, " has another dtype than the input");
+  STD_TORCH_CHECK(t.device() == x.device(), "fusedrnn: ", name, " is on another device than the input");
+}
+
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t out;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &out), "fusedrnn: sizes overflow 64 bits");
+  return out;
+}
+
+inline DType dtype_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, "fusedrnn: expected float64, float32, bfloat16 or float16, got another dtype");
+  }
+  return DType::kFloat32;
+}
+inline ScalarType compute_type(DType t) {
+  return t == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Cell cell_of(const std::string& mode) {
+  for (int i = 0; i < int(Cell::kCount); i++)
+    if (mode == kCellTraits[i].mode) return Cell(i);
+  STD_TORCH_CHECK(false, "fusedrnn: unknown mode ", mode);
+  return Cell::kCount;
+}
+
+// Weights in torch.nn's order: per layer and direction w_ih, w_hh, [b_ih, b_hh], [w_hr].
+inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Tensor>& weights) {
+  Problem p{};
+  p.cell = cell_of(c.mode);
+  p.dtype = dtype_of(x.scalar_type());
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
+  p.input_size = x.size(x.dim() - 1);
+  p.hidden_size = c.hidden_size;
+  p.proj_size = c.proj_size;
+  p.num_layers = c.num_layers;
+  p.num_directions = c.bidirectional ? 2 : 1;
+  p.bias = c.bias;
+  STD_TORCH_CHECK(p.hidden_size > 0 && p.num_layers > 0, "fusedrnn: hidden_size and num_layers must be positive");
+  STD_TORCH_CHECK(p.proj_size >= 0 && p.proj_size < p.hidden_size, "fusedrnn: proj_size must lie in [0, hidden_size)");
+  STD_TORCH_CHECK(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
+
+  const size_t each = p.weights_per_direction();
+  const int64_t directions = checked_product(p.num_layers, p.num_directions);
+  STD_TORCH_CHECK(int64_t(weights.size()) == checked_product(directions, each), "fusedrnn: expected ",
+                  directions, " x ", each, " weights, got ", weights.size());
+  const int64_t gate_rows = checked_product(traits(p.cell).gates, p.hidden_size);
+  size_t i = 0;
+  for (int64_t layer = 0; layer < p.num_layers; layer++)
+    for (int64_t dir = 0; dir < p.num_directions; dir++) {
+      auto next = [&](const char* name, const std::vector<int64_t>& sizes) {
+        check_like(name, weights[i], x);
+        check_shape(name, weights[i++], sizes);
+      };
+      next("weight_ih", {gate_rows, p.layer_input(layer)});
+      next("weight_hh", {gate_rows, p.out_size()});
+      if (p.bias) next("bias_ih", {gate_rows}), next("bias_hh", {gate_rows});
+      if (p.proj_size) next("weight_hr", {p.proj_size, p.hidden_size});
+    }
+  return p;
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,113 @@
+// Registers the ops and makes the Python module fusedrnn._C, whose few functions need no tensors.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <exception>
+
+#include "cpu/stack.h"
+#include "torch/cpu.h"
+
+namespace {
+
+using namespace fusedrnn;
+
+// fusedrnn/ops.py documents the arguments.
+#define INPUTS                                                                               \
+  "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
+  "Tensor? mask, float dropout"
+#define CONFIG \
+  "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
+
+ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
+                       OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask, double dropout,
+                       std::string mode, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bias,
+                       bool bidirectional, bool save) {
+  return forward_cpu({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
+                     {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, save);
+}
+
+BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, OptionalTensor grad_cn, Tensor y,
+                         Tensor reserve, std::vector<bool> needs, Tensor x, OptionalTensor hx, OptionalTensor cx,
+                         std::vector<Tensor> weights, OptionalTensor batch_sizes, OptionalTensor lengths,
+                         OptionalTensor mask, double dropout, std::string mode, int64_t hidden_size,
+                         int64_t proj_size, int64_t num_layers, bool bias, bool bidirectional) {
+  return backward_cpu({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
+                      {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, grad_y, grad_hn, grad_cn,
+                      y, reserve, needs);
+}
+
+// Runs f, turning a C++ exception into a Python one.
+template <class F>
+PyObject* guarded(F f) {
+  try {
+    return f();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+}
+
+PyObject* reserve_bytes(PyObject*, PyObject* args) {
+  const char *mode, *dtype;
+  long long hidden, proj, layers;
+  int bidirectional;
+  if (!PyArg_ParseTuple(args, "ssLLLp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional)) return nullptr;
+  return guarded([&] {
+    Problem p{};
+    p.cell = cell_of(mode);
+    const std::string name = dtype;
+    p.dtype = name == "float64" ? DType::kFloat64 : name == "float32" ? DType::kFloat32 : DType::kBFloat16;
+    p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
+    p.num_directions = bidirectional ? 2 : 1;
+    return PyLong_FromLongLong(Reserve(p).bytes_per_token());
+  });
+}
+
+PyObject* cpu_variants(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (auto k = compiled_kernels(); list && *k; k++) {
+    PyObject* entry = Py_BuildValue("(sO)", (*k)->name, (*k)->supported() ? Py_True : Py_False);
+    if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
+    Py_XDECREF(entry);
+  }
+  return list;
+}
+
+PyObject* cpu_variant(PyObject*, PyObject*) {
+  return guarded([] { return PyUnicode_FromString(kernels().name); });
+}
+
+PyObject* cuda_archs(PyObject*, PyObject*) {
+#ifdef FUSEDRNN_CUDA_ARCHS
+  return PyUnicode_FromString(FUSEDRNN_CUDA_ARCHS);
+#else
+  return PyUnicode_FromString("");
+#endif
+}
+
+PyMethodDef methods[] = {
+    {"reserve_bytes", reserve_bytes, METH_VARARGS,
+     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional) -> bytes per token"},
+    {"cpu_variants", cpu_variants, METH_NOARGS, "[(instruction set, whether this processor has it)], best first"},
+    {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
+    {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusedrnn, m) {
+  m.def("forward(" INPUTS ", " CONFIG ", bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor y, Tensor reserve, bool[] needs, " INPUTS
+        ", " CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&def);
+}

@@ -1,0 +1,71 @@
+"""The language model: one-hot characters, a recurrent layer, a linear layer on its hidden states.
+
+Shapes: T steps, batch B, V tokens in the vocabulary, H hidden units.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedrnn.demo.text import Vocabulary
+
+State = Tensor | tuple[Tensor, Tensor] | None  # None is zeros; an LSTM's is (h, c)
+
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn": ("RNN", {"nonlinearity": "tanh"}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+}
+
+
+class CharModel(nn.Module):
+    """Predicts the next character at every step."""
+
+    one_hot: Tensor
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        vocabulary = rnn.input_size
+        self.rnn = rnn
+        self.linear = nn.Linear(rnn.hidden_size, vocabulary)
+        # A row lookup in the identity is one operation, and follows the model's device and dtype.
+        self.register_buffer("one_hot", torch.eye(vocabulary), persistent=False)
+
+    def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """tokens (T, B) int64 -> logits (T*B, V) and the state after the last step."""
+        hidden, state = self.rnn(self.one_hot[tokens], state)
+        return self.linear(hidden.flatten(0, 1)), state
+
+
+def build(
+    library: ModuleType, cell: str, vocabulary: int, hidden: int, layers: int, dropout: float
+) -> CharModel:
+    """A model whose recurrent layer is ``library``'s: torch.nn or fusedrnn."""
+    name, extra = CELLS[cell]
+    layer = getattr(library, name)
+    return CharModel(layer(vocabulary, hidden, num_layers=layers, dropout=dropout, **extra))
+
+
+def detach(state: State) -> State:
+    """The state cut from its past, so that gradients stop at the batch's first step."""
+    return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+
+
+@torch.no_grad()
+def generate(model: CharModel, vocabulary: Vocabulary, prefix: str, count: int) -> str:
+    """``prefix`` and the ``count`` characters that the model finds likeliest, one by one."""
+    was_training = model.training
+    model.eval()
+    tokens = vocabulary.encode(prefix).to(model.one_hot.device)[:, None]  # (T, 1)
+    state: State = None
+    drawn: list[int] = []
+    for _ in range(count):
+        logits, state = model(tokens, state)
+        best = logits[-1].argmax()
+        drawn.append(int(best))
+        tokens = best.view(1, 1)
+    model.train(was_training)
+    return prefix + vocabulary.decode(drawn)

@@ -1,0 +1,214 @@
+"""Drop-in `RNN`, `GRU` and `LSTM`: torch.nn's classes with another `forward`.
+
+They add no state, so parameters, checkpoints, hooks and `isinstance` are torch.nn's own, and
+`fusedrnn.swap` can turn one into the other by changing an instance's class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import ops, reference
+
+# What the CPU kernels compute in; any other dtype or device is torch.nn's own business.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
+    """Why `input` would be left to torch.nn's own kernels, None where ours run."""
+    if input.device.type != "cpu":
+        return f"there is no kernel for {input.device.type} tensors yet"
+    if input.dtype not in DTYPES:
+        return f"there is no kernel for {input.dtype}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records torch.nn's operators"
+    return None
+
+
+class _Fused(nn.RNNBase):
+    """What the three modules share: torch.nn's checks, then one op for the whole stack."""
+
+    # torch.nn words this error differently from class to class.
+    _dim_error = "{}: Expected input to be 2D or 3D, got {}D instead"
+
+    def _config(self) -> ops.Config:
+        return ops.Config(
+            self.mode,
+            self.hidden_size,
+            self.proj_size,
+            self.num_layers,
+            self.bias,
+            self.bidirectional,
+        )
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
+        """Runs the stack; see the class.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size)
+                unbatched, or a PackedSequence.
+            hx: the initial state, zeros when not given: h_0 (L * D, B, P), for an LSTM a tuple of
+                that and c_0 (L * D, B, H); without B for unbatched input.
+            lengths: integers (B,) in [0, T] on any device and in any order: row b has lengths[b]
+                steps. Outputs past them are 0, h_n and c_n are those of each row's last step, and
+                the reverse direction starts there. Not with a PackedSequence.
+
+        Returns:
+            output and h_n, for an LSTM output and (h_n, c_n), shaped as torch.nn's.
+
+        Raises:
+            ValueError, RuntimeError: torch.nn's, for the same wrong arguments.
+        """
+        packed = isinstance(input, PackedSequence)
+        data = input.data if packed else input
+        if lengths is None and fallback_reason(self, data):
+            return super().forward(input, hx)
+        x, hx, cx, unsort, lengths = self._canonical(input, hx, lengths)
+        batch_sizes = input.batch_sizes if packed else None
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        out_dtype = None
+        if torch.is_autocast_enabled(x.device.type):
+            # torch.nn's GRU keeps its states in the dtype they came in, the others do not.
+            out_dtype = (x if hx is None else hx).dtype if self.mode == "GRU" else None
+            to = torch.get_autocast_dtype(x.device.type)
+            if x.dtype != torch.float64:
+                x, weights = x.to(to), [w.to(to) for w in weights]
+                hx, cx = (None if s is None else s.to(to) for s in (hx, cx))
+
+        config = self._config()
+        mask = self._dropout_mask(x, config)
+        call = (x, hx, cx, weights, batch_sizes, lengths, mask, self.dropout, *config)
+        if x.device.type == "cpu":
+            save = torch.is_grad_enabled() and any(
+                t.requires_grad for t in (x, hx, cx, *weights) if t is not None
+            )
+            y, hn, cn, _ = ops.forward(*call, save)
+        else:  # lengths, which torch.nn does not know
+            y, hn, cn = reference.forward(*call)
+        if out_dtype is not None:
+            y, hn = y.to(out_dtype), hn.to(out_dtype)
+
+        states = (hn, cn) if self.mode == "LSTM" else (hn,)
+        if packed:
+            y = PackedSequence(y, batch_sizes, input.sorted_indices, input.unsorted_indices)
+            if unsort is not None:
+                states = tuple(s.index_select(1, unsort) for s in states)
+        elif input.dim() == 2:
+            y, states = y.squeeze(1), tuple(s.squeeze(1) for s in states)
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        return y, states if self.mode == "LSTM" else states[0]
+
+    def _canonical(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple:
+        """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
+        lstm = self.mode == "LSTM"
+        states = (None, None) if hx is None else tuple(hx) if lstm else (hx,)
+        unsort = None
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError(
+                    f"{self._get_name()}: lengths are for padded input; a PackedSequence has its own"
+                )
+            x, batch_sizes = input.data, input.batch_sizes
+            if input.sorted_indices is not None and hx is not None:
+                states = tuple(s.index_select(1, input.sorted_indices) for s in states)
+            unsort = input.unsorted_indices
+            self.check_input(x, batch_sizes)
+            batch = int(batch_sizes[0])
+        else:
+            x, batch_sizes = input, None
+            if x.dim() not in (2, 3):
+                raise ValueError(self._dim_error.format(self._get_name(), x.dim()))
+            batched = x.dim() == 3
+            if hx is not None:
+                dims = [s.dim() for s in states]
+                if dims != [x.dim()] * len(dims):
+                    kind = "batched" if batched else "unbatched"
+                    wrong = ", ".join(f"{d}-D" for d in dims)
+                    if lstm:
+                        raise RuntimeError(
+                            f"For {kind} {x.dim()}-D input, hx and cx should "
+                            f"also be {x.dim()}-D but got ({wrong}) tensors"
+                        )
+                    raise RuntimeError(
+                        f"For {kind} {x.dim()}-D input, hx should also be {x.dim()}-D "
+                        f"but got {wrong} tensor"
+                    )
+                if not batched:
+                    states = tuple(s.unsqueeze(1) for s in states)
+            if not batched:
+                x = x.unsqueeze(1)
+            elif self.batch_first:
+                x = x.transpose(0, 1)
+            self.check_input(x, None)
+            batch = x.size(1)
+        if hx is not None:
+            for i, (state, width) in enumerate(
+                zip(states, (self.proj_size or self.hidden_size, self.hidden_size), strict=False)
+            ):
+                expected = (self.num_layers * (2 if self.bidirectional else 1), batch, width)
+                message = f"Expected hidden[{i}] size {{}}, got {{}}" if lstm else None
+                self.check_hidden_size(state, expected, *[message] if message else [])
+                if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+                    raise ValueError(
+                        f"RNN hidden state dtype ({state.dtype}) does not match input dtype "
+                        f"({x.dtype}). Convert it: hx.to({x.dtype})"
+                    )
+        if batch_sizes is None and x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            lengths = self._checked_lengths(lengths, batch)
+        return (x, *states, *[None] * (2 - len(states)), unsort, lengths)
+
+    def _checked_lengths(self, lengths: Tensor, batch: int) -> Tensor:
+        name = self._get_name()
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"{name}: lengths should be a Tensor, got: {type(lengths).__name__}")
+        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+            raise TypeError(f"{name}: lengths should be integers, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            raise RuntimeError(
+                f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
+            )
+        return lengths
+
+    def _dropout_mask(self, x: Tensor, config: ops.Config) -> Tensor | None:
+        """The masks between layers (L - 1, tokens, D * P), drawn in torch.nn's order."""
+        if not (self.training and self.dropout > 0 and self.num_layers > 1):
+            return None
+        tokens = x.shape[:-1].numel()
+        mask = x.new_empty(
+            (self.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
+        )
+        for layer in mask:
+            layer.bernoulli_(1 - self.dropout)
+        return mask
+
+
+class RNN(_Fused, nn.RNN):
+    __doc__ = nn.RNN.__doc__
+    _dim_error = "{}: Expected input to be 2D or 3D, got {}D tensor instead"
+
+
+class GRU(_Fused, nn.GRU):
+    __doc__ = nn.GRU.__doc__
+
+
+class LSTM(_Fused, nn.LSTM):
+    __doc__ = nn.LSTM.__doc__
+
+
+class RNNCell(nn.RNNCell):
+    __doc__ = nn.RNNCell.__doc__
+
+
+class GRUCell(nn.GRUCell):
+    __doc__ = nn.GRUCell.__doc__
+
+
+class LSTMCell(nn.LSTMCell):
+    __doc__ = nn.LSTMCell.__doc__

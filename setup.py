@@ -1,0 +1,263 @@
+"""Builds `fusedrnn._C`, one binary for every CPython >= 3.10 and torch >= 2.10, GPU or not.
+
+The C++ is always compiled, the CUDA sources whenever nvcc is found. The environment decides:
+
+  FUSEDRNN_CUDA=0|1       leave CUDA out | fail where there is no nvcc
+  FUSEDRNN_CUDA_ARCHS     GPU architectures in place of the default ones, e.g. "8.0;9.0a;12.0+PTX"
+  CUDA_HOME, CUDA_PATH    where nvcc is looked for before PATH and /usr/local/cuda
+  CXX (or CC), CXXFLAGS, NVCCFLAGS, LDFLAGS, MAX_JOBS    as everywhere
+
+Ninja compiles: in parallel, and only what changed. torch is found but not imported: that is slow.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = Path("build/ninja")  # relative to ROOT, like every path in build.ninja
+BINARY = BUILD / "_C.abi3.so"
+KERNELS = Path("csrc/cpu/kernels.cpp")
+
+MIN_TORCH = (2, 10)  # the first release whose stable ABI has all that csrc/torch calls
+MIN_NVCC = (12, 4)  # C++20 and sm_90a came with 12.0, but before 12.4 nvcc refuses g++ 13
+ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # 9.0a because 9.0 has no wgmma
+
+# KERNELS is compiled once with each of these. They are linked in this order, weakest first: of an
+# inline function that several objects carry the linker keeps the first, and it must not be one with
+# instructions that the CPU at hand may lack.
+ISAS = {
+    "x86_64": {
+        "baseline": "",
+        "avx2": "-march=x86-64-v3",
+        "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+    },
+    "aarch64": {
+        "neon": "",
+    },
+}.get(platform.machine(), {"baseline": ""})
+
+CXX_FLAGS = "-std=c++20 -O3 -DNDEBUG -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra"
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr"
+    " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+)
+OUTPUTS = "-MD -MF $out.d -c $in -o $out"
+# The oldest torch and Python whose interfaces are used: newer ones load the binary, older may not.
+ABI_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
+# Where torch has CUDA, libtorch.so leads to libtorch_cuda.so and so to the symbols that csrc/torch
+# declares weak. Nothing refers to libtorch.so itself, so the linker has to be told to keep it.
+TORCH_LIBS = "-ltorch_cpu -lc10 -Wl,--no-as-needed,-ltorch,--as-needed"
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the build with one sentence: a SystemExit comes out of pip without a traceback."""
+    raise SystemExit(f"fusedrnn: {message}")
+
+
+def at_least(found: str, needed: tuple[int, int]) -> bool:
+    return tuple(map(int, re.findall(r"\d+", found)[:2])) >= needed
+
+
+def check_python() -> None:
+    if sys.platform != "linux":
+        fail(f"only Linux is supported for now, and this is {sys.platform}.")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        fail("free-threaded Python has no stable ABI to build for; use the ordinary one.")
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        fail(f"there is no Python.h in {include}; install the package python3-dev (or -devel).")
+
+
+def find_torch() -> Path:
+    """The folder of the installed torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        fail("building needs torch >= 2.10 and finds none; install it first.")
+    found = importlib.metadata.version("torch")
+    if not at_least(found, MIN_TORCH):
+        fail(f"building needs torch >= 2.10 and finds {found} at {spec.origin}; upgrade it.")
+    return Path(spec.origin).parent
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler as words of a command, tried on what the sources ask of it."""
+    names = {"gcc": "g++", "cc": "c++", "clang": "clang++"}
+    cxx = os.environ.get("CXX") or re.sub(  # CC=/usr/bin/gcc-12 means /usr/bin/g++-12
+        r"\b(gcc|cc|clang)(?=(-\d+)?$)", lambda m: names[m[1]], os.environ.get("CC", "").strip()
+    )
+    words = shlex.split(cxx) or [next(filter(shutil.which, names.values()), "g++")]
+    test = f"-std=c++20 {' '.join(ISAS.values())} -fsyntax-only -xc++ {os.devnull}"
+    try:
+        run = subprocess.run([*words, *test.split()], capture_output=True, text=True)
+        problem = run.stderr.split("\n")[0] if run.returncode else ""
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem:
+        fail(
+            f"building needs g++ >= 11 or clang++ >= 12, and '{shlex.join(words)}' cannot be used"
+            f" ({problem}); install one, or name it in CXX."
+        )
+    return words
+
+
+def find_ninja() -> str:
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    return shutil.which("ninja", path=path) or fail(
+        "building needs ninja and finds none; pip install it."
+    )
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to compile with, None to leave CUDA out."""
+    env = os.environ
+    wanted = env.get("FUSEDRNN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        fail(f"FUSEDRNN_CUDA is '{wanted}'; set it to 0 (no CUDA) or 1 (CUDA), or not at all.")
+    if wanted == "0":
+        return None
+    folders = [f"{env[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
+    path = os.pathsep.join([*folders, env.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc:
+        check_nvcc(nvcc, ask_nvcc(nvcc, "--version"))
+    elif wanted:
+        fail("FUSEDRNN_CUDA=1 needs nvcc and finds none; set CUDA_HOME to the CUDA toolkit.")
+    return nvcc
+
+
+def ask_nvcc(nvcc: str, option: str) -> str:
+    return subprocess.run([nvcc, option], capture_output=True, text=True).stdout
+
+
+def check_nvcc(nvcc: str, banner: str) -> None:
+    """`banner` is what `nvcc --version` prints."""
+    release = re.search(r"release (\d+\.\d+)", banner)
+    found = release[1] if release else "of unknown version"
+    if not at_least(found, MIN_NVCC):
+        fail(
+            f"the CUDA sources need nvcc >= 12.4, and {nvcc} is {found}; set CUDA_HOME to a newer"
+            " toolkit, or FUSEDRNN_CUDA=0 to leave CUDA out."
+        )
+
+
+def select_archs(listing: str, asked: str) -> list[str]:
+    """The GPU architectures to compile for; `listing` is what `nvcc --list-gpu-arch` prints.
+
+    "+PTX" adds, as in torch's lists, code that the driver of a newer GPU can compile further.
+    """
+    known = set(re.findall(r"compute_(\d+)", listing))
+    archs = re.findall(r"[^\s,;]+", asked)
+    for arch in archs:
+        form = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        if not form or form[1] + form[2] not in known:
+            names = ", ".join(f"{int(number) / 10}" for number in sorted(known, key=int))
+            fail(f"FUSEDRNN_CUDA_ARCHS has '{arch}', and this nvcc knows {names or 'none'}.")
+    if archs:
+        return archs
+    archs = [arch for arch in ARCHS if re.sub(r"\D", "", arch) in known]
+    # The PTX of 9.0a would serve no other GPU, that of 9.0 serves every newer one.
+    return [*archs, "9.0+PTX"] if archs[-1:] == ["9.0a"] else [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def gencode(arch: str) -> str:
+    name = arch.removesuffix("+PTX").replace(".", "")
+    code = f"[sm_{name},compute_{name}]" if arch.endswith("+PTX") else f"sm_{name}"
+    return f"-gencode=arch=compute_{name},code={code}"
+
+
+def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
+    """build.ninja for the sources now in csrc/."""
+
+    def sources(pattern: str) -> list[Path]:
+        return sorted(path.relative_to(ROOT) for path in ROOT.glob(f"csrc/{pattern}"))
+
+    def words(*args: object) -> str:
+        return shlex.join(map(str, args)).replace("$", "$$")
+
+    def user(variable: str) -> str:
+        return os.environ.get(variable, "").replace("$", "$$")
+
+    defines = [f"-DFUSEDRNN_HAVE_{isa}=1" for isa in ISAS]
+    linker = compiler = words(*cxx)
+    rules = {"cxx": f"{compiler} {CXX_FLAGS} -Icsrc $flags {user('CXXFLAGS')} {OUTPUTS}"}
+    cuda = sources("cuda/**/*.cu") if nvcc else []
+    if nvcc and cuda:
+        listing = ask_nvcc(nvcc, "--list-gpu-arch")
+        archs = select_archs(listing, os.environ.get("FUSEDRNN_CUDA_ARCHS", ""))
+        defines += ["-DFUSEDRNN_WITH_CUDA=1", f'-DFUSEDRNN_CUDA_ARCHS="{";".join(archs)}"']
+        host = next(word for word in reversed(cxx) if word[0] != "-")  # CXX may be "ccache g++"
+        compiler = words(nvcc, "-ccbin", host)
+        flags = f"{NVCC_FLAGS} {words(*map(gencode, archs))} -Icsrc {user('NVCCFLAGS')}"
+        # Registers and spills of each kernel go to a log beside its object, all else is shown.
+        rules["nvcc"] = (
+            f"{compiler} {flags} {OUTPUTS} > $out.log 2>&1; status=$$?;"
+            " grep -v -e '^ptxas info' -e '^ .* bytes stack frame' $out.log; exit $$status"
+        )
+        # nvcc links what it compiled, for it alone knows where its static runtime is.
+        linker = f"{compiler} -forward-unknown-to-host-compiler"
+
+    steps = []  # (rule, source, what tells its object from others of that source, flags)
+    # Only csrc/torch may include torch: nothing else is told where it is.
+    system = words("-isystem", torch / "include", "-isystem", sysconfig.get_path("include"))
+    for source in sources("torch/*.cpp"):
+        steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines)} {system}"))
+    for source in sources("plan/*.cpp") + sources("cpu/*.cpp"):
+        if source != KERNELS:
+            steps.append(("cxx", source, "", words(*defines)))
+    for isa, isa_flags in ISAS.items():
+        steps.append(("cxx", KERNELS, f".{isa}", f"-DFUSEDRNN_ISA={isa} {isa_flags}"))
+    for source in cuda:
+        steps.append(("nvcc", source, "", ""))
+
+    lines = [f"builddir = {BUILD}"]
+    for rule, command in rules.items():
+        lines += [f"rule {rule}", f"  command = {command}", "  description = $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+    lines += ["rule link", f"  command = {linker} -shared $in -o $out {user('LDFLAGS')} $flags"]
+    objects = []
+    for rule, source, part, step_flags in steps:
+        objects.append(str(BUILD / source.with_suffix(f"{part}.o")))
+        lines += [f"build {objects[-1]}: {rule} {source}", f"  flags = {step_flags}"]
+    lines += [f"build {BINARY}: link {' '.join(objects)}"]
+    lines += [f"  flags = {words('-L', torch / 'lib')} {TORCH_LIBS}", ""]
+    return "\n".join(lines)
+
+
+class BuildExt(build_ext):
+    """Has ninja build the one extension module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        check_python()
+        torch, cxx, nvcc = find_torch(), find_cxx(), find_nvcc()
+        print(f"fusedrnn: torch in {torch}, {' '.join(cxx)}, {nvcc or 'no nvcc, for CPUs only'}")
+        file = ROOT / BUILD / "build.ninja"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(ninja_file(torch, cxx, nvcc))
+        jobs = os.environ.get("MAX_JOBS")
+        command = [find_ninja(), "-f", str(BUILD / "build.ninja"), *([f"-j{jobs}"] if jobs else [])]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            fail("the compilation failed; the compiler's messages are above.")
+        target = Path(self.get_ext_fullpath(ext.name))
+        self.mkpath(str(target.parent))
+        self.copy_file(str(ROOT / BINARY), str(target))
+
+
+if __name__ == "__main__":  # the tests import this file
+    setup(
+        ext_modules=[Extension("fusedrnn._C", sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": BuildExt},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

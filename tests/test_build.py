@@ -1,0 +1,321 @@
+"""What setup.py decides, what it says when it cannot build, and what its binary asks for."""
+
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC_12_4 = "compute_50\ncompute_75\ncompute_80\ncompute_86\ncompute_87\ncompute_89\ncompute_90\n"
+NVCC_13_0 = NVCC_12_4.replace("compute_50\n", "") + "compute_100\ncompute_103\ncompute_120\n"
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fusedrnn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Makes an executable that prints the lines given, and returns its path."""
+
+    def make(name: str, *lines: str, status: int = 0) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prints = "".join(f"echo '{line}'\n" for line in lines)
+        path.write_text(f"#!/bin/sh\n{prints}exit {status}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    return make
+
+
+def assert_one_sentence(text: str) -> None:
+    assert re.fullmatch(r"fusedrnn: [^\n]+\.", text), text
+    assert not re.search(r"\. [A-Z]", text), text
+
+
+def run_setup(root: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *args],
+        cwd=root,
+        env={**os.environ, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+# What cannot be built.
+
+
+def stub_torch(folder: Path, version: str) -> Path:
+    info = folder / f"torch-{version}.dist-info"
+    for path, text in {
+        folder / "torch/__init__.py": "raise ImportError('the build must not import torch')",
+        info / "METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n",
+    }.items():
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    return folder
+
+
+def test_old_torch_and_missing_compiler_end_in_one_sentence(tmp_path):
+    site = stub_torch(tmp_path, "2.9.1")
+    for env, expected in (
+        ({"PYTHONPATH": str(site)}, "torch >= 2.10 and finds 2.9.1"),
+        ({"CXX": "/nonexistent"}, "'/nonexistent' cannot be used"),
+        ({"FUSEDRNN_CUDA": "maybe"}, "FUSEDRNN_CUDA is 'maybe'"),
+    ):
+        done = run_setup(ROOT, "build_ext", "--build-lib", str(tmp_path / "lib"), **env)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stdout
+        last = done.stdout.strip().split("\n")[-1]
+        assert_one_sentence(last)
+        assert expected in last
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"),
+    [("2.9.1", False), ("1.13.0", False), ("2.10.0", True), ("2.13.0+cpu", True), ("3.0", True)],
+)
+def test_torch_versions(build, version, enough):
+    assert build.at_least(version, build.MIN_TORCH) is enough
+
+
+def test_missing_torch(build, monkeypatch):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="finds none") as error:
+        build.find_torch()
+    assert_one_sentence(str(error.value))
+
+
+def test_compiler_that_lacks_a_flag_is_named_with_its_complaint(build, monkeypatch, script):
+    compiler = script("old-g++", "unrecognized option -std=c++20", status=1)
+    compiler.write_text(compiler.read_text().replace("echo", "echo >&2"))
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(SystemExit, match="unrecognized option") as error:
+        build.find_cxx()
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("cc", "cxx"),
+    [
+        ("gcc", "g++"),
+        ("gcc-12", "g++-12"),
+        ("clang-16", "clang++-16"),
+        ("x-linux-gcc", "x-linux-g++"),
+    ],
+)
+def test_cc_implies_its_cxx(build, monkeypatch, script, cc, cxx):
+    expected = script(cxx)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CC", str(expected.with_name(cc)))
+    assert build.find_cxx() == [str(expected)]
+
+
+# CUDA: which nvcc, for which GPUs.
+
+
+def test_nvcc_is_taken_from_cuda_home_first(build, monkeypatch, script):
+    banner = "Cuda compilation tools, release 12.8, V12.8.93"
+    first, second = script("home/bin/nvcc", banner), script("path/nvcc", banner)
+    monkeypatch.delenv("FUSEDRNN_CUDA", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(second.parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_HOME", str(first.parent.parent))
+    assert build.find_nvcc() == str(first)
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    assert build.find_nvcc() == str(second)
+    monkeypatch.setenv("FUSEDRNN_CUDA", "0")
+    assert build.find_nvcc() is None
+
+
+def test_nvcc_may_be_absent_unless_required(build, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    monkeypatch.delenv("FUSEDRNN_CUDA", raising=False)
+    assert build.find_nvcc() is None
+    monkeypatch.setenv("FUSEDRNN_CUDA", "1")
+    with pytest.raises(SystemExit, match="needs nvcc and finds none") as error:
+        build.find_nvcc()
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("release", ["release 11.5, V11.5.119", "release 12.3, V12.3.1", ""])
+def test_old_nvcc(build, release):
+    with pytest.raises(SystemExit, match=r"need nvcc >= 12\.4") as error:
+        build.check_nvcc("/usr/bin/nvcc", release)
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("release", ["release 12.4, V12.4.131", "release 13.0, V13.0.88"])
+def test_new_nvcc(build, release):
+    build.check_nvcc("/usr/bin/nvcc", f"Cuda compilation tools, {release}")
+
+
+@pytest.mark.parametrize(
+    ("listing", "asked", "archs"),
+    [
+        (NVCC_12_4, "", "8.0 8.6 8.9 9.0a 9.0+PTX"),
+        (NVCC_13_0, "", "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"),
+        (NVCC_13_0, "9.0a;8.0", "9.0a 8.0"),
+        (NVCC_13_0, "8.0, 12.0+PTX", "8.0 12.0+PTX"),
+    ],
+)
+def test_architectures(build, listing, asked, archs):
+    assert build.select_archs(listing, asked) == archs.split()
+
+
+@pytest.mark.parametrize("asked", ["7.0", "9.0b", "90", "sm_90", "8.0;13.7"])
+def test_unknown_architectures(build, asked):
+    with pytest.raises(SystemExit, match=r"this nvcc knows .*8\.0, 8\.6.*12\.0") as error:
+        build.select_archs(NVCC_13_0, asked)
+    assert_one_sentence(str(error.value))
+
+
+def test_gencode(build):
+    assert build.gencode("9.0a") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert build.gencode("12.0+PTX") == "-gencode=arch=compute_120,code=[sm_120,compute_120]"
+
+
+# What is compiled, and how.
+
+
+@pytest.fixture
+def sources(build, monkeypatch, tmp_path):
+    """A source tree of empty files in place of ours."""
+    names = ("torch/module.cpp", "plan/planner.cpp", "cpu/kernels.cpp", "cpu/dispatch.cpp")
+    for name in names:
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    for name in ("CXXFLAGS", "LDFLAGS", "NVCCFLAGS", "FUSEDRNN_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "csrc"
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """Object -> its flags, in the order in which build.ninja has them."""
+    found = re.findall(r"^build build/ninja/csrc/(\S+): \S+ \S+\n  flags = (.*)$", text, re.M)
+    assert found
+    return dict(found)
+
+
+def test_only_csrc_torch_sees_torch(build, sources):
+    flags = flags_of(build.ninja_file(Path("/site/torch"), ["g++"], None))
+    assert {name for name, line in flags.items() if "/site/torch" in line} == {"torch/module.o"}
+
+
+def test_kernels_are_compiled_once_for_each_instruction_set_weakest_first(build, sources):
+    text = build.ninja_file(Path("/site/torch"), ["g++"], None)
+    flags = {name: line for name, line in flags_of(text).items() if "kernels" in name}
+    assert list(flags) == [f"cpu/kernels.{isa}.o" for isa in build.ISAS]
+    for isa, line in zip(build.ISAS, flags.values(), strict=True):
+        assert f"-DFUSEDRNN_ISA={isa} {build.ISAS[isa]}".strip() == line.strip()
+    assert next(iter(build.ISAS.values())) == ""  # the first runs on every such processor
+    linked = re.search(r"^build build/ninja/_C\S+: link (.*)$", text, re.M)[1].split()
+    assert linked[-len(flags) :] == [f"build/ninja/csrc/{name}" for name in flags]
+    for name in ("torch/module.o", "plan/planner.o", "cpu/dispatch.o"):
+        assert all(f"-DFUSEDRNN_HAVE_{isa}=1" in flags_of(text)[name] for isa in build.ISAS)
+
+
+def test_cuda_sources_are_compiled_when_there_are_any(build, sources, script):
+    nvcc = str(script("nvcc", *NVCC_13_0.split()))
+    without = build.ninja_file(Path("/site/torch"), ["g++"], nvcc)
+    assert "nvcc" not in without
+    assert "WITH_CUDA" not in without
+    (sources / "cuda/stepwise").mkdir(parents=True)
+    (sources / "cuda/stepwise/kernel.cu").touch()
+    text = build.ninja_file(Path("/site/torch"), ["ccache", "g++", "-m64"], nvcc)
+    assert "build build/ninja/csrc/cuda/stepwise/kernel.o: nvcc " in text
+    assert f"{nvcc} -ccbin g++ " in text
+    module = flags_of(text)["torch/module.o"]
+    assert "-DFUSEDRNN_WITH_CUDA=1" in module
+    assert """'-DFUSEDRNN_CUDA_ARCHS="8.0;8.6;8.9;9.0a;10.0;12.0+PTX"'""" in module
+    assert "cuda" not in build.ninja_file(Path("/site/torch"), ["g++"], None)
+
+
+def test_flags_of_the_environment_are_kept(build, sources, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-fsanitize=address -DX=$HOME")
+    monkeypatch.setenv("LDFLAGS", "-fsanitize=address")
+    text = build.ninja_file(Path("/site/torch"), ["g++"], None)
+    assert "-fsanitize=address -DX=$$HOME" in text
+    assert re.search("-shared .* -fsanitize=address", text)
+
+
+# What was built.
+
+
+def binary_lines(*command: str) -> list[str]:
+    origin = importlib.util.find_spec("fusedrnn._C").origin
+    tool = shutil.which(command[0]) or pytest.skip(f"needs {command[0]}")
+    run = subprocess.run([tool, *command[1:], origin], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def test_binary_needs_only_what_every_torch_has():
+    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", "\n".join(binary_lines("readelf", "-d"))))
+    torch = {"libtorch", "libtorch_cpu", "libc10"}  # no libtorch_cuda, no libcudart
+    system = {"libstdc", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread", "ld"}
+    assert "libtorch" in needed  # the way to the CUDA symbols, see TORCH_LIBS
+    assert needed <= torch | system
+
+
+def test_binary_uses_only_the_stable_abi_of_torch_and_python():
+    names = [line.split()[-1] for line in binary_lines("nm", "-D", "--undefined-only")]
+    assert [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)", name)] == []
+    private = re.compile(r"_Py(?!_(NoneStruct|TrueStruct|FalseStruct|Dealloc))")
+    assert [name for name in names if private.match(name)] == []
+
+
+def test_binary_exports_nothing_that_could_clash():
+    names = [line.split()[-1] for line in binary_lines("nm", "-D", "--defined-only")]
+    assert "PyInit__C" in names
+    assert [name for name in names if "fusedrnn" in name or name.startswith("cuda")] == []
+
+
+def test_binary_has_every_instruction_set(build):
+    import torch
+
+    import fusedrnn  # noqa: F401  (registers the ops)
+
+    assert sorted(torch.ops.fusedrnn.cpu_variants()) == sorted(build.ISAS)
+
+
+@pytest.mark.slow
+def test_builds_are_incremental_and_the_wheel_serves_every_python(tmp_path):
+    root = tmp_path / "fusedrnn"
+    for name in ("csrc", "fusedrnn"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+
+    def compiled() -> set[str]:
+        done = run_setup(root, "build_ext", FUSEDRNN_CUDA="0")
+        assert done.returncode == 0, done.stdout
+        return set(re.findall(r"^\[\d+/\d+\] build/ninja/csrc/(\S+)\.o$", done.stdout, re.M))
+
+    everything = compiled()
+    assert {"torch", "plan", "cpu"} == {name.split("/")[0] for name in everything}
+    assert compiled() == set()
+    (root / "csrc/cpu/kernels.cpp").touch()
+    assert compiled() == {name for name in everything if name.startswith("cpu/kernels.")}
+    (root / "csrc/plan/problem.h").touch()
+    assert any(name.startswith("torch/") for name in compiled())
+
+    done = run_setup(root, "bdist_wheel", FUSEDRNN_CUDA="0")
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (root / "dist").iterdir()
+    assert re.fullmatch(r"fusedrnn-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
