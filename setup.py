@@ -96,16 +96,17 @@ def find_cxx() -> list[str]:
     """The C++ compiler as words of a command, tried on what the sources ask of it."""
     names = {"gcc": "g++", "cc": "c++", "clang": "clang++"}
     cxx = os.environ.get("CXX") or re.sub(  # CC=/usr/bin/gcc-12 means /usr/bin/g++-12
-        r"\b(gcc|cc|clang)(?=(-\d+)?$)", lambda m: names[m[1]], os.environ.get("CC", "").strip()
+        r"\b(gcc|cc|clang)(?=(-\d+)?(\s|$))", lambda m: names[m[1]], os.environ.get("CC", "")
     )
     words = shlex.split(cxx) or [next(filter(shutil.which, names.values()), "g++")]
     test = f"-std=c++20 {' '.join(ISAS.values())} -fsyntax-only -xc++ {os.devnull}"
     try:
         run = subprocess.run([*words, *test.split()], capture_output=True, text=True)
-        problem = run.stderr.split("\n")[0] if run.returncode else ""
+        problem = run.stderr.split("\n")[0] or f"status {run.returncode}"
+        works = run.returncode == 0
     except OSError as error:
-        problem = str(error.strerror)
-    if problem:
+        works, problem = False, str(error.strerror)
+    if not works:
         fail(
             f"building needs g++ >= 11 or clang++ >= 12, and '{shlex.join(words)}' cannot be used"
             f" ({problem}); install one, or name it in CXX."

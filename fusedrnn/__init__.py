@@ -1,9 +1,22 @@
 """RNN, GRU and LSTM stacks as fused kernels: drop-in for torch.nn's."""
 
-import torch  # noqa: F401  (the extension's symbols come from its libraries)
+import torch  # noqa: F401  (its libraries have the symbols that the extension needs)
 
-from fusedrnn import _C  # noqa: F401  (registers the ops)
 from fusedrnn._version import __version__
+from fusedrnn.inspect import explain, info
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.swap import swap, unswap
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "__version__"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "explain",
+    "info",
+    "swap",
+    "unswap",
+]

@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_options.add_arguments(commands.add_parser("demo", help=demo, description=demo))
     options = parser.parse_args(arguments)
     if options.command == "info":
-        print(fusedrnn.info())
+        for name, value in fusedrnn.info().items():
+            print(f"{name}: {value}")
         return 0
     try:
         from fusedrnn.demo import cli  # here, as rich and matplotlib are an optional dependency

@@ -184,6 +184,8 @@ class _Fused(nn.RNNBase):
         mask = x.new_empty(
             (self.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
         )
+        if self.dropout == 1:
+            return mask.zero_()  # here torch draws nothing
         for layer in mask:
             layer.bernoulli_(1 - self.dropout)
         return mask

@@ -19,8 +19,9 @@ from fusedrnn.demo.options import DemoError
 from fusedrnn.demo.report import Report
 from fusedrnn.demo.result import Epoch, Result, perplexity
 
-WORDS = "the time traveller for so it will be convenient to speak of him was expounding".split()
+WORDS = ("the", "time", "traveller", "for", "so", "it", "will", "be", "convenient", "to", "speak")
 TINY = ["--hidden=16", "--layers=1", "--batch=4", "--steps=8", "--epochs=2", "--device=cpu"]
+TINY += ["--lr=1"]  # at higher rates training amplifies rounding faster than these tests allow
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_random_batches_differ_from_epoch_to_epoch():
 
 def test_too_few_tokens_for_one_batch():
     assert text.batches_per_epoch(15, 2, 5) == 1
-    with pytest.raises(DemoError, match="14 characters are too few.* needs 15"):
+    with pytest.raises(DemoError, match=r"14 characters are too few.* needs 15"):
         text.batches_per_epoch(14, 2, 5)
 
 

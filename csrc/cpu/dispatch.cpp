@@ -1,4 +1,7 @@
 // Chooses the variant of the kernels for the processor that runs, once.
+//
+// The question is asked here and not in kernels.cpp: that is compiled with instructions that the
+// processor may lack.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -9,7 +12,6 @@
 namespace fusedrnn {
 
 // The build says which variants are in the binary.
-
 #if FUSEDRNN_HAVE_avx512
 extern const Kernels kernels_avx512;
 #endif
@@ -23,22 +25,25 @@ extern const Kernels kernels_neon;
 extern const Kernels kernels_baseline;
 #endif
 
-const Kernels* const* compiled_kernels() {
-  static const Kernels* const all[] = {
+const Variant* variants(int* count) {
+#define HAS(feature) bool(__builtin_cpu_supports(feature))
+  static const Variant all[] = {
 #if FUSEDRNN_HAVE_avx512
-      &kernels_avx512,
+      {&kernels_avx512, HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") &&
+                            HAS("avx512vl") && HAS("fma") && HAS("bmi2")},
 #endif
 #if FUSEDRNN_HAVE_avx2
-      &kernels_avx2,
+      {&kernels_avx2, HAS("avx2") && HAS("fma") && HAS("bmi2")},
 #endif
 #if FUSEDRNN_HAVE_neon
-      &kernels_neon,
+      {&kernels_neon, true},
 #endif
 #if FUSEDRNN_HAVE_baseline
-      &kernels_baseline,
+      {&kernels_baseline, true},
 #endif
-      nullptr,
   };
+#undef HAS
+  *count = int(sizeof all / sizeof *all);
   return all;
 }
 
@@ -46,13 +51,16 @@ namespace {
 const Kernels& choose() {
   const char* wanted = std::getenv("FUSEDRNN_CPU");
   std::string names;
-  for (auto k = compiled_kernels(); *k; k++) {
-    if (!(*k)->supported()) continue;
-    if (!wanted || !*wanted || std::strcmp(wanted, (*k)->name) == 0) return **k;
-    names += std::string(names.empty() ? "" : ", ") + (*k)->name;
+  int count;
+  const Variant* all = variants(&count);
+  for (int i = 0; i < count; i++) {
+    if (!all[i].supported) continue;
+    const char* name = all[i].kernels->name;
+    if (!wanted || !*wanted || std::strcmp(wanted, name) == 0) return *all[i].kernels;
+    names += std::string(names.empty() ? "" : ", ") + name;
   }
-  throw std::runtime_error(std::string("FUSEDRNN_CPU=") + (wanted ? wanted : "") +
-                           " is not an instruction set that this build and this processor have: " + names);
+  throw std::runtime_error(std::string("FUSEDRNN_CPU is ") + wanted +
+                           ", which this build or this processor lacks; choose from: " + names);
 }
 }  // namespace
 

@@ -3,8 +3,8 @@
 // B [K, N] is packed into panels of kPanel columns: panel after panel, each [K][its columns rounded
 // up to a vector], zeros behind the last column. One panel and kRows rows of A are multiplied in
 // registers: kRows * kPanelVectors accumulators, one row of the panel and one element of A at a time.
-// Every element of C is one chain of multiply-adds in the order of k, whatever the tiling: results
-// do not depend on how rows are split over threads.
+// Every element of C is the same chains of multiply-adds whatever the tiling of rows: results do
+// not depend on how rows are split over threads.
 #pragma once
 #include "cpu/simd.h"
 
@@ -50,12 +50,14 @@ void pack_panels(C* dst, const S* src, int64_t K, int64_t sk, int64_t sn, int64_
 }
 
 // R rows of A times one panel of V vectors. A[r, k] = a[r * ar + k * ak]; rows of C hold `cols`.
+// A narrow panel leaves registers free: they take every second (fourth) k, which hides the latency
+// of the additions and halves the rounding.
 template <class C, int R, int V>
 __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64_t ak, const C* panel,
                                         C* c, int64_t ldc, int64_t cols, bool accumulate) {
-  constexpr int w = Lanes<C>::kWidth;
-  Vec<C> acc[R][V] = {};
-  for (int64_t k = 0; k < K; k++) {
+  constexpr int w = Lanes<C>::kWidth, kChains = Panels<C>::kVectors / V;
+  Vec<C> acc[R][V] = {}, more[kChains][R][V] = {};  // more[0] is not used
+  auto add = [&](Vec<C>(&to)[R][V]) __attribute__((always_inline)) {
     Vec<C> b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) b[v] = load(panel + v * w);
@@ -63,11 +65,24 @@ __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64
     for (int r = 0; r < R; r++) {
       const Vec<C> x = broadcast<C>(a[r * ar]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[r][v] += x * b[v];
+      for (int v = 0; v < V; v++) to[r][v] += x * b[v];
     }
     panel += V * w;
     a += ak;
+  };
+  int64_t k = 0;
+  for (; k + kChains <= K; k += kChains) {
+    add(acc);
+#pragma GCC unroll 8
+    for (int chain = 1; chain < kChains; chain++) add(more[chain]);
   }
+  for (; k < K; k++) add(acc);
+#pragma GCC unroll 8
+  for (int chain = 1; chain < kChains; chain++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] += more[chain][r][v];
   if (cols == V * w) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)

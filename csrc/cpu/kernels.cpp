@@ -38,18 +38,6 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
   return with_cell(p.cell, [&](auto cell) { return with_dtype(p.dtype, [&](auto s) { return f(cell, s); }); });
 }
 
-bool supported() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-#else
-  return true;
-#endif
-}
-
 PackedOffsets forward_offsets_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype, [&](auto s) { return forward_offsets<Compute<decltype(s)>>(p, layer); });
 }
@@ -88,10 +76,8 @@ void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scra
 namespace fusedrnn {
 extern const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA);
 const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
-    FUSEDRNN_STRING(FUSEDRNN_ISA), kVectorBytes,    supported,
-    forward_offsets_of,            backward_offsets_of, pack_forward_of,
-    pack_backward_of,              rows_scratch_of, forward_of,
-    backward_of,                   weight_tasks,    weight_scratch_of,
-    weight_grad_of,
+    FUSEDRNN_STRING(FUSEDRNN_ISA), kVectorBytes,
+    forward_offsets_of, backward_offsets_of, pack_forward_of, pack_backward_of, rows_scratch_of,
+    forward_of, backward_of, weight_tasks, weight_scratch_of, weight_grad_of,
 };
 }  // namespace fusedrnn

@@ -73,7 +73,6 @@ struct Backward : Common {
 struct Kernels {
   const char* name;
   int vector_bytes;
-  bool (*supported)();
   PackedOffsets (*forward_offsets)(const Problem&, int64_t layer);
   PackedOffsets (*backward_offsets)(const Problem&, int64_t layer);
   void (*pack_forward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
@@ -90,7 +89,12 @@ struct Kernels {
 
 // Rows first_row .. end_row are places in Sequence::order.
 
-const Kernels& kernels();                  // the best that this processor runs, or FUSEDRNN_CPU's
-const Kernels* const* compiled_kernels();  // all in the binary, best first, null at the end
+struct Variant {
+  const Kernels* kernels;
+  bool supported;  // by this processor
+};
+
+const Kernels& kernels();  // the best that this processor runs, or the one that FUSEDRNN_CPU names
+const Variant* variants(int* count);  // all in the binary, best first
 
 }  // namespace fusedrnn

@@ -1,11 +1,13 @@
-// exp-based tanh and sigmoid on vectors, for float and double: branch-free, odd/monotone at the
-// ends, NaN passes.
+// tanh and sigmoid on vectors, for float and double, within 1.5 ulp: branch-free, NaN passes.
 //
 // Both start from  x = n ln2 + r, |r| <= ln2/2, and the polynomial of expm1(r):
 //   sigmoid(x) = 1/(1+e) for x >= 0 and e/(1+e) below,   e = exp(-|x|)
-//   tanh(x)    = -m/(m+2) with the sign of x,            m = expm1(-2|x|)
+//   tanh(x)    = -m/(2+m) with the sign of x,            m = expm1(-2|x|)
 // The argument is never positive, so nothing overflows; expm1 keeps the relative accuracy of tanh
-// near 0. Cody and Waite, Software Manual for the Elementary Functions, 1980, for the reduction.
+// near 0. Sums are kept with their rounding error, and the quotient is corrected by its remainder:
+// torch's own functions are good to 1 ulp, and the contract allows twice their error.
+// Cody and Waite, Software Manual for the Elementary Functions, 1980, for the reduction; Dekker,
+// Numerische Mathematik 18, 1971, for the sums.
 #pragma once
 #include "cpu/simd.h"
 
@@ -37,15 +39,15 @@ struct ExpConstants<double> {
       1. / 40320,   1. / 362880,   1. / 3628800,   1. / 39916800,   1. / 479001600,   1. / 6227020800};
 };
 
-// x = n ln2 + r; returns expm1(r) and n, both as a value and as an integer.
+// expm1(r) and n of x = n ln2 + r.
 template <class C>
 struct Reduced {
-  Vec<C> expm1_r, n;
-  typename Lanes<C>::Int n_int;
+  Vec<C> expm1_r;
+  typename Lanes<C>::Int n;
 };
 
 template <class C>
-FUSEDRNN_INLINE Reduced<C> reduce_expm1(Vec<C> x) {
+FUSEDRNN_INLINE Reduced<C> reduce(Vec<C> x) {
   using K = ExpConstants<C>;
   using Int = typename Lanes<C>::Int;
   const Vec<C> shifted = x * K::kLog2e + K::kRound;
@@ -53,11 +55,10 @@ FUSEDRNN_INLINE Reduced<C> reduce_expm1(Vec<C> x) {
   const Vec<C> r = (x - n * K::kLn2Hi) - n * K::kLn2Lo;
   Vec<C> q = broadcast<C>(K::kTaylor[K::kTerms - 1]);
   for (int k = K::kTerms - 2; k >= 0; k--) q = q * r + K::kTaylor[k];
-  const Vec<C> round = broadcast<C>(K::kRound);
-  return {r + r * r * q, n, bit_cast<Int>(shifted) - bit_cast<Int>(round)};
+  return {r + r * r * q, bit_cast<Int>(shifted) - bit_cast<Int>(broadcast<C>(K::kRound))};
 }
 
-// 2^n for an n whose power is a normal number.
+// 2^n where that is a normal number.
 template <class C>
 FUSEDRNN_INLINE Vec<C> power_of_two(typename Lanes<C>::Int n) {
   return bit_cast<Vec<C>>((n + ExpConstants<C>::kBias) << ExpConstants<C>::kMantissa);
@@ -72,21 +73,55 @@ FUSEDRNN_INLINE Vec<C> flip_sign(Vec<C> x, typename Lanes<C>::Int sign) {
   return bit_cast<Vec<C>>(bit_cast<typename Lanes<C>::Int>(x) ^ sign);
 }
 
-// exp(x) for x <= 0, into the subnormals.
+// A number as the sum of two, the second below the rounding of the first.
 template <class C>
-FUSEDRNN_INLINE Vec<C> exp_negative(Vec<C> x) {
-  const Vec<C> clamped = x < ExpConstants<C>::kSmallest ? broadcast<C>(ExpConstants<C>::kSmallest) : x;
-  const Reduced<C> e = reduce_expm1<C>(clamped);
-  const auto half = e.n_int >> 1;  // two steps: 2^n itself may be subnormal
-  return (1 + e.expm1_r) * power_of_two<C>(half) * power_of_two<C>(e.n_int - half);
+struct Sum {
+  Vec<C> hi, lo;
+};
+// a + b for |a| >= |b|, with what the addition rounds away.
+template <class C>
+FUSEDRNN_INLINE Sum<C> exact_sum(Vec<C> a, Vec<C> b) {
+  const Vec<C> hi = a + b;
+  return {hi, b - (hi - a)};
+}
+
+// 1/x to nearly full precision, for normal x.
+template <class C>
+FUSEDRNN_INLINE Vec<C> reciprocal(Vec<C> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) {
+    const Vec<C> y = bit_cast<Vec<C>>(_mm512_rcp14_ps(bit_cast<__m512>(x)));
+    return y + y * (1 - x * y);
+  }
+#endif
+  return 1 / x;
+}
+
+// a / b for b in [1, 2], rounded about once.
+template <class C>
+FUSEDRNN_INLINE Vec<C> quotient(Sum<C> a, Sum<C> b) {
+  const Vec<C> inverse = reciprocal<C>(b.hi);
+  const Vec<C> q = a.hi * inverse;
+  const Vec<C> remainder = (a.hi - q * b.hi) + (a.lo - q * b.lo);
+  return q + remainder * inverse;
 }
 
 struct VectorMath {
   template <class V>
   static FUSEDRNN_INLINE V sigmoid(V x) {
     using C = __decltype(x[0] + x[0]);
-    const V e = exp_negative<C>(-flip_sign<C>(x, sign_bit<C>(x)));
-    return (x < 0 ? e : broadcast<C>(1)) / (1 + e);
+    using K = ExpConstants<C>;
+    V y = -flip_sign<C>(x, sign_bit<C>(x));
+    y = y < K::kSmallest ? broadcast<C>(K::kSmallest) : y;
+    const Reduced<C> e = reduce<C>(y);
+    const auto half = e.n >> 1;  // scaled in two steps: 2^n itself may be subnormal
+    const V scale = power_of_two<C>(half), rest = power_of_two<C>(e.n - half);
+    const Sum<C> u = exact_sum<C>(broadcast<C>(1), e.expm1_r);
+    const Sum<C> exp_y{u.hi * scale * rest, u.lo * scale * rest};
+    Sum<C> below = exact_sum<C>(broadcast<C>(1), exp_y.hi);
+    below.lo += exp_y.lo;
+    const auto negative = x < 0;
+    return quotient<C>({negative ? exp_y.hi : broadcast<C>(1), negative ? exp_y.lo : V{}}, below);
   }
 
   template <class V>
@@ -96,10 +131,12 @@ struct VectorMath {
     const auto sign = sign_bit<C>(x);
     V y = -2 * flip_sign<C>(x, sign);
     y = y < K::kSaturated ? broadcast<C>(K::kSaturated) : y;
-    const Reduced<C> e = reduce_expm1<C>(y);
-    const V two_n = power_of_two<C>(e.n_int);
-    const V m = e.expm1_r * two_n + (two_n - 1);
-    const V t = m / (m + 2);  // in (-1, 0]
+    const Reduced<C> e = reduce<C>(y);
+    const V two_n = power_of_two<C>(e.n);
+    const Sum<C> m = exact_sum<C>(two_n - 1, e.expm1_r * two_n);
+    Sum<C> below = exact_sum<C>(broadcast<C>(2), m.hi);
+    below.lo += m.lo;
+    const V t = quotient<C>(m, below);  // in (-1, 0]
     return flip_sign<C>(t, sign_bit<C>(t) ^ sign);
   }
 };

@@ -9,9 +9,10 @@
 
 namespace {
 
-constexpr int64_t kTokenBlock = 256;   // tokens packed at a time
+constexpr int64_t kTokenBlock = 128;   // tokens packed at a time; short, for the sake of rounding
 constexpr int64_t kColumnBlock = 512;  // columns packed at a time
 constexpr int64_t kBiasTile = 64;      // slot columns of one bias task
+constexpr int64_t kBiasBlock = 16;     // tokens added before they join the sum, for the same sake
 
 enum Matrix { kIH, kHH, kBias, kHR, kMatrices };
 // Places in Weights and in Backward::dweights.
@@ -93,12 +94,17 @@ void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, con
                C* db_ih, C* db_hh) {
   C total[kBiasTile] = {};
   for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
-    C sum[kBiasTile] = {};
-    for (int64_t k = k0; k < min(seq.valid, k0 + kTokenBlock); k++) {
-      const C* from = dgates + seq.token(seq.valid_step[k], seq.valid_row[k]) * ld + column;
-      for (int64_t j = 0; j < cols; j++) sum[j] += from[j];
+    const int64_t k2 = min(seq.valid, k0 + kTokenBlock);
+    C block[kBiasTile] = {};
+    for (int64_t k1 = k0; k1 < k2; k1 += kBiasBlock) {
+      C sum[kBiasTile] = {};
+      for (int64_t k = k1; k < min(k2, k1 + kBiasBlock); k++) {
+        const C* from = dgates + seq.token(seq.valid_step[k], seq.valid_row[k]) * ld + column;
+        for (int64_t j = 0; j < cols; j++) sum[j] += from[j];
+      }
+      for (int64_t j = 0; j < cols; j++) block[j] += sum[j];
     }
-    for (int64_t j = 0; j < cols; j++) total[j] += sum[j];
+    for (int64_t j = 0; j < cols; j++) total[j] += block[j];
   }
   auto put = [&](C* db, const Run& run) {
     if (!db) return;

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "cpu/stack.h"
+#include "plan/cpu_plan.h"
 
 namespace fusedrnn {
 namespace {
@@ -28,15 +29,6 @@ void run_tasks(const Tensor& like, int64_t count, int64_t scratch_bytes, const T
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
         task(i, base + worker * scratch_bytes);
   });
-}
-
-// Rows of the batch that a task takes through all steps: one share a thread, and no more than keep
-// their states and gates in the second cache.
-int64_t rows_per_task(const Sequence& seq) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = 32, even = (seq.batch + threads - 1) / threads;
-  const int64_t shares = (even + most - 1) / most;
-  return std::max<int64_t>(1, (even + shares - 1) / std::max<int64_t>(1, shares));
 }
 
 // ---- tensors as pointers ----
@@ -219,8 +211,8 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
     k.pack_forward(p, a.weights[which], which / D, to + at[which] * size, i % kPackParts, kPackParts);
   });
 
-  const int64_t rows = rows_per_task(a.seq);
-  run_tasks(call.x, (a.seq.batch + rows - 1) / rows, k.rows_scratch(p, rows), [&](int64_t i, char* scratch) {
+  const auto [rows, tasks] = plan_cpu(a.seq.batch, torch::stable::get_num_threads());
+  run_tasks(call.x, tasks, k.rows_scratch(p, rows), [&, rows = rows](int64_t i, char* scratch) {
     k.forward(a, i * rows, std::min(a.seq.batch, (i + 1) * rows), scratch);
   });
   return {y, hn, cn, reserve};
@@ -287,8 +279,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
   const Tensor dproj = empty({p.proj_size ? D : 0, tokens, p.out_size()});
   const Tensor hidden = empty({p.proj_size ? D : 0, tokens, p.hidden_size});
   a.dproj = dproj.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr();
-  const int64_t rows = rows_per_task(a.seq), size = compute_bytes(p.dtype);
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t size = compute_bytes(p.dtype), threads = torch::stable::get_num_threads();
+  const auto [rows, tasks] = plan_cpu(B, threads);
 
   for (int64_t layer = p.num_layers - 1; layer >= lowest; layer--) {
     a.layer = layer;
@@ -305,7 +297,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
     const bool want_input = layer > lowest || (layer == 0 && need_x);
     Tensor grad_in = layer == 0 ? dx : empty({want_input ? tokens : 0, out});
     a.grad_in = want_input ? grad_in.mutable_data_ptr() : nullptr;
-    run_tasks(call.x, (B + rows - 1) / rows, k.rows_scratch(p, rows), [&](int64_t i, char* scratch) {
+    run_tasks(call.x, tasks, k.rows_scratch(p, rows), [&, rows = rows](int64_t i, char* scratch) {
       k.backward(a, i * rows, std::min(B, (i + 1) * rows), scratch);
     });
 

@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "cpu/stack.h"
+#include "plan/cpu_plan.h"
 #include "torch/cpu.h"
 
 namespace {
@@ -65,8 +66,10 @@ PyObject* reserve_bytes(PyObject*, PyObject* args) {
 
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
-  for (auto k = compiled_kernels(); list && *k; k++) {
-    PyObject* entry = Py_BuildValue("(sO)", (*k)->name, (*k)->supported() ? Py_True : Py_False);
+  int count;
+  const Variant* all = variants(&count);
+  for (int i = 0; list && i < count; i++) {
+    PyObject* entry = Py_BuildValue("(sO)", all[i].kernels->name, all[i].supported ? Py_True : Py_False);
     if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
     Py_XDECREF(entry);
   }
@@ -75,6 +78,13 @@ PyObject* cpu_variants(PyObject*, PyObject*) {
 
 PyObject* cpu_variant(PyObject*, PyObject*) {
   return guarded([] { return PyUnicode_FromString(kernels().name); });
+}
+
+PyObject* cpu_plan(PyObject*, PyObject* args) {
+  long long batch, threads;
+  if (!PyArg_ParseTuple(args, "LL", &batch, &threads)) return nullptr;
+  const CpuPlan plan = plan_cpu(batch, threads);
+  return Py_BuildValue("(LL)", (long long)plan.rows_per_task, (long long)plan.tasks);
 }
 
 PyObject* cuda_archs(PyObject*, PyObject*) {
@@ -90,6 +100,7 @@ PyMethodDef methods[] = {
      "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional) -> bytes per token"},
     {"cpu_variants", cpu_variants, METH_NOARGS, "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
+    {"cpu_plan", cpu_plan, METH_VARARGS, "cpu_plan(batch, threads) -> (rows a task, tasks)"},
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -51,7 +51,10 @@ def build(
 
 def detach(state: State) -> State:
     """The state cut from its past, so that gradients stop at the batch's first step."""
-    return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+    if isinstance(state, tuple):
+        h, c = state
+        return h.detach(), c.detach()
+    return None if state is None else state.detach()
 
 
 @torch.no_grad()

@@ -71,12 +71,12 @@ class Report:
             )
         self.console.print(table)
         self.console.print(
-            "tokens/s: of whole training, median of the epochs; speed: median of the ratios of "
-            "paired turns"
+            "tokens/s: all of training, median epoch; speed: median of the paired ratios"
         )
         self.console.print(
-            "largest relative difference of the perplexity curves: "
-            f"{result.largest_difference():.1e}"
+            f"relative difference of the perplexities: {result.differences()[0]:.1e} in epoch 1, "
+            f"{result.largest_difference():.1e} at most\n"
+            "(training amplifies rounding, the more the higher the learning rate)"
         )
         for name, text in zip(NAMES, result.texts, strict=True):
             self.console.print(f"{name:>8}: {text}", markup=False)

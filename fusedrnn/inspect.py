@@ -1,0 +1,65 @@
+"""`info` and `explain`: what is installed, and what would run."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import _C
+from fusedrnn._version import __version__
+from fusedrnn.modules import _Fused, fallback_reason
+
+
+def info() -> dict[str, str]:
+    """Versions, the CPU instruction set in use, the GPUs the binary is for, the devices here."""
+    variants = [name if here else f"{name} (not this CPU's)" for name, here in _C.cpu_variants()]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fusedrnn": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu kernels": f"{_C.cpu_variant()}, compiled: {', '.join(variants)}",
+        "cpu threads": str(torch.get_num_threads()),
+        "cuda kernels": _C.cuda_archs() or "none in this build",
+        "cuda devices": ", ".join(gpus) or "none",
+    }
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
+    """Which kernels `module(input)` would run, how the work is divided, and why not faster ones.
+
+    Runs nothing. `module` is any torch.nn recurrent layer, swapped or not.
+
+    Raises:
+        TypeError: `module` is not a recurrent layer.
+    """
+    if not isinstance(module, nn.RNNBase):
+        raise TypeError(f"expected an RNN, GRU or LSTM, got {type(module).__name__}")
+    packed = isinstance(input, PackedSequence)
+    data: Any = input.data if packed else input
+    head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}:"
+    if not isinstance(module, _Fused):
+        return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
+    reason = fallback_reason(module, data)
+    if reason:
+        return f"{head} torch.nn's own kernels, because {reason}"
+    if packed:
+        batch = int(input.batch_sizes[0])
+    else:
+        batch = 1 if data.dim() == 2 else data.shape[0 if module.batch_first else 1]
+    threads = torch.get_num_threads()
+    rows, tasks = _C.cpu_plan(batch, threads)
+    lines = [
+        f"fused CPU kernels for {_C.cpu_variant()}",
+        f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} threads, "
+        "each through all layers and steps without a barrier",
+    ]
+    if tasks < threads:
+        lines.append(f"{threads - tasks} threads idle: the batch has too few rows to divide")
+    if data.dtype in (torch.bfloat16, torch.float16):
+        lines.append(f"{data.dtype} is computed in float32: half the memory, not twice the speed")
+    return "\n  ".join([head, *lines])

@@ -1,0 +1,27 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Examples differ in cost by far: time per example says nothing here.
+settings.register_profile("fusedrnn", deadline=None)
+settings.load_profile("fusedrnn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    torch.manual_seed(0)
+    # torch.nn's recurrent layers meet at a barrier each step: with a thread for every core they
+    # take minutes as soon as anything else runs. Tests of threads set their own number.
+    torch.set_num_threads(1)

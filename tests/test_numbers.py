@@ -1,0 +1,273 @@
+"""Outputs, states and all gradients against float64, by the rule in tolerances.py."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cases import CELLS, DTYPES, make_pair, random_state, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_as_exact_as_torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fusedrnn
+
+# T, B, input_size, hidden_size
+SIZES = [(1, 1, 1, 1), (5, 3, 4, 5), (7, 33, 1, 33), (3, 5, 33, 257)]
+
+
+def widen(x):
+    return x._replace(data=x.data.double()) if isinstance(x, PackedSequence) else x.double()
+
+
+def compare(plain, fused, x, states, **kwargs) -> None:
+    exact_module = copy.deepcopy(plain).double()
+    exact_states = states and tuple(s.double() for s in states)
+    exact = run(exact_module, widen(x), exact_states, **kwargs)
+    eps = torch.finfo(plain.weight_ih_l0.dtype).eps
+    noise = []
+    for _ in range(3 if eps > 1e-10 else 0):
+
+        def moved(t):
+            return t * (1 + eps * (2 * torch.rand_like(t) - 1))
+
+        module = copy.deepcopy(exact_module)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(moved(p))
+        wide = widen(x)
+        near = wide._replace(data=moved(wide.data)) if isinstance(x, PackedSequence) else moved(wide)
+        near_states = exact_states and tuple(moved(s) for s in exact_states)
+        noise.append(run(module, near, near_states, **kwargs))
+    ours, theirs = run(fused, x, states, **kwargs), run(plain, x, states, **kwargs)
+    assert_as_exact_as_torch(ours, theirs, exact, noise, jumps=plain.mode == "RNN_RELU")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("cell", CELLS)
+def test_matches_torch(cell, sizes, dtype):
+    T, B, input_size, hidden_size = sizes
+    grid = itertools.product([1, 2, 3], [False, True], [True, False], [False, True])
+    for layers, bidirectional, bias, batch_first in grid:
+        plain, fused = make_pair(
+            cell,
+            input_size,
+            hidden_size,
+            num_layers=layers,
+            bidirectional=bidirectional,
+            bias=bias,
+            batch_first=batch_first,
+            dtype=dtype,
+        )
+        shape = (B, T, input_size) if batch_first else (T, B, input_size)
+        x = torch.randn(shape, dtype=torch.float32).to(dtype)
+        # States every other time, so that the default zeros are seen as often.
+        states = random_state(plain, B) if (layers + bidirectional + bias) % 2 else None
+        compare(plain, fused, x, states)
+
+
+@settings(max_examples=40)
+@given(
+    cell=st.sampled_from(list(CELLS)),
+    T=st.integers(1, 40),
+    B=st.integers(1, 40),
+    input_size=st.integers(1, 70),
+    hidden_size=st.integers(1, 70),
+    layers=st.integers(1, 3),
+    bidirectional=st.booleans(),
+    bias=st.booleans(),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(cell, T, B, input_size, hidden_size, layers, bidirectional, bias, threads, dtype):
+    plain, fused = make_pair(
+        cell,
+        input_size,
+        hidden_size,
+        num_layers=layers,
+        bidirectional=bidirectional,
+        bias=bias,
+        dtype=dtype,
+    )
+    torch.manual_seed(T * 100 + B)
+    x = torch.randn(T, B, input_size).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(plain, fused, x, random_state(plain, B))
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(
+    cell=st.sampled_from(list(CELLS)),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=20),
+    enforce_sorted=st.booleans(),
+    layers=st.integers(1, 3),
+    bidirectional=st.booleans(),
+    with_states=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_packed(cell, lengths, enforce_sorted, layers, bidirectional, with_states, dtype):
+    if enforce_sorted:
+        lengths = sorted(lengths, reverse=True)
+    plain, fused = make_pair(
+        cell, 6, 9, num_layers=layers, bidirectional=bidirectional, dtype=dtype
+    )
+    x = torch.randn(max(lengths), len(lengths), 6).to(dtype)
+    packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+    compare(plain, fused, packed, random_state(plain, len(lengths)) if with_states else None)
+
+
+@given(
+    cell=st.sampled_from(list(CELLS)),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=12),
+    extra=st.integers(0, 3),
+    layers=st.integers(1, 2),
+    bidirectional=st.booleans(),
+    batch_first=st.booleans(),
+)
+def test_lengths_equal_each_row_alone(cell, lengths, extra, layers, bidirectional, batch_first):
+    """Rows of padded input with `lengths` give what each gives alone, and zeros behind."""
+    steps = max(max(lengths) + extra, 1)
+    plain, fused = make_pair(
+        cell, 3, 5, num_layers=layers, bidirectional=bidirectional, dtype=torch.float64
+    )
+    fused.batch_first = batch_first
+    x = torch.randn(steps, len(lengths), 3, dtype=torch.float64)
+    for b, n in enumerate(lengths):
+        x[n:, b] = float("nan")  # what lies behind a length is never read
+    states = random_state(plain, len(lengths))
+    lstm = isinstance(plain, torch.nn.LSTM)
+    hx = states if lstm else states[0]
+    given_x = (x.transpose(0, 1) if batch_first else x).clone().requires_grad_()
+    y, state = fused(given_x, hx, lengths=torch.tensor(lengths))
+    y.sum().backward()
+    grad, y = given_x.grad, y.detach()
+    if batch_first:
+        grad, y = grad.transpose(0, 1), y.transpose(0, 1)
+    state = state if lstm else (state,)
+    expected = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    for b, n in enumerate(lengths):
+        assert torch.equal(y[n:, b], torch.zeros_like(y[n:, b]))
+        assert torch.equal(grad[n:, b], torch.zeros_like(grad[n:, b]))
+        if n == 0:
+            for s, s0 in zip(state, states, strict=True):
+                assert torch.equal(s[:, b], s0[:, b])
+            continue
+        row = x[:n, b].clone().requires_grad_()
+        own = tuple(s[:, b].contiguous() for s in states)
+        y_row, state_row = plain(row, own if lstm else own[0])
+        torch.testing.assert_close(y[:n, b], y_row, rtol=1e-11, atol=1e-12)
+        for s, r in zip(state, state_row if lstm else (state_row,), strict=True):
+            torch.testing.assert_close(s[:, b], r, rtol=1e-11, atol=1e-12)
+        plain.zero_grad()
+        y_row.sum().backward()
+        torch.testing.assert_close(grad[:n, b], row.grad, rtol=1e-10, atol=1e-11)
+        for name, p in plain.named_parameters():
+            expected[name] += p.grad
+    for name, p in fused.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("dropout", [0.3, 1.0])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_dropout_draws_torchs_masks(cell, batch_first, dropout):
+    plain, fused = make_pair(
+        cell,
+        4,
+        7,
+        num_layers=3,
+        bidirectional=True,
+        dropout=dropout,
+        batch_first=batch_first,
+        dtype=torch.float64,
+    )
+    inputs = [torch.randn(6, 5, 4, dtype=torch.float64)]
+    inputs.append(
+        pack_padded_sequence(inputs[0], torch.tensor([5, 2, 6, 1, 3] if not batch_first else [5, 2, 5, 1, 3, 4]),
+                             batch_first=batch_first, enforce_sorted=False)
+    )
+    for x in inputs:
+        for module in (plain, fused):
+            module.train()
+        torch.manual_seed(5)
+        theirs = run(plain, x, None)
+        state = torch.get_rng_state()
+        torch.manual_seed(5)
+        ours = run(fused, x, None)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert_as_exact_as_torch(ours, theirs, theirs)
+        for module in (plain, fused):
+            module.eval()
+        theirs = run(plain, x, None)
+        assert_as_exact_as_torch(run(fused, x, None), theirs, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_for_any_number_of_threads(cell, dtype):
+    _, fused = make_pair(cell, 19, 37, num_layers=2, bidirectional=True, dtype=dtype)
+    x = torch.randn(9, 13, 19).to(dtype)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3, 5, 1):
+            torch.set_num_threads(threads)
+            runs.append(run(fused, x, random_state(fused, 13)))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for name, value in runs[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_gives_the_training_output(cell):
+    """Without a reserve other buffers are used: the numbers are the same bits."""
+    _, fused = make_pair(cell, 5, 12, num_layers=4, bidirectional=True)
+    x = torch.randn(8, 6, 5)
+    y, _ = fused(x)
+    with torch.no_grad():
+        again, _ = fused(x)
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_infinity_pass(cell):
+    plain, fused = make_pair(cell, 3, 4)
+    for poison in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(5, 2, 3)
+        x[2, 1, 0] = poison
+        with torch.no_grad():
+            theirs, ours = plain(x)[0], fused(x)[0]
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert torch.isfinite(ours[:, 0]).all()
+
+
+def test_strided_input():
+    plain, fused = make_pair("gru", 4, 6)
+    base = torch.randn(3, 10, 9, 8)
+    for x in (base[1, ::2, 1:8, 2:6], base[:, :, 0, ::2].transpose(0, 1), base[0, :, :1, :4].expand(-1, 5, -1)):
+        compare(plain, fused, x, None)
+
+
+def test_outputs_are_fully_written():
+    """Freed memory is full of NaN, so a gap in any output or gradient would show."""
+    plain, fused = make_pair("lstm", 33, 37, num_layers=2, bidirectional=True)
+    x = torch.randn(9, 7, 33)
+    for _ in range(3):
+        poison = [torch.full((n,), float("nan")) for n in (10, 1_000, 30_000, 300_000) for _ in range(8)]
+        del poison
+        results = run(fused, x, random_state(fused, 7))
+        assert all(torch.isfinite(r).all() for r in results.values())
+    compare(plain, fused, x, None)
+
+
+def test_module_is_exported():
+    assert {"RNN", "GRU", "LSTM"} <= set(fusedrnn.__all__)
