@@ -233,7 +233,15 @@ def test_unusable_input_is_one_sentence(content, arguments, message, tmp_path, c
 
 @pytest.mark.parametrize(
     "argument",
-    ["--epochs=0", "--max-tokens=-1", "--lr=nan", "--dropout=1", "--cell=cnn", "--hidden=x"],
+    [
+        "--epochs=0",
+        "--max-tokens=-1",
+        f"--seed={2**63}",
+        "--lr=nan",
+        "--dropout=1",
+        "--cell=cnn",
+        "--hidden=x",
+    ],
 )
 def test_bad_option(argument, capsys):
     with pytest.raises(SystemExit) as exit_info:

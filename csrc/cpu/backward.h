@@ -119,7 +119,7 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
             for (int64_t j = 0; j < P; j++) d[j] = buf.dh[r * buf.ld_dh + j] + dy[j];
             convert_row(static_cast<C*>(a.dproj) + (dir * seq.tokens + token) * P, d, P);
           }
-          gemm(n, H, P, buf.dproj, buf.ld_proj, packed + at.w_hr, buf.dhidden, H, false);
+          gemm(n, H, P, buf.dproj, buf.ld_proj, packed + at.w_hr, buf.dhidden, H, {});
         }
         for (int64_t r = 0; r < n; r++) {
           const int64_t b = seq.order[first + r], token = seq.token(t, b);
@@ -152,11 +152,11 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
           cell_backward_row<Cell, S>(H, row);
         }
         const C* w_hh = packed + at.w_hh;
-        bool accumulate = Cell::kUsesHPrev;  // on top of the direct part
+        Addend<C> onto{Cell::kUsesHPrev ? buf.dh : nullptr, buf.ld_dh};  // the direct part
         for (const Run& run : Cell::h_runs().run) {
-          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, buf.dh, buf.ld_dh, accumulate);
+          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, buf.dh, buf.ld_dh, onto);
           w_hh += Panels<C>::size(run.count * H, P);
-          accumulate = true;
+          onto.at = buf.dh;
         }
         gates += n * buf.ld_gates;
       }
@@ -165,7 +165,7 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
       constexpr Run x_run = Cell::x_runs().run[0];
       static_assert(Cell::x_runs().kCount == 1, "W_ih is one run of slots");
       gemm((gates - buf.gates) / buf.ld_gates, input.width, x_run.count * H, buf.gates + x_run.slot * H,
-           buf.ld_gates, packed + at.w_ih, buf.input, buf.ld_input, false);
+           buf.ld_gates, packed + at.w_ih, buf.input, buf.ld_input, {});
       C* from = buf.input;
       for (int64_t i = chunk_end - 1; i >= chunk; i--) {
         const int64_t t = dir == 0 ? i : longest - 1 - i;

@@ -61,6 +61,8 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   const Sequence& seq = a.seq;
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
   const int64_t longest = seq.length[seq.order[first]];
+  constexpr Run x_run = Cell::x_runs().run[0];
+  static_assert(Cell::x_runs().kCount == 1 && x_run.gate == 0 && x_run.slot == 0, "the first slots are W_ih's");
   const Reserve reserve(p);
   Scratch s{static_cast<char*>(scratch)};
   const ForwardBuffers<S> buf(p, rows, s);
@@ -96,14 +98,11 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
         for (int64_t i = chunk; i < chunk_end; i++) {
           const int64_t t = dir == 0 ? i : longest - 1 - i;
           const int64_t n = active_rows(seq, first, end, t);
-          for (int64_t r = 0; r < n; r++, q++) {
+          for (int64_t r = 0; r < n; r++, q++)
             input.read(buf.input + q * buf.ld_input, t, seq.order[first + r]);
-            convert_row(buf.gates + q * buf.ld_gates, packed + at.bias, p.slot_columns());
-          }
         }
-        for (const Run& run : Cell::x_runs().run)
-          gemm(q, run.count * H, input.width, buf.input, buf.ld_input, packed + at.w_ih,
-               buf.gates + run.slot * H, buf.ld_gates, true);
+        gemm(q, x_run.count * H, input.width, buf.input, buf.ld_input, packed + at.w_ih, buf.gates,
+             buf.ld_gates, {packed + at.bias, 0});
 
         C* gates = buf.gates;
         for (int64_t i = chunk; i < chunk_end; i++) {
@@ -111,7 +110,11 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           const int64_t n = active_rows(seq, first, end, t);
           const C* w_hh = packed + at.w_hh;
           for (const Run& run : Cell::h_runs().run) {
-            gemm(n, run.count * H, P, buf.h, buf.ld_h, w_hh, gates + run.slot * H, buf.ld_gates, true);
+            // Onto the input's product, or, where there is none in these slots, onto the bias.
+            C* to = gates + run.slot * H;
+            const bool fresh = run.slot >= x_run.count;
+            gemm(n, run.count * H, P, buf.h, buf.ld_h, w_hh, to, buf.ld_gates,
+                 fresh ? Addend<C>{packed + at.bias + run.slot * H, 0} : Addend<C>{to, buf.ld_gates});
             w_hh += Panels<C>::size(P, run.count * H);
           }
           for (int64_t r = 0; r < n; r++) {
@@ -124,7 +127,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
                                       saved_c ? saved_c + token * H : nullptr);
           }
           if (p.proj_size) {
-            gemm(n, P, H, buf.hidden, buf.ld_hidden, packed + at.w_hr, buf.h, buf.ld_h, false);
+            gemm(n, P, H, buf.hidden, buf.ld_hidden, packed + at.w_hr, buf.h, buf.ld_h, {});
             for (int64_t r = 0; r < n; r++) {
               const int64_t token = seq.token(t, seq.order[first + r]);
               convert_row(static_cast<S*>(out) + (token * D + dir) * P, buf.h + r * buf.ld_h, P);

@@ -1,4 +1,4 @@
-// Matrix product C (+)= A B on packed panels, the one product that everything here is made of.
+// Matrix product C = A B + D on packed panels, the one product that everything here is made of.
 //
 // B [K, N] is packed into panels of kPanel columns: panel after panel, each [K][its columns rounded
 // up to a vector], zeros behind the last column. One panel and kRows rows of A are multiplied in
@@ -21,40 +21,88 @@ struct Panels {
 };
 constexpr int kRows = 6;
 
-// Packs columns [n0, n1) (n0 a multiple of a panel) of B[k, n] = src[k * sk + n * sn], one stride 1.
+// 0, 1, ..., N - 1 as template arguments.
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using type = Indices<I...>;
+};
+template <int N>
+using FirstIndices = typename MakeIndices<N>::type;
+
+// The w x w block at src, rows of stride ld, turned: lane j of out[i] is src[j * ld + i].
+// log2(w) rounds of interleaving row i with row i + w/2.
+template <class C, class S, int... I>
+FUSEDRNN_INLINE void turn_block(Vec<C>* out, const S* src, int64_t ld, Indices<I...>) {
+  constexpr int w = sizeof...(I);
+  Vec<C> rows[w];
+#pragma GCC unroll 16
+  for (int i = 0; i < w; i++) rows[i] = load(src + i * ld);
+#pragma GCC unroll 4
+  for (int round = 1; round < w; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < w / 2; i++) {
+      out[2 * i] = __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + I % 2 * w)...);
+      out[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + w / 2 + I % 2 * w)...);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < w; i++) rows[i] = out[i];
+  }
+}
+
+// Packs columns [n0, n1) (n0 a multiple of a panel) of B[k, n] = src[k * ld + n].
 template <class C, class S>
-void pack_panels(C* dst, const S* src, int64_t K, int64_t sk, int64_t sn, int64_t n0, int64_t n1) {
+void pack_panels(C* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_t n1) {
   using P = Panels<C>;
   for (int64_t n = n0; n < n1; n += P::kColumns) {
     const int64_t cols = n1 - n < P::kColumns ? n1 - n : P::kColumns, width = P::padded(cols);
     C* panel = dst + n * K;
-    if (sn == 1) {
-      for (int64_t k = 0; k < K; k++) {
-        const S* row = src + k * sk + n;
-        for (int64_t j = 0; j < width; j += P::kWidth)
-          store(panel + k * width + j, load(row + j, cols - j));
-      }
-    } else {
-      constexpr int64_t kBlock = 16;  // a block's lines stay in the first cache while it is turned
-      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-        const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
-        for (int64_t j = 0; j < cols; j++) {
-          const S* column = src + (n + j) * sn;
-          for (int64_t k = k0; k < k1; k++) panel[k * width + j] = to_compute(column[k * sk]);
+    for (int64_t k = 0; k < K; k++)
+      for (int64_t j = 0; j < cols; j += P::kWidth)
+        store(panel + k * width + j, load(src + k * ld + n + j, cols - j));
+  }
+}
+
+// Packs columns [n0, n1) (n0 a multiple of a panel) of B[k, n] = src[n * ld + k].
+template <class C, class S>
+void pack_panels_transposed(C* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_t n1) {
+  using P = Panels<C>;
+  constexpr int w = P::kWidth;
+  for (int64_t n = n0; n < n1; n += P::kColumns) {
+    const int64_t cols = n1 - n < P::kColumns ? n1 - n : P::kColumns, width = P::padded(cols);
+    C* panel = dst + n * K;
+    for (int64_t j = 0; j < width; j += w) {
+      const S* from = src + (n + j) * ld;
+      int64_t k = 0;
+      if (j + w <= cols) {
+        for (; k + w <= K; k += w) {
+          Vec<C> block[w];
+          turn_block<C>(block, from + k, ld, FirstIndices<w>{});
+          for (int i = 0; i < w; i++) store(panel + (k + i) * width + j, block[i]);
         }
-        for (int64_t j = cols; j < width; j++)
-          for (int64_t k = k0; k < k1; k++) panel[k * width + j] = 0;
       }
+      for (; k < K; k++)
+        for (int i = 0; i < w; i++) panel[k * width + j + i] = j + i < cols ? to_compute(from[i * ld + k]) : C(0);
     }
   }
 }
+
+// What a product is added to: rows of stride ld, the same row for all with ld = 0, nothing if null.
+template <class C>
+struct Addend {
+  const C* at;
+  int64_t ld;
+};
 
 // R rows of A times one panel of V vectors. A[r, k] = a[r * ar + k * ak]; rows of C hold `cols`.
 // A narrow panel leaves registers free: they take every second (fourth) k, which hides the latency
 // of the additions and halves the rounding.
 template <class C, int R, int V>
 __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64_t ak, const C* panel,
-                                        C* c, int64_t ldc, int64_t cols, bool accumulate) {
+                                        C* c, int64_t ldc, int64_t cols, Addend<C> d) {
   constexpr int w = Lanes<C>::kWidth, kChains = Panels<C>::kVectors / V;
   Vec<C> acc[R][V] = {}, more[kChains][R][V] = {};  // more[0] is not used
   auto add = [&](Vec<C>(&to)[R][V]) __attribute__((always_inline)) {
@@ -87,22 +135,19 @@ __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        C* out = c + r * ldc + v * w;
-        store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
-      }
+      for (int v = 0; v < V; v++)
+        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w) + acc[r][v] : acc[r][v]);
   } else {
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V && v * w < cols; v++) {
-        C* out = c + r * ldc + v * w;
         const int64_t n = cols - v * w;
-        store(out, accumulate ? load(out, n) + acc[r][v] : acc[r][v], n);
+        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w, n) + acc[r][v] : acc[r][v], n);
       }
   }
 }
 
 template <class C>
-using Multiply = void (*)(int64_t, const C*, int64_t, int64_t, const C*, C*, int64_t, int64_t, bool);
+using Multiply = void (*)(int64_t, const C*, int64_t, int64_t, const C*, C*, int64_t, int64_t, Addend<C>);
 
 template <class C, int V>
 FUSEDRNN_INLINE Multiply<C> multiply_for(int64_t rows) {
@@ -126,25 +171,27 @@ FUSEDRNN_INLINE Multiply<C> multiply_for(int64_t rows, int64_t columns) {
   return vectors == 1 ? multiply_for<C, 1>(rows) : multiply_for<C, 2>(rows);
 }
 
-// Rows of a block so that M rows fall into blocks of nearly equal height.
-FUSEDRNN_INLINE int64_t balanced(int64_t M, int64_t most) {
-  const int64_t blocks = (M + most - 1) / most;
-  return blocks ? (M + blocks - 1) / blocks : 1;
+// Cuts M rows into blocks of at most kRows and nearly equal height: f(first, rows) for each.
+template <class F>
+FUSEDRNN_INLINE void each_block(int64_t M, F f) {
+  for (int64_t m = 0, blocks = (M + kRows - 1) / kRows; m < M; blocks--) {
+    const int64_t rows = (M - m + blocks - 1) / blocks;
+    f(m, rows);
+    m += rows;
+  }
 }
 
-// C [M, N] (+)= A [M, K] B, A in rows of stride lda.
+// C [M, N] = A [M, K] B + D, A in rows of stride lda, C of stride ldc.
 template <class C>
 void gemm(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* packed, C* c, int64_t ldc,
-          bool accumulate) {
+          Addend<C> d) {
   using P = Panels<C>;
-  const int64_t step = balanced(M, kRows);
   for (int64_t n = 0; n < N; n += P::kColumns) {
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
-    for (int64_t m = 0; m < M; m += step) {
-      const int64_t rows = M - m < step ? M - m : step;
-      multiply_for<C>(rows, cols)(K, a + m * lda, lda, 1, packed + n * K, c + m * ldc + n, ldc, cols,
-                                  accumulate);
-    }
+    each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
+      const Addend<C> part{d.at ? d.at + m * d.ld + n : nullptr, d.ld};
+      multiply_for<C>(rows, cols)(K, a + m * lda, lda, 1, packed + n * K, c + m * ldc + n, ldc, cols, part);
+    });
   }
 }
 

@@ -51,14 +51,14 @@ template <class C, class S>
 void pack_transposed(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part, int64_t parts) {
   int64_t begin, end;
   share<C>(N, part, parts, &begin, &end);
-  pack_panels<C, S>(dst, w + row0 * K, K, 1, K, begin, end);
+  pack_panels_transposed(dst, w + row0 * K, K, K, begin, end);
 }
 // B[k, n] = w[row0 + k, n]
 template <class C, class S>
 void pack_plain(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part, int64_t parts) {
   int64_t begin, end;
   share<C>(N, part, parts, &begin, &end);
-  pack_panels<C, S>(dst, w + row0 * N, K, N, 1, begin, end);
+  pack_panels(dst, w + row0 * N, K, N, begin, end);
 }
 
 template <class Cell, class S>

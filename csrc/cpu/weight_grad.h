@@ -57,7 +57,6 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
   using P = Panels<C>;
   C* const b_panels = scratch.take<C>(kTokenBlock * P::padded(min(N, kColumnBlock)));
   C* const a_rows = scratch.take<C>(kTokenBlock * M);
-  const int64_t step = balanced(M, kRows);
   for (int64_t n0 = 0; n0 < N; n0 += kColumnBlock) {
     const int64_t cols = min(kColumnBlock, N - n0);
     for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
@@ -68,19 +67,18 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
           store(b_panels + panel * P::kColumns * K + k * width + (n - panel * P::kColumns), v);
         });
         const C* from = a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
-        for (int64_t m = 0; m < M; m += step) {
-          const int64_t rows = min(step, M - m);
+        each_block(M, [&](int64_t m, int64_t rows) {
           C* to = a_rows + m * K + k * rows;
           for (int64_t r = 0; r < rows; r++) to[r] = from[m + r];
-        }
+        });
       }
       for (int64_t n = 0; n < cols; n += P::kColumns) {
         const int64_t width = min(P::kColumns, cols - n);
-        for (int64_t m = 0; m < M; m += step) {
-          const int64_t rows = min(step, M - m);
-          multiply_for<C>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, dst + m * N + n0 + n, N,
-                                       width, k0 > 0);
-        }
+        each_block(M, [&](int64_t m, int64_t rows) {
+          C* to = dst + m * N + n0 + n;
+          multiply_for<C>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, to, N, width,
+                                       {k0 > 0 ? to : nullptr, N});
+        });
       }
     }
     if (seq.valid == 0)

@@ -17,10 +17,10 @@ def positive(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
+    """An argparse type: an integer of at least 0 that torch takes as a seed."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**63, not {value}")
     return value
 
 

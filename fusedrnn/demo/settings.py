@@ -34,7 +34,7 @@ def settings_of(
 def title_of(settings: dict[str, Any]) -> str:
     """One line for the terminal and the figure."""
     s = settings
-    where = s["gpu"] or f"{s['device']} with {s['threads']} threads"
+    where = s["gpu"] or f"{s['device']} with {s['threads']} thread{'s' * (s['threads'] > 1)}"
     processes = f", {s['processes']} processes" if s["processes"] > 1 else ""
     return (
         f"{s['cell']} {s['vocabulary']}->{s['hidden']} x{s['layers']}, {s['dtype']}, "

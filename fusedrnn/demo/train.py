@@ -80,9 +80,8 @@ def race(
     generator = torch.Generator().manual_seed(seed)
     turn = 0
     for epoch in range(epochs):
-        starts = draw_starts(
-            len(corpus), batch, steps, sampling, generator
-        )  # the same on all ranks
+        # All ranks draw the same epoch, and each takes its columns of it.
+        starts = draw_starts(len(corpus), batch, steps, sampling, generator)
         starts = ranks.share(starts).to(corpus.device)
         count = len(starts)
         if epoch == 0:
@@ -95,9 +94,8 @@ def race(
         for part in starts.tensor_split(-(-count // BATCHES_PER_TURN)):
             seconds = [0.0, 0.0]
             for who in (0, 1) if turn % 2 == 0 else (1, 0):
-                torch.manual_seed(
-                    seed + turn * ranks.size + ranks.rank
-                )  # the same dropout for both
+                # The same dropout for both models, another on each rank.
+                torch.manual_seed(seed + turn * ranks.size + ranks.rank)
                 began = time.perf_counter()
                 losses[who] += learners[who].train(*gather(corpus, part, steps))
                 seconds[who] = time.perf_counter() - began
