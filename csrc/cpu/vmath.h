@@ -73,6 +73,17 @@ FUSEDRNN_INLINE Vec<C> flip_sign(Vec<C> x, typename Lanes<C>::Int sign) {
   return bit_cast<Vec<C>>(bit_cast<typename Lanes<C>::Int>(x) ^ sign);
 }
 
+// x 2^n for n in [-1100, 0], into the subnormals.
+template <class C>
+FUSEDRNN_INLINE Vec<C> scale_down(Vec<C> x, typename Lanes<C>::Int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4)
+    return bit_cast<Vec<C>>(_mm512_scalef_ps(bit_cast<__m512>(x), _mm512_cvtepi32_ps(bit_cast<__m512i>(n))));
+#endif
+  const auto half = n >> 1;  // in two steps: 2^n itself may be subnormal
+  return x * power_of_two<C>(half) * power_of_two<C>(n - half);
+}
+
 // A number as the sum of two, the second below the rounding of the first.
 template <class C>
 struct Sum {
@@ -114,10 +125,8 @@ struct VectorMath {
     V y = -flip_sign<C>(x, sign_bit<C>(x));
     y = y < K::kSmallest ? broadcast<C>(K::kSmallest) : y;
     const Reduced<C> e = reduce<C>(y);
-    const auto half = e.n >> 1;  // scaled in two steps: 2^n itself may be subnormal
-    const V scale = power_of_two<C>(half), rest = power_of_two<C>(e.n - half);
     const Sum<C> u = exact_sum<C>(broadcast<C>(1), e.expm1_r);
-    const Sum<C> exp_y{u.hi * scale * rest, u.lo * scale * rest};
+    const Sum<C> exp_y{scale_down<C>(u.hi, e.n), scale_down<C>(u.lo, e.n)};
     Sum<C> below = exact_sum<C>(broadcast<C>(1), exp_y.hi);
     below.lo += exp_y.lo;
     const auto negative = x < 0;

@@ -69,7 +69,11 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
         const C* from = a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
         each_block(M, [&](int64_t m, int64_t rows) {
           C* to = a_rows + m * K + k * rows;
-          for (int64_t r = 0; r < rows; r++) to[r] = from[m + r];
+          if (rows == kRows) {  // a size the compiler knows
+            std::memcpy(to, from + m, kRows * sizeof(C));
+          } else {
+            for (int64_t r = 0; r < rows; r++) to[r] = from[m + r];
+          }
         });
       }
       for (int64_t n = 0; n < cols; n += P::kColumns) {
