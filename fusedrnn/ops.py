@@ -87,80 +87,112 @@ def _(grad_y, grad_hn, grad_cn, y, reserve, needs, x, hx, cx, weights, *rest):
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), grads
 
 
-class _Saved:
-    """Packs a call's tensors into what an autograd context keeps, and back."""
+# Autograd is registered by hand and not with torch.library.register_autograd: that flattens
+# lists of tensors through pytrees, which cost 200 us a training step, more than a small layer runs.
+# A node takes the call's tensors one by one and its constants as one tuple; `Call` puts the op's
+# argument list together from both.
+
+
+class Call(NamedTuple):
+    """The arguments shared by both ops, split into tensors and constants."""
+
+    tensors: tuple[Tensor | None, ...]  # x, hx, cx, batch_sizes, lengths, mask, *weights
+    constants: tuple  # dropout, *Config
 
     @staticmethod
-    def put(ctx: Any, first: list[Tensor | None], call: tuple) -> None:
-        x, hx, cx, weights, batch_sizes, lengths, mask, *constants = call
-        ctx.save_for_backward(*first, x, hx, cx, batch_sizes, lengths, mask, *weights)
-        ctx.constants = constants
-        ctx.first = len(first)
+    def of(x, hx, cx, weights, batch_sizes, lengths, mask, *constants) -> Call:
+        return Call((x, hx, cx, batch_sizes, lengths, mask, *weights), constants)
+
+    def arguments(self) -> tuple:
+        x, hx, cx, batch_sizes, lengths, mask, *weights = self.tensors
+        return (x, hx, cx, weights, batch_sizes, lengths, mask, *self.constants)
+
+
+def _of_inputs(x, hx, cx, weights) -> tuple:
+    """Gradients in the order of Call.tensors."""
+    return (x, hx, cx, None, None, None, *weights)
+
+
+def _redispatch(op: Any, keys: Any, arguments: tuple) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keys, save, constants, *tensors):
+        call = Call(tensors, constants)
+        y, hn, cn, reserve = _redispatch(forward, keys, (*call.arguments(), save))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(reserve)
+        ctx.save_for_backward(y, reserve, *tensors)
+        ctx.constants, ctx.save = constants, save
+        return y, hn, cn, reserve
 
     @staticmethod
-    def get(ctx: Any) -> tuple[list[Tensor | None], tuple]:
-        saved = list(ctx.saved_tensors)
-        first, saved = saved[: ctx.first], saved[ctx.first :]
-        x, hx, cx, batch_sizes, lengths, mask, *weights = saved
-        return first, (x, hx, cx, weights, batch_sizes, lengths, mask, *ctx.constants)
+    def backward(ctx, grad_y, grad_hn, grad_cn, _):
+        if not ctx.save:
+            raise RuntimeError("fusedrnn: the forward op was called with save=False: no backward")
+        y, reserve, *tensors = ctx.saved_tensors
+        x, hx, cx, _, _, _, *weights = ctx.needs_input_grad[3:]
+        needs = [x, hx, cx, *weights]
+        arguments = Call(tuple(tensors), ctx.constants).arguments()
+        *states, dweights = backward(grad_y, grad_hn, grad_cn, y, reserve, needs, *arguments)
+        dx, dhx, dcx, *dweights = (
+            g if n else None for g, n in zip([*states, *dweights], needs, strict=True)
+        )
+        return (None, None, None, *_of_inputs(dx, dhx, dcx, dweights))
 
 
-def _wanted(grads: Any, needs: list[bool]) -> tuple:
-    dx, dhx, dcx, dweights = grads
-    dx, dhx, dcx, *dweights = [
-        g if n else None for g, n in zip([dx, dhx, dcx, *dweights], needs, strict=True)
-    ]
-    return dx, dhx, dcx, dweights
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keys, y, reserve, needs, constants, grad_y, grad_hn, grad_cn, *tensors):
+        call = Call(tensors, constants)
+        grads = (grad_y, grad_hn, grad_cn)
+        arguments = (*grads, y, reserve, needs, *call.arguments())
+        *states, dweights = _redispatch(backward, keys, arguments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads, *tensors)
+        ctx.constants, ctx.needs = constants, needs
+        return (*states, *dweights)
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        saved = ctx.saved_tensors
+        grads = _second_derivatives(
+            saved[:3], Call(saved[3:], ctx.constants), ctx.needs, grad_grads
+        )
+        return (None,) * 5 + grads
 
 
-def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    y, _, _, reserve = output
-    *call, ctx.save = inputs
-    ctx.set_materialize_grads(False)
-    _Saved.put(ctx, [y, reserve], tuple(call))
+def _second_derivatives(
+    grads_out: tuple[Tensor | None, ...],
+    call: Call,
+    needs: list[bool],
+    grad_grads: tuple[Tensor | None, ...],
+) -> tuple:
+    """Differentiates the backward op through the plain PyTorch reference, any number of times.
 
-
-def _backward_of_forward(ctx: Any, grad_y, grad_hn, grad_cn, _) -> tuple:
-    if not ctx.save:
-        raise RuntimeError("fusedrnn: the forward op was called with save=False: no backward")
-    (y, reserve), call = _Saved.get(ctx)
-    need = ctx.needs_input_grad
-    needs = [bool(n) for n in (need[0], need[1], need[2], *need[3])]
-    grads = backward(grad_y, grad_hn, grad_cn, y, reserve, needs, *call)
-    return (*_wanted(grads, needs), *[None] * 11)
-
-
-def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad_y, grad_hn, grad_cn, _, _, ctx.needs, *call = inputs
-    ctx.set_materialize_grads(False)
-    _Saved.put(ctx, [grad_y, grad_hn, grad_cn], tuple(call))
-
-
-def _backward_of_backward(ctx: Any, *grad_grads: Any) -> tuple:
-    """Differentiates the backward op through the plain PyTorch reference, any number of times."""
-    grads_out, call = _Saved.get(ctx)
-    x, hx, cx, weights, *rest = call
-    *constants, mode, hidden_size, proj_size, num_layers, bias, bidirectional = rest
-    *flat_gg, gg_weights = grad_grads
+    Returns the gradients of grads_out and of call.tensors.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Fresh nodes: what is differentiated here is this call, not how its arguments came about.
         sources = [
             t.view_as(t) if t is not None and t.requires_grad else t
-            for t in [*grads_out, x, hx, cx, *weights]
+            for t in (*grads_out, *call.tensors)
         ]
-        gy, ghn, gcn, x, hx, cx, *weights = sources
-        config = (mode, hidden_size, proj_size, num_layers, bias, bidirectional)
-        outputs = reference.forward(x, hx, cx, weights, *constants, *config)
-        pairs = [
-            (o, g) for o, g in zip(outputs, (gy, ghn, gcn), strict=True) if g is not None
-        ]
-        inputs = [x, hx, cx, *weights]
+        here = Call(tuple(sources[3:]), call.constants)
+        outputs = reference.forward(*here.arguments())
+        pairs = [(o, g) for o, g in zip(outputs, sources[:3], strict=True) if g is not None]
+        x, hx, cx, _, _, _, *weights = here.tensors
         wanted = [
             (t, gg)
-            for t, n, gg in zip(inputs, ctx.needs, [*flat_gg, *gg_weights], strict=True)
-            if n and gg is not None
+            for t, need, gg in zip((x, hx, cx, *weights), needs, grad_grads, strict=True)
+            if need and gg is not None
         ]
+        if not pairs or not wanted:
+            return (None,) * len(sources)
         first = torch.autograd.grad(
             [o for o, _ in pairs],
             [t for t, _ in wanted],
@@ -181,14 +213,31 @@ def _backward_of_backward(ctx: Any, *grad_grads: Any) -> tuple:
                 allow_unused=True,
             )
     found = iter(second)
-    result = [next(found) if t is not None and t.requires_grad else None for t in sources]
-    g3, gx, ghx, gcx, gw = result[:3], *result[3:6], result[6:]
-    return (*g3, None, None, None, gx, ghx, gcx, gw, *[None] * 10)
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in sources)
 
 
-torch.library.register_autograd(
-    "fusedrnn::forward", _backward_of_forward, setup_context=_setup_forward
-)
-torch.library.register_autograd(
-    "fusedrnn::backward", _backward_of_backward, setup_context=_setup_backward
-)
+def _needs_graph(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _forward_autograd(keys, *arguments):
+    *rest, save = arguments
+    call = Call.of(*rest)
+    if not _needs_graph(*call.tensors):
+        return _redispatch(forward, keys, arguments)
+    return _Forward.apply(keys, save, call.constants, *call.tensors)
+
+
+def _backward_autograd(keys, grad_y, grad_hn, grad_cn, y, reserve, needs, *rest):
+    grads, call = (grad_y, grad_hn, grad_cn), Call.of(*rest)
+    if not _needs_graph(*grads, *call.tensors):
+        return _redispatch(backward, keys, (*grads, y, reserve, needs, *rest))
+    dx, dhx, dcx, *dweights = _Backward.apply(
+        keys, y, reserve, needs, call.constants, *grads, *call.tensors
+    )
+    return dx, dhx, dcx, dweights
+
+
+_library = torch.library.Library("fusedrnn", "IMPL")
+_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
