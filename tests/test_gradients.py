@@ -175,12 +175,12 @@ def test_frozen_subsets(cell, which):
     x, states = torch.randn(5, 2, 3, dtype=torch.float64), random_state(plain, 2)
     results = []
     for module in (plain, fused):
-        leaves = {"x": x.clone(), **dict(zip(("h_0", "c_0"), map(torch.clone, states)))}
+        given = [t.clone() for t in (x, *states)]
+        leaves = dict(zip(("x", "h_0", "c_0"), given, strict=False))
         tensors = leaves | dict(module.named_parameters())
         for name, t in tensors.items():
             t.requires_grad_(re.fullmatch(FROZEN[which], name) is not None)
-        x_leaf, *hx = leaves.values()
-        y, _ = module(x_leaf, tuple(hx) if len(hx) == 2 else hx[0])
+        y, _ = module(given[0], tuple(given[1:]) if module.mode == "LSTM" else given[1])
         if y.requires_grad:
             y.square().sum().backward()
         results.append((y.requires_grad, {name: t.grad for name, t in tensors.items()}))

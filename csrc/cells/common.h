@@ -9,7 +9,8 @@
 //   kSaved   how many of them forward leaves for backward (slots 0 .. kSaved-1)
 //   kHasCell whether there is a cell state c beside h
 //   kUsesHPrev whether the element-wise functions read h_{t-1} itself
-//   x_runs(), h_runs()  into which slots the rows of W_ih and W_hh are accumulated
+//   x_runs(), h_runs()  into which slots the rows of W_ih and W_hh are accumulated: each fills
+//            kGates slots in a row, those of W_ih from slot 0 and those of W_hh up to the last
 //
 //   forward:  slots hold pre-activations on entry, what is saved on return; c is updated; returns h
 //   backward: slots hold what forward saved on entry and the gradients of the pre-activations on
@@ -37,5 +38,13 @@ struct Runs {
   static constexpr int kCount = N;
   Run run[N];
 };
+
+// The gate whose weight rows are accumulated into `slot`.
+template <int N>
+FUSEDRNN_HD constexpr int gate_of(const Runs<N>& runs, int slot) {
+  for (const Run& run : runs.run)
+    if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
+  return -1;
+}
 
 }  // namespace fusedrnn

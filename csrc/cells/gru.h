@@ -16,24 +16,24 @@ namespace fusedrnn {
 struct Gru {
   static constexpr int kGates = 3, kSlots = 4, kSaved = 4;
   static constexpr bool kHasCell = false, kUsesHPrev = true;
-  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 3}}}; }
-  static FUSEDRNN_HD constexpr Runs<2> h_runs() { return {{{0, 0, 2}, {2, 3, 1}}}; }
+  static FUSEDRNN_HD constexpr Runs<2> x_runs() { return {{{2, 0, 1}, {0, 1, 2}}}; }
+  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 1, 3}}}; }
 
   template <class M, class V>
   static FUSEDRNN_HD V forward(V (&s)[4], V h_prev, V&) {
-    V r = M::sigmoid(s[0]), z = M::sigmoid(s[1]), q = s[3];
-    V n = M::tanh(s[2] + r * q);
-    s[0] = r, s[1] = z, s[2] = n;
+    V r = M::sigmoid(s[1]), z = M::sigmoid(s[2]), q = s[3];
+    V n = M::tanh(s[0] + r * q);
+    s[0] = n, s[1] = r, s[2] = z;
     return n + z * (h_prev - n);
   }
 
   template <class M, class V>
   static FUSEDRNN_HD V backward(V (&s)[4], V h_prev, V, V, V, V dh, V&) {
-    V r = s[0], z = s[1], n = s[2], q = s[3];
+    V n = s[0], r = s[1], z = s[2], q = s[3];
     V dn = dh * (1 - z) * (1 - n * n);
-    s[0] = dn * q * r * (1 - r);
-    s[1] = dh * (h_prev - n) * z * (1 - z);
-    s[2] = dn;
+    s[0] = dn;
+    s[1] = dn * q * r * (1 - r);
+    s[2] = dh * (h_prev - n) * z * (1 - z);
     s[3] = dn * r;
     return dh * z;
   }

@@ -162,10 +162,14 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
       }
 
       if (!a.grad_in) continue;
-      constexpr Run x_run = Cell::x_runs().run[0];
-      static_assert(Cell::x_runs().kCount == 1, "W_ih is one run of slots");
-      gemm((gates - buf.gates) / buf.ld_gates, input.width, x_run.count * H, buf.gates + x_run.slot * H,
-           buf.ld_gates, packed + at.w_ih, buf.input, buf.ld_input, {});
+      const C* w_ih = packed + at.w_ih;
+      Addend<C> onto{nullptr, buf.ld_input};
+      for (const Run& run : Cell::x_runs().run) {
+        gemm((gates - buf.gates) / buf.ld_gates, input.width, run.count * H, buf.gates + run.slot * H,
+             buf.ld_gates, w_ih, buf.input, buf.ld_input, onto);
+        w_ih += Panels<C>::size(run.count * H, input.width);
+        onto.at = buf.input;
+      }
       C* from = buf.input;
       for (int64_t i = chunk_end - 1; i >= chunk; i--) {
         const int64_t t = dir == 0 ? i : longest - 1 - i;

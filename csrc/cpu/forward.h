@@ -2,7 +2,8 @@
 //
 // A thread runs its rows through all layers and steps alone; nothing is shared but the packed
 // weights, so there is no barrier. Per layer and direction, time goes in chunks: the input products
-// of a chunk's tokens are one matrix product, then each step adds h W_hh^T and applies the cell.
+// of a chunk's tokens are one matrix product. Then each step goes through the groups of units: h
+// W_hh^T is added to a group's gates and its cells are computed while they are in the first cache.
 #pragma once
 #include "cpu/layer.h"
 #include "cpu/vmath.h"
@@ -12,46 +13,58 @@ namespace {
 template <class S>
 struct ForwardBuffers {
   using C = Compute<S>;
-  int64_t tokens, ld_input, ld_gates, ld_h, ld_hidden;
-  C *input, *gates, *h, *c, *hidden;
+  int64_t ld_input, ld_gates, ld_h, ld_hidden;
+  C *input, *gates, *h[2], *c, *hidden;  // h of the last step and of this one take turns
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& s)
-      : tokens(max(rows, kChunkTokens)),
-        ld_input(max(p.input_size, p.num_directions * p.out_size()) + kRowPad),
-        ld_gates(p.slot_columns()),
+      : ld_input(max(p.input_size, p.num_directions * p.out_size()) + kRowPad),
+        ld_gates(traits(p.cell).slots * Panels<C>::padded(p.hidden_size) + kRowPad),
         ld_h(p.out_size() + kRowPad),
         ld_hidden(p.hidden_size + kRowPad) {
+    const int64_t tokens = max(rows, kChunkTokens);
     input = s.take<C>(tokens * ld_input);
     gates = s.take<C>(tokens * ld_gates);
-    h = s.take<C>(rows * ld_h);
+    for (C*& buffer : h) buffer = s.take<C>(rows * ld_h);
     c = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     hidden = s.take<C>(p.proj_size ? rows * ld_hidden : 0);
   }
 };
 
-// One row of one step: slots hold the pre-activations. `h` is read (h_{t-1}) and written; with a
-// projection the caller passes another row to write and no y. y, saved and saved_c may be null.
+// One row of one step. `gates` holds the pre-activations; h goes to h and to y, unless y is null;
+// saved and saved_c are null when nothing is kept for backward.
+template <class S>
+struct ForwardRow {
+  using C = Compute<S>;
+  const C *gates, *h_prev;
+  C *h, *c, *saved_c;
+  S *y, *saved;
+};
+
+// The units of blocks [block, block + blocks).
 template <class Cell, class S>
-void cell_forward_row(int64_t H, Compute<S>* slots, Compute<S>* h, Compute<S>* c, S* y, S* saved,
-                      Compute<S>* saved_c) {
+FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks, const ForwardRow<S>& row) {
   using C = Compute<S>;
   constexpr int w = Lanes<C>::kWidth;
   auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
     Vec<C> s[Cell::kSlots];
-    for (int k = 0; k < Cell::kSlots; k++) s[k] = load(slots + k * H + j, n);
-    Vec<C> h_prev = Cell::kUsesHPrev ? load(h + j, n) : Vec<C>{};
-    Vec<C> cell = Cell::kHasCell ? load(c + j, n) : Vec<C>{};
-    const Vec<C> out = Cell::template forward<VectorMath>(s, h_prev, cell);
-    store(h + j, out, n);
-    if (y) store(y + j, out, n);
-    if (Cell::kHasCell) store(c + j, cell, n);
-    if (Cell::kHasCell && saved_c) store(saved_c + j, cell, n);
-    if (saved)
-      for (int k = 0; k < Cell::kSaved; k++) store(saved + k * H + j, s[k], n);
+    for (int k = 0; k < Cell::kSlots; k++) s[k] = load(row.gates + j * Cell::kSlots + k * w);
+    const Vec<C> h_prev = Cell::kUsesHPrev ? load(row.h_prev + j, n) : Vec<C>{};
+    Vec<C> c = Cell::kHasCell ? load(row.c + j, n) : Vec<C>{};
+    const Vec<C> h = Cell::template forward<VectorMath>(s, h_prev, c);
+    store(row.h + j, h, n);
+    if (row.y) store(row.y + j, h, n);
+    if (Cell::kHasCell) store(row.c + j, c, n);
+    if (Cell::kHasCell && row.saved_c) store(row.saved_c + j, c, n);
+    if (row.saved)
+      for (int k = 0; k < Cell::kSaved; k++) store(row.saved + k * H + j, s[k], n);
   };
-  int64_t j = 0;
-  for (; j + w <= H; j += w) units(j, w);
-  if (j < H) units(j, H - j);
+  for (int64_t j = block * w; j < (block + blocks) * w; j += w) {
+    if (j + w <= H) {
+      units(j, w);
+    } else {
+      units(j, H - j);
+    }
+  }
 }
 
 template <class Cell, class S>
@@ -61,20 +74,21 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   const Sequence& seq = a.seq;
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
   const int64_t longest = seq.length[seq.order[first]];
-  constexpr Run x_run = Cell::x_runs().run[0];
-  static_assert(Cell::x_runs().kCount == 1 && x_run.gate == 0 && x_run.slot == 0, "the first slots are W_ih's");
+  using G = Groups<Cell, C>;
+  constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
   const Reserve reserve(p);
   Scratch s{static_cast<char*>(scratch)};
-  const ForwardBuffers<S> buf(p, rows, s);
+  ForwardBuffers<S> buf(p, rows, s);
+  ForwardRow<S>* const step = s.take<ForwardRow<S>>(rows);
   const C* packed = static_cast<const C*>(a.packed);
   const void* below = nullptr;
 
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
     const PackedOffsets at = forward_offsets<C>(p, layer);
     const LayerInput<S> input(a, layer, below);
-    void* out = layer == p.num_layers - 1 ? a.y
-                : a.reserve               ? a.reserve + reserve.output_offset(layer, seq.tokens)
-                                          : a.inner[layer % 2];
+    S* const out = static_cast<S*>(layer == p.num_layers - 1 ? a.y
+                                   : a.reserve ? a.reserve + reserve.output_offset(layer, seq.tokens)
+                                               : a.inner[layer % 2]);
     for (int64_t dir = 0; dir < D; dir++, packed += at.total) {
       const int64_t state = (layer * D + dir) * seq.batch;
       S* const saved = a.reserve ? reinterpret_cast<S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens)) : nullptr;
@@ -82,7 +96,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
 
       for (int64_t r = 0; r < rows; r++) {
         const int64_t b = seq.order[first + r];
-        C* h = buf.h + r * buf.ld_h;
+        C* h = buf.h[0] + r * buf.ld_h;
         for (int64_t j = 0; j < P; j++) h[j] = 0;
         if (a.hx) convert_row(h, static_cast<const S*>(a.hx) + (state + b) * P, P);
         if (!Cell::kHasCell) continue;
@@ -101,45 +115,56 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           for (int64_t r = 0; r < n; r++, q++)
             input.read(buf.input + q * buf.ld_input, t, seq.order[first + r]);
         }
-        gemm(q, x_run.count * H, input.width, buf.input, buf.ld_input, packed + at.w_ih, buf.gates,
-             buf.ld_gates, {packed + at.bias, 0});
+        G::each(H, [&](int64_t block, int64_t blocks) {
+          const int64_t column = block * Cell::kSlots * G::kWidth;
+          gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
+               packed + at.w_ih + block * Cell::kGates * G::kWidth * input.width, buf.gates + column,
+               buf.ld_gates, {packed + at.bias + column, 0});
+          for (int k = Cell::kGates; k < Cell::kSlots; k++)  // slots that the input does not reach
+            for (int64_t i = 0; i < q; i++)
+              store(buf.gates + i * buf.ld_gates + column + k * G::kWidth, load(packed + at.bias + column + k * G::kWidth));
+        });
 
         C* gates = buf.gates;
         for (int64_t i = chunk; i < chunk_end; i++) {
           const int64_t t = dir == 0 ? i : longest - 1 - i;
           const int64_t n = active_rows(seq, first, end, t);
-          const C* w_hh = packed + at.w_hh;
-          for (const Run& run : Cell::h_runs().run) {
-            // Onto the input's product, or, where there is none in these slots, onto the bias.
-            C* to = gates + run.slot * H;
-            const bool fresh = run.slot >= x_run.count;
-            gemm(n, run.count * H, P, buf.h, buf.ld_h, w_hh, to, buf.ld_gates,
-                 fresh ? Addend<C>{packed + at.bias + run.slot * H, 0} : Addend<C>{to, buf.ld_gates});
-            w_hh += Panels<C>::size(P, run.count * H);
-          }
           for (int64_t r = 0; r < n; r++) {
             const int64_t token = seq.token(t, seq.order[first + r]);
-            S* y = static_cast<S*>(out) + (token * D + dir) * P;
-            C* h = p.proj_size ? buf.hidden + r * buf.ld_hidden : buf.h + r * buf.ld_h;
-            cell_forward_row<Cell, S>(H, gates + r * buf.ld_gates, h, buf.c + r * H,
-                                      p.proj_size ? nullptr : y,
-                                      saved ? saved + token * Cell::kSaved * H : nullptr,
-                                      saved_c ? saved_c + token * H : nullptr);
+            ForwardRow<S>& row = step[r];
+            row.gates = gates + r * buf.ld_gates;
+            row.h_prev = buf.h[0] + r * buf.ld_h;
+            row.h = p.proj_size ? buf.hidden + r * buf.ld_hidden : buf.h[1] + r * buf.ld_h;
+            row.c = Cell::kHasCell ? buf.c + r * H : nullptr;
+            row.y = p.proj_size ? nullptr : out + (token * D + dir) * P;
+            row.saved = saved ? saved + token * Cell::kSaved * H : nullptr;
+            row.saved_c = saved_c ? saved_c + token * H : nullptr;
           }
+          G::each(H, [&](int64_t block, int64_t blocks) {
+            const int64_t column = block * Cell::kSlots * G::kWidth;
+            C* to = gates + column + kFirstHSlot * G::kWidth;
+            gemm(n, blocks * Cell::kGates * G::kWidth, P, buf.h[0], buf.ld_h,
+                 packed + at.w_hh + block * Cell::kGates * G::kWidth * P, to, buf.ld_gates, {to, buf.ld_gates});
+            for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
+          });
           if (p.proj_size) {
-            gemm(n, P, H, buf.hidden, buf.ld_hidden, packed + at.w_hr, buf.h, buf.ld_h, {});
+            gemm(n, P, H, buf.hidden, buf.ld_hidden, packed + at.w_hr, buf.h[1], buf.ld_h, {});
             for (int64_t r = 0; r < n; r++) {
               const int64_t token = seq.token(t, seq.order[first + r]);
-              convert_row(static_cast<S*>(out) + (token * D + dir) * P, buf.h + r * buf.ld_h, P);
+              convert_row(out + (token * D + dir) * P, buf.h[1] + r * buf.ld_h, P);
             }
           }
+          for (int64_t r = n; r < rows; r++)  // rows that rest at this step
+            convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, P);
+          C* const last = buf.h[0];
+          buf.h[0] = buf.h[1], buf.h[1] = last;
           gates += n * buf.ld_gates;
         }
       }
 
       for (int64_t r = 0; r < rows; r++) {
         const int64_t b = seq.order[first + r];
-        convert_row(static_cast<S*>(a.hn) + (state + b) * P, buf.h + r * buf.ld_h, P);
+        convert_row(static_cast<S*>(a.hn) + (state + b) * P, buf.h[0] + r * buf.ld_h, P);
         if (Cell::kHasCell) convert_row(static_cast<S*>(a.cn) + (state + b) * H, buf.c + r * H, H);
       }
     }

@@ -66,27 +66,29 @@ void pack_panels(C* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_
   }
 }
 
-// Packs columns [n0, n1) (n0 a multiple of a panel) of B[k, n] = src[n * ld + k].
-template <class C, class S>
-void pack_panels_transposed(C* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_t n1) {
+// Packs `vectors` vectors of columns: lane j of vector v is row first_row(v) + j of src, whose rows
+// have stride ld and hold K values, for j below lanes(v), and 0 behind.
+template <class C, class S, class FirstRow, class Lanes_>
+void pack_vectors(C* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, FirstRow first_row,
+                  Lanes_ lanes) {
   using P = Panels<C>;
   constexpr int w = P::kWidth;
-  for (int64_t n = n0; n < n1; n += P::kColumns) {
-    const int64_t cols = n1 - n < P::kColumns ? n1 - n : P::kColumns, width = P::padded(cols);
-    C* panel = dst + n * K;
-    for (int64_t j = 0; j < width; j += w) {
-      const S* from = src + (n + j) * ld;
-      int64_t k = 0;
-      if (j + w <= cols) {
-        for (; k + w <= K; k += w) {
-          Vec<C> block[w];
-          turn_block<C>(block, from + k, ld, FirstIndices<w>{});
-          for (int i = 0; i < w; i++) store(panel + (k + i) * width + j, block[i]);
-        }
+  for (int64_t v = 0; v < vectors; v++) {
+    const int64_t in_panel = v % P::kVectors, panel = v - in_panel;
+    const int64_t width = (vectors - panel < P::kVectors ? vectors - panel : P::kVectors) * w;
+    C* to = dst + panel * w * K + in_panel * w;
+    const S* from = src + first_row(v) * ld;
+    const int64_t n = lanes(v);
+    int64_t k = 0;
+    if (n >= w) {
+      for (; k + w <= K; k += w) {
+        Vec<C> block[w];
+        turn_block<C>(block, from + k, ld, FirstIndices<w>{});
+        for (int i = 0; i < w; i++) store(to + (k + i) * width, block[i]);
       }
-      for (; k < K; k++)
-        for (int i = 0; i < w; i++) panel[k * width + j + i] = j + i < cols ? to_compute(from[i * ld + k]) : C(0);
     }
+    for (; k < K; k++)
+      for (int64_t j = 0; j < w; j++) to[k * width + j] = j < n ? to_compute(from[j * ld + k]) : C(0);
   }
 }
 

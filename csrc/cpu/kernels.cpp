@@ -55,6 +55,7 @@ int64_t rows_scratch_of(const Problem& p, int64_t rows) {
     Scratch forward{nullptr}, backward{nullptr};
     ForwardBuffers<decltype(s)>(p, rows, forward);
     BackwardBuffers<decltype(s)>(p, rows, backward);
+    forward.take<ForwardRow<decltype(s)>>(rows);
     return max(forward.used, backward.used);
   });
 }

@@ -18,13 +18,30 @@ FUSEDRNN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 FUSEDRNN_INLINE int64_t chunk_steps(int64_t rows) { return max(1, kChunkTokens / rows); }
 
+// Forward works on units in blocks of one vector. Its gate buffers hold, block after block, one
+// vector for each slot, so that all gates of a block are together when its cells are computed. The
+// recurrent product goes by groups of blocks that fill the registers, each a packed matrix of its own.
+template <class Cell, class C>
+struct Groups {
+  static constexpr int kWidth = Panels<C>::kWidth;
+  static constexpr int kBlocks = Cell::kGates == 1 ? Panels<C>::kVectors : 1;
+
+  static FUSEDRNN_INLINE int64_t blocks(int64_t H) { return (H + kWidth - 1) / kWidth; }
+  static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) { return blocks(H) * Cell::kSlots * kWidth; }
+  // f(first block, number of blocks) for every group
+  template <class F>
+  static FUSEDRNN_INLINE void each(int64_t H, F f) {
+    for (int64_t b = 0; b < blocks(H); b += kBlocks) f(b, min(kBlocks, blocks(H) - b));
+  }
+};
+
 template <class C>
 PackedOffsets forward_offsets(const Problem& p, int64_t layer) {
+  const int64_t columns = Panels<C>::padded(p.hidden_size), gates = traits(p.cell).gates * columns;
   PackedOffsets o{};
-  o.w_ih = Panels<C>::padded(p.slot_columns());
-  o.w_hh = o.w_ih + Panels<C>::size(p.layer_input(layer), p.gate_rows());
-  // Every run of gates is a matrix of its own, padded by itself.
-  o.w_hr = o.w_hh + Panels<C>::size(p.out_size(), Panels<C>::padded(p.hidden_size) * traits(p.cell).gates);
+  o.w_ih = traits(p.cell).slots * columns;
+  o.w_hh = o.w_ih + p.layer_input(layer) * gates;
+  o.w_hr = o.w_hh + p.out_size() * gates;
   o.total = o.w_hr + Panels<C>::size(p.hidden_size, p.proj_size);
   return o;
 }
@@ -46,12 +63,22 @@ FUSEDRNN_INLINE void share(int64_t N, int64_t part, int64_t parts, int64_t* begi
   *end = min(N, panels * (part + 1) / parts * Panels<C>::kColumns);
 }
 
-// B[k, n] = w[n, k] for rows [row0, row0 + N) of w: a product with the transpose of w.
-template <class C, class S>
-void pack_transposed(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part, int64_t parts) {
-  int64_t begin, end;
-  share<C>(N, part, parts, &begin, &end);
-  pack_panels_transposed(dst, w + row0 * K, K, K, begin, end);
+// Packs w [gates * H, K] transposed, group by group, for the slots that `runs` leads to.
+template <class Cell, class C, class S, class R>
+void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int64_t part, int64_t parts) {
+  using G = Groups<Cell, C>;
+  const int first_slot = Cell::kSlots == Cell::kGates || gate_of(runs, 0) >= 0 ? 0 : Cell::kSlots - Cell::kGates;
+  int64_t group = 0;
+  G::each(H, [&](int64_t block, int64_t blocks) {
+    if (group++ % parts != part) return;
+    pack_vectors(
+        dst + block * Cell::kGates * G::kWidth * K, w, K, K, blocks * Cell::kGates,
+        [&](int64_t v) {
+          const int gate = gate_of(runs, first_slot + int(v % Cell::kGates));
+          return gate * H + (block + v / Cell::kGates) * G::kWidth;
+        },
+        [&](int64_t v) { return min(G::kWidth, H - (block + v / Cell::kGates) * G::kWidth); });
+  });
 }
 // B[k, n] = w[row0 + k, n]
 template <class C, class S>
@@ -68,27 +95,24 @@ void pack_forward(const Problem& p, const Weights& w, int64_t layer, void* packe
   const PackedOffsets o = forward_offsets<C>(p, layer);
   C* to = static_cast<C*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
-  constexpr auto x_runs = Cell::x_runs();
-  constexpr auto h_runs = Cell::h_runs();
   if (part == 0) {
-    C* bias = to + o.bias;
-    for (int64_t j = 0; j < Panels<C>::padded(p.slot_columns()); j++) bias[j] = 0;
-    auto add = [&](const void* b, const Run& run) {
-      if (!b) return;
-      const S* from = static_cast<const S*>(b) + run.gate * H;
-      for (int64_t j = 0; j < run.count * H; j++) bias[run.slot * H + j] += to_compute(from[j]);
-    };
-    for (const Run& run : x_runs.run) add(w.b_ih, run);
-    for (const Run& run : h_runs.run) add(w.b_hh, run);
+    using G = Groups<Cell, C>;
+    for (int64_t j = 0; j < G::gate_columns(H); j++) {
+      const int64_t unit = j / (Cell::kSlots * G::kWidth) * G::kWidth + j % G::kWidth;
+      const int slot = int(j / G::kWidth % Cell::kSlots);
+      auto value = [&](const void* b, int gate) {
+        return b && gate >= 0 && unit < H ? to_compute(static_cast<const S*>(b)[gate * H + unit]) : C(0);
+      };
+      to[o.bias + j] = value(w.b_ih, gate_of(Cell::x_runs(), slot)) + value(w.b_hh, gate_of(Cell::h_runs(), slot));
+    }
   }
-  C* w_ih = to + o.w_ih;
-  pack_transposed(w_ih, static_cast<const S*>(w.w_ih), 0, p.gate_rows(), p.layer_input(layer), part, parts);
-  C* w_hh = to + o.w_hh;
-  for (const Run& run : h_runs.run) {
-    pack_transposed(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, run.count * H, P, part, parts);
-    w_hh += Panels<C>::size(P, run.count * H);
-  }
-  if (p.proj_size) pack_transposed(to + o.w_hr, static_cast<const S*>(w.w_hr), 0, P, H, part, parts);
+  pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer), Cell::x_runs(), part, parts);
+  pack_groups<Cell>(to + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(), part, parts);
+  if (p.proj_size && part == parts - 1)
+    pack_vectors(
+        to + o.w_hr, static_cast<const S*>(w.w_hr), H, H, (P + Panels<C>::kWidth - 1) / Panels<C>::kWidth,
+        [](int64_t v) { return v * Panels<C>::kWidth; },
+        [&](int64_t v) { return min(Panels<C>::kWidth, P - v * Panels<C>::kWidth); });
 }
 
 template <class Cell, class S>
@@ -103,7 +127,12 @@ void pack_backward(const Problem& p, const Weights& w, int64_t layer, void* pack
     pack_plain(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, P, run.count * H, part, parts);
     w_hh += Panels<C>::size(run.count * H, P);
   }
-  pack_plain(to + o.w_ih, static_cast<const S*>(w.w_ih), 0, p.layer_input(layer), p.gate_rows(), part, parts);
+  const int64_t in = p.layer_input(layer);
+  C* w_ih = to + o.w_ih;
+  for (const Run& run : Cell::x_runs().run) {
+    pack_plain(w_ih, static_cast<const S*>(w.w_ih), run.gate * H, in, run.count * H, part, parts);
+    w_ih += Panels<C>::size(run.count * H, in);
+  }
   if (p.proj_size) pack_plain(to + o.w_hr, static_cast<const S*>(w.w_hr), 0, H, P, part, parts);
 }
 

@@ -1,0 +1,362 @@
+"""The two ops as torch sees them: schema, fake, autograd, and what they say of wrong arguments."""
+
+import re
+
+import pytest
+import torch
+from cases import CELLS, make_pair, random_state
+
+from fusedrnn import ops
+
+T, B, INPUT, HIDDEN, LAYERS = 3, 4, 2, 3, 2
+TOKENS = 7
+PACKED = torch.tensor([4, 2, 1])
+LENGTHS = torch.tensor([3, 0, 1, 2])
+MODES = {"rnn": "RNN_TANH", "relu": "RNN_RELU", "gru": "GRU", "lstm": "LSTM", "lstm-proj": "LSTM"}
+
+
+def arguments(
+    cell="lstm", kind="padded", bias=True, states=True, mask=False, dtype=torch.float64, grad=False
+):
+    """The forward op's arguments by name, `save` last."""
+    _, module = make_pair(
+        cell, INPUT, HIDDEN, num_layers=LAYERS, bidirectional=True, bias=bias, dtype=dtype
+    )
+    packed = kind == "packed"
+    x = torch.randn(*(TOKENS,) if packed else (T, B), INPUT, dtype=dtype)
+    hx, cx, *_ = (*random_state(module, B), None) if states else (None, None)
+    config = module._config()
+    width = config.directions * config.out_size
+    found = {
+        "x": x,
+        "hx": hx,
+        "cx": cx,
+        "weights": [p.detach().clone() for p in module.parameters()],
+        "batch_sizes": PACKED if packed else None,
+        "lengths": LENGTHS if kind == "lengths" else None,
+        "mask": torch.randint(0, 2, (LAYERS - 1, TOKENS if packed else T * B, width)).byte()
+        if mask
+        else None,
+        "dropout": 0.5 if mask else 0.0,
+        **config._asdict(),
+        "save": True,
+    }
+    if grad:
+        for t in (x, hx, cx, *found["weights"]):
+            if t is not None:
+                t.requires_grad_()
+    return found
+
+
+def backward_arguments(needs=None, **kwargs):
+    """The backward op's arguments by name, from a forward with the same."""
+    call = arguments(**kwargs)
+    with torch.no_grad():
+        y, hn, cn, reserve = ops.forward(*call.values())
+    del call["save"]
+    grad_cn = torch.randn_like(cn) if call["mode"] == "LSTM" else None
+    given = [t is not None for t in (call["x"], call["hx"], call["cx"], *call["weights"])]
+    return {
+        "grad_y": torch.randn_like(y),
+        "grad_hn": torch.randn_like(hn),
+        "grad_cn": grad_cn,
+        "y": y,
+        "reserve": reserve,
+        "needs": given if needs is None else [n and g for n, g in zip(needs, given, strict=True)],
+        **call,
+    }
+
+
+KINDS = ["padded", "lengths", "packed"]
+CALLS = {
+    "padded": {"kind": "padded"},
+    "no bias, float32": {"kind": "padded", "bias": False, "dtype": torch.float32},
+    "lengths, mask": {"kind": "lengths", "mask": True},
+    "packed, mask": {"kind": "packed", "mask": True},
+    "packed, no states": {"kind": "packed", "states": False},
+}
+
+
+@pytest.fixture
+def filled():
+    """What is left unwritten becomes NaN or 255: seen in outputs, equal in the reserve's gaps."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_passes_opcheck(cell, call):
+    torch.library.opcheck(ops.forward, tuple(arguments(cell, **CALLS[call], grad=True).values()))
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_without_reserve_passes_opcheck(cell):
+    call = arguments(cell) | {"save": False}
+    torch.library.opcheck(ops.forward, tuple(call.values()))
+    assert ops.forward(*call.values())[3].shape[0] == 0
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_passes_opcheck(cell, call):
+    torch.library.opcheck(
+        ops.backward, tuple(backward_arguments(cell=cell, **CALLS[call]).values())
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_computes_what_is_asked_for(cell):
+    full = backward_arguments(cell=cell)
+    dx, dhx, dcx, dweights = ops.backward(*full.values())
+    complete = [dx, dhx, dcx, *dweights]
+    for i, asked in enumerate(full["needs"]):
+        if not asked:
+            continue
+        needs = [j == i for j in range(len(complete))]
+        dx, dhx, dcx, dweights = ops.backward(*(full | {"needs": needs}).values())
+        for j, grad in enumerate([dx, dhx, dcx, *dweights]):
+            if j == i:
+                assert torch.equal(grad, complete[j])
+            else:
+                assert grad.numel() == 0
+
+
+def test_a_forward_that_saved_nothing_has_no_backward():
+    call = arguments(grad=True) | {"save": False}
+    y, *_ = ops.forward(*call.values())
+    with pytest.raises(RuntimeError, match="save=False"):
+        y.sum().backward()
+
+
+def test_arguments_stay_as_they_were():
+    call = backward_arguments(kind="lengths", mask=True)
+    tensors = [t for v in call.values() for t in (v if isinstance(v, list) else [v])]
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    before = [(t.clone(), t._version) for t in tensors]
+    ops.backward(*call.values())
+    for t, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(t, value)
+        assert t._version == version
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_strides_do_not_matter(cell, kind):
+    def strided(value):
+        if isinstance(value, list):
+            return [strided(v) for v in value]
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        wide = value.new_zeros((*value.shape[:-1], 2 * value.shape[-1]))
+        wide[..., ::2] = value
+        return wide[..., ::2]
+
+    call = arguments(cell, kind, mask=True)
+    expected = ops.forward(*call.values())
+    found = ops.forward(*(strided(v) for v in call.values()))
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(a, b)
+    call = backward_arguments(cell=cell, kind=kind, mask=True)
+    loose = {k: v if k in ("y", "reserve", "needs") else strided(v) for k, v in call.items()}
+    flat = [(*r[:3], *r[3]) for r in (ops.backward(*c.values()) for c in (call, loose))]
+    for a, b in zip(*flat, strict=True):
+        assert torch.equal(a, b)
+
+
+# What the ops say of wrong arguments: which, expected, got.
+
+
+def other(index, tensor):
+    """Replaces one of the weights."""
+    return lambda c: {
+        "weights": [tensor(w) if i == index else w for i, w in enumerate(c["weights"])]
+    }
+
+
+def zeros(*sizes, dtype=torch.float64):
+    return torch.zeros(sizes, dtype=dtype)
+
+
+# name -> (a call's variation, what is changed, the message)
+WRONG = {
+    "input 1-D": ({}, {"x": zeros(2)}, "input of 2 (packed) or 3 dimensions, got 1"),
+    "input 4-D": ({}, {"x": zeros(1, 1, 1, 2)}, "input of 2 (packed) or 3 dimensions, got 4"),
+    "input 2-D, not packed": ({}, {"x": zeros(7, 2)}, "input of 3 dimensions, got 2"),
+    "input 3-D, packed": ({"kind": "packed"}, {"x": zeros(3, 4, 2)}, "2 dimensions, got 3"),
+    "input width": ({}, {"x": zeros(3, 4, 5)}, "weight_ih of shape [12, 5], got [12, 2]"),
+    "input integer": ({}, {"x": zeros(3, 4, 2, dtype=torch.int64)}, "expected float64, float32"),
+    "input complex": ({}, {"x": zeros(3, 4, 2, dtype=torch.cfloat)}, "expected float64, float32"),
+    "input float32": (
+        {},
+        {"x": zeros(3, 4, 2, dtype=torch.float32)},
+        "weight_ih has another dtype",
+    ),
+    "hx shape": ({}, {"hx": zeros(4, 5, 3)}, "hx of shape [4, 4, 3], got [4, 5, 3]"),
+    "hx dims": ({}, {"hx": zeros(4, 3)}, "hx of shape [4, 4, 3], got [4, 3]"),
+    "hx dtype": ({}, {"hx": zeros(4, 4, 3, dtype=torch.half)}, "hx has another dtype"),
+    "hx layers": ({}, {"hx": zeros(2, 4, 3)}, "hx of shape [4, 4, 3], got [2, 4, 3]"),
+    "cx shape": ({"cell": "lstm-proj"}, {"cx": zeros(4, 4, 2)}, "cx of shape [4, 4, 3]"),
+    "cx dtype": ({}, {"cx": zeros(4, 4, 3, dtype=torch.float32)}, "cx has another dtype"),
+    "cx of a GRU": ({"cell": "gru"}, {"cx": zeros(4, 4, 3)}, "only LSTM takes a cell state"),
+    "too few weights": ({}, lambda c: {"weights": c["weights"][:-1]}, "4 x 4 weights, got 15"),
+    "too many weights": ({}, lambda c: {"weights": c["weights"] * 2}, "4 x 4 weights, got 32"),
+    "no weights": ({}, {"weights": []}, "4 x 4 weights, got 0"),
+    "weight_ih shape": ({}, other(0, lambda w: w.T), "weight_ih of shape [12, 2], got [2, 12]"),
+    "weight_hh shape": ({}, other(5, lambda w: w[1:]), "weight_hh of shape [12, 3], got [11, 3]"),
+    "bias shape": ({}, other(3, lambda w: w[:, None]), "bias_hh of shape [12], got [12, 1]"),
+    "weight_hr shape": (
+        {"cell": "lstm-proj"},
+        other(4, lambda w: w.T),
+        "weight_hr of shape [2, 3], got [3, 2]",
+    ),
+    "weight dtype": ({}, other(2, torch.Tensor.float), "bias_ih has another dtype"),
+    "hidden_size": ({}, {"hidden_size": 4}, "weight_ih of shape [16, 2], got [12, 2]"),
+    "hidden_size 0": ({}, {"hidden_size": 0}, "must be positive"),
+    "hidden_size < 0": ({}, {"hidden_size": -3}, "must be positive"),
+    "num_layers 0": ({}, {"num_layers": 0}, "must be positive"),
+    "num_layers < 0": ({}, {"num_layers": -1}, "must be positive"),
+    "num_layers": ({}, {"num_layers": 3}, "6 x 4 weights, got 16"),
+    "num_layers huge": ({}, {"num_layers": 2**62}, "overflow"),
+    "hidden_size huge": ({}, {"hidden_size": 2**62}, "overflow"),
+    "proj_size < 0": ({}, {"proj_size": -1}, "proj_size must lie in [0, hidden_size)"),
+    "proj_size large": ({}, {"proj_size": 3}, "proj_size must lie in [0, hidden_size)"),
+    "proj_size of a GRU": ({"cell": "gru"}, {"proj_size": 2}, "only LSTM takes proj_size"),
+    "one direction": ({}, {"bidirectional": False}, "2 x 4 weights, got 16"),
+    "no bias": ({}, {"bias": False}, "4 x 2 weights, got 16"),
+    "mode": ({}, {"mode": "QRNN"}, "unknown mode QRNN"),
+    "mode's case": ({}, {"mode": "lstm"}, "unknown mode lstm"),
+    "lengths count": ({"kind": "lengths"}, {"lengths": LENGTHS[1:]}, "expected 4 lengths, got 3"),
+    "lengths dims": (
+        {"kind": "lengths"},
+        {"lengths": LENGTHS[None]},
+        "lengths of 1 dimension, got 2",
+    ),
+    "lengths float": ({"kind": "lengths"}, {"lengths": LENGTHS.float()}, "lengths of integers"),
+    "lengths bool": ({"kind": "lengths"}, {"lengths": LENGTHS.bool()}, "lengths of integers"),
+    "overlong": ({"kind": "lengths"}, {"lengths": LENGTHS + 1}, "lengths in [0, 3], got 4"),
+    "negative length": ({"kind": "lengths"}, {"lengths": LENGTHS - 1}, "lengths in [0, 3], got -1"),
+    "lengths and batch_sizes": ({"kind": "packed"}, {"lengths": LENGTHS}, "takes no lengths"),
+    "batch_sizes empty": ({"kind": "packed"}, {"batch_sizes": PACKED[:0]}, "batch_sizes is empty"),
+    "batch_sizes dims": (
+        {"kind": "packed"},
+        {"batch_sizes": PACKED[None]},
+        "of 1 dimension, got 2",
+    ),
+    "batch_sizes float": ({"kind": "packed"}, {"batch_sizes": PACKED.double()}, "of integers"),
+    "batch_sizes rise": ({"kind": "packed"}, {"batch_sizes": PACKED.flip(0)}, "not rise"),
+    "batch_sizes 0": ({"kind": "packed"}, {"batch_sizes": torch.tensor([7, 0])}, "be positive"),
+    "batch_sizes < 0": (
+        {"kind": "packed"},
+        {"batch_sizes": torch.tensor([8, -1])},
+        "be positive|more",
+    ),
+    "batch_sizes low": ({"kind": "packed"}, {"batch_sizes": PACKED[:2]}, "add up to 6, not to 7"),
+    "batch_sizes high": (
+        {"kind": "packed"},
+        {"batch_sizes": torch.tensor([4, 2, 2])},
+        "add up to more than 7",
+    ),
+    "batch_sizes huge": (
+        {"kind": "packed"},
+        {"batch_sizes": torch.tensor([2**62, 2**62])},
+        "add up to more than 7",
+    ),
+    "mask shape": (
+        {"mask": True},
+        {"mask": zeros(1, 5, 6).byte()},
+        "mask of shape [1, 12, 6], got [1, 5, 6]",
+    ),
+    "mask dtype": ({"mask": True}, {"mask": zeros(1, 12, 6)}, "mask as uint8"),
+    "dropout < 0": ({}, {"dropout": -0.1}, "dropout must lie in [0, 1]"),
+    "dropout > 1": ({}, {"dropout": 1.5}, "dropout must lie in [0, 1]"),
+    "dropout NaN": ({}, {"dropout": float("nan")}, "dropout must lie in [0, 1]"),
+}
+WRONG_BACKWARD = {
+    "grad_y shape": (
+        {},
+        {"grad_y": zeros(3, 4, 5)},
+        "the output of shape [3, 4, 6], got [3, 4, 5]",
+    ),
+    "grad_hn shape": ({}, {"grad_hn": zeros(4, 4, 4)}, "h_n of shape [4, 4, 3], got [4, 4, 4]"),
+    "grad_cn shape": ({}, {"grad_cn": zeros(4, 4)}, "c_n of shape [4, 4, 3], got [4, 4]"),
+    "y shape": ({}, {"y": zeros(3, 4, 5)}, "the output of shape [3, 4, 6], got [3, 4, 5]"),
+    "y dtype": ({}, {"y": zeros(3, 4, 6, dtype=torch.half)}, "the output has another dtype"),
+    "y strided": ({}, lambda c: {"y": c["y"].mT.contiguous().mT}, "as forward made them"),
+    "reserve shape": ({}, lambda c: {"reserve": c["reserve"][1:]}, "the reserve of shape [12, "),
+    "reserve empty": ({}, lambda c: {"reserve": c["reserve"][:0]}, "the reserve of shape [12, "),
+    "reserve dtype": ({}, lambda c: {"reserve": c["reserve"].bool()}, "as forward made them"),
+    "reserve strided": (
+        {},
+        lambda c: {"reserve": c["reserve"].T.contiguous().T},
+        "as forward made",
+    ),
+    "too few needs": ({}, lambda c: {"needs": c["needs"][1:]}, "expected 19 needs, got 18"),
+    "no needs": ({}, {"needs": []}, "expected 19 needs, got 0"),
+    "input": ({}, {"x": zeros(3, 4, 5)}, "weight_ih of shape [12, 5], got [12, 2]"),
+    "another T": ({}, {"x": zeros(2, 4, 2)}, "the output of shape [2, 4, 6], got [3, 4, 6]"),
+}
+
+
+def changed(call, change):
+    return call | (change(call) if callable(change) else change)
+
+
+@pytest.mark.parametrize("which", WRONG)
+def test_wrong_arguments(which):
+    variation, change, message = WRONG[which]
+    for op, make in ((ops.forward, arguments), (ops.backward, backward_arguments)):
+        call = changed(make(**variation), change)
+        pattern = "|".join(map(re.escape, message.split("|")))
+        with pytest.raises(RuntimeError, match=rf"fusedrnn: .*({pattern})"):
+            op(*call.values())
+
+
+@pytest.mark.parametrize("which", WRONG_BACKWARD)
+def test_wrong_arguments_of_backward(which):
+    variation, change, message = WRONG_BACKWARD[which]
+    with pytest.raises(RuntimeError, match=f"fusedrnn: .*{re.escape(message)}"):
+        ops.backward(*changed(backward_arguments(**variation), change).values())
+
+
+TENSORS = ["x", "hx", "cx", "weights", "batch_sizes", "lengths", "mask", "grad_y", "y", "reserve"]
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_meta_tensors_among_cpu_tensors(name):
+    """They hold no numbers: an error, or results of the same kind, but never unwritten memory."""
+    kind = {"batch_sizes": "packed", "lengths": "lengths"}.get(name, "padded")
+    for op, make in ((ops.forward, arguments), (ops.backward, backward_arguments)):
+        call = make(kind=kind, mask=name == "mask")
+        if name not in call:
+            continue
+        value = call[name]
+        if name == "weights":
+            call[name] = [value[0], value[1].to("meta"), *value[2:]]
+        else:
+            call[name] = value.to("meta")
+        try:
+            y, *_ = op(*call.values())
+        except (RuntimeError, NotImplementedError) as error:
+            assert re.search("meta|device|CPU|forward made", str(error))
+        else:
+            assert y.device.type == "meta"
+
+
+def test_all_meta_runs_the_fake():
+    call = {
+        k: [w.to("meta") for w in v]
+        if isinstance(v, list)
+        else v.to("meta")
+        if isinstance(v, torch.Tensor)
+        else v
+        for k, v in arguments().items()
+    }
+    y, hn, cn, reserve = ops.forward(*call.values())
+    assert {t.device.type for t in (y, hn, cn, reserve)} == {"meta"}
+    real = ops.forward(*arguments().values())
+    assert [t.shape for t in (y, hn, cn, reserve)] == [t.shape for t in real]
