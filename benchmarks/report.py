@@ -23,7 +23,8 @@ from benchmarks.measure import Summary
 from benchmarks.suite import Result, Row
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-WIDE = 115  # characters that a table with shapes takes
+WRONG = "wrong: "
+WIDE = 118  # characters that a table with shapes takes
 NOTE = (
     "tokens/s: of the median repetition. faster: how many times as fast as {reference}, median and "
     "quartiles over paired repetitions. product rate: what part of the speed of a large matrix "
@@ -143,9 +144,8 @@ def _table(title: str, rows: list[Row]) -> Table:
     rates = [row.matmul_flops for row in rows]
     low, high = min(rates) / 1e9, max(rates) / 1e9
     span = f"{low:,.0f}" if f"{low:,.0f}" == f"{high:,.0f}" else f"{low:,.0f} to {high:,.0f}"
-    return Table(
-        f"{title}, product rate {span} GFLOP/s", _header(rows), [_cells(row) for row in rows]
-    )
+    title += f", product rate {span} GFLOP/s"
+    return Table(title, _header(rows), [_cells(row) for row in rows])
 
 
 def _header(rows: Sequence[Row]) -> list[str]:
@@ -166,7 +166,7 @@ def _cells(row: Row) -> list[str]:
     cells = [row.case, row.shape]
     for i, result in enumerate(row.results):
         if result.problem:
-            cells.append(f"wrong: {result.problem}")
+            cells.append(f"{WRONG}{result.problem}")
         else:
             cells.append(number(result.tokens_per_second, "{:,.0f}".format))
         if i > 0:
@@ -181,14 +181,19 @@ def note(report: Report) -> str:
 
 def rich_tables(rows: Sequence[Row], width: int) -> list[rich.table.Table]:
     """For the terminal; a narrow one is not shown the shapes, which the names hint at."""
-    shown = [0, *range(1 if width >= WIDE else 2, len(_header(rows)) if rows else 0)]
+    columns = range(len(_header(rows)) if rows else 0)
+    shown = [i for i in columns if i != 1 or width >= WIDE]
     made = []
     for table in tables(rows):
-        out = rich.table.Table(title=escape(table.title), title_justify="left", box=SIMPLE_HEAD)
+        out = rich.table.Table(
+            title=escape(table.title), title_justify="left", box=SIMPLE_HEAD, padding=0
+        )
         for i in shown:
-            wraps = table.header[i].endswith("tokens/s")  # what is wrong may stand there
+            column = [*table.header[i].split(), *(cells[i] for cells in table.cells)]
             out.add_column(
-                escape(table.header[i]), justify="left" if i < 2 else "right", no_wrap=not wraps
+                escape(table.header[i]),
+                justify="left" if i < 2 else "right",
+                width=max(len(c) if not c.startswith(WRONG) else 2 * len(WRONG) for c in column),
             )
         for cells in table.cells:
             out.add_row(*(escape(cells[i]) for i in shown))

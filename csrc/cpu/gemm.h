@@ -106,8 +106,14 @@ template <class C, int R, int V>
 __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64_t ak, const C* panel,
                                         C* c, int64_t ldc, int64_t cols, Addend<C> d) {
   constexpr int w = Lanes<C>::kWidth, kChains = Panels<C>::kVectors / V;
-  Vec<C> acc[R][V] = {}, more[kChains][R][V] = {};  // more[0] is not used
-  auto add = [&](Vec<C>(&to)[R][V]) __attribute__((always_inline)) {
+  Vec<C> acc[kChains][R][V];
+#pragma GCC unroll 8
+  for (int chain = 0; chain < kChains; chain++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[chain][r][v] = Vec<C>{};
+  auto add = [&](int chain) __attribute__((always_inline)) {
     Vec<C> b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) b[v] = load(panel + v * w);
@@ -115,35 +121,33 @@ __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64
     for (int r = 0; r < R; r++) {
       const Vec<C> x = broadcast<C>(a[r * ar]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) to[r][v] += x * b[v];
+      for (int v = 0; v < V; v++) acc[chain][r][v] += x * b[v];
     }
     panel += V * w;
     a += ak;
   };
   int64_t k = 0;
-  for (; k + kChains <= K; k += kChains) {
-    add(acc);
+  for (; k + kChains <= K; k += kChains)
 #pragma GCC unroll 8
-    for (int chain = 1; chain < kChains; chain++) add(more[chain]);
-  }
-  for (; k < K; k++) add(acc);
+    for (int chain = 0; chain < kChains; chain++) add(chain);
+  for (; k < K; k++) add(0);
 #pragma GCC unroll 8
   for (int chain = 1; chain < kChains; chain++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[r][v] += more[chain][r][v];
+      for (int v = 0; v < V; v++) acc[0][r][v] += acc[chain][r][v];
   if (cols == V * w) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++)
-        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w) + acc[r][v] : acc[r][v]);
+        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w) + acc[0][r][v] : acc[0][r][v]);
   } else {
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V && v * w < cols; v++) {
         const int64_t n = cols - v * w;
-        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w, n) + acc[r][v] : acc[r][v], n);
+        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w, n) + acc[0][r][v] : acc[0][r][v], n);
       }
   }
 }

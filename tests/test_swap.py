@@ -1,0 +1,330 @@
+"""swap, unswap, explain and info, on models as people write them."""
+
+import copy
+
+import pytest
+import torch
+from tolerances import assert_as_exact_as_torch
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+from fusedrnn import _C
+
+VOCABULARY = 11
+
+
+class CharModel(nn.Module):
+    """One-hot characters, a stack, an output layer: predicts the next character."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(VOCABULARY, 16, num_layers=2)
+        self.out = nn.Linear(16, VOCABULARY)
+
+    def forward(self, text):
+        """text (T, B) of integers."""
+        y, _ = self.rnn(one_hot(text, VOCABULARY).to(self.out.weight.dtype))
+        return self.out(y)
+
+    @staticmethod
+    def batch():
+        return (torch.randint(VOCABULARY, (12, 5)),)
+
+
+class Tagger(nn.Module):
+    """Embedding, bidirectional GRU with the batch first, a tag for each word."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 6)
+        self.rnn = nn.GRU(6, 10, batch_first=True, bidirectional=True)
+        self.tag = nn.Linear(20, 4)
+
+    def forward(self, text):
+        return self.tag(self.rnn(self.embedding(text))[0])
+
+    @staticmethod
+    def batch():
+        return (torch.randint(VOCABULARY, (3, 9)),)
+
+
+class Translator(nn.Module):
+    """A packed encoder whose state starts a decoder that is fed one step at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 6)
+        self.encoder = nn.LSTM(6, 8, num_layers=2, dropout=0.0)
+        self.decoder = nn.LSTM(6, 8, num_layers=2)
+        self.bridge = nn.RNNCell(8, 8)
+        self.out = nn.Linear(8, VOCABULARY)
+
+    def forward(self, source, lengths, target):
+        packed = pack_padded_sequence(self.embedding(source), lengths, enforce_sorted=False)
+        encoded, state = self.encoder(packed)
+        padded, _ = pad_packed_sequence(encoded)
+        context = self.bridge(padded.mean(0))
+        outputs = []
+        for step in self.embedding(target):
+            y, state = self.decoder(step[None], state)
+            outputs.append(self.out(y[0] + context))
+        return torch.stack(outputs)
+
+    @staticmethod
+    def batch():
+        source = torch.randint(VOCABULARY, (7, 4))
+        return source, torch.tensor([3, 7, 1, 5]), torch.randint(VOCABULARY, (4, 4))
+
+
+MODELS = [CharModel, Tagger, Translator]
+
+
+def results(model, batch):
+    """The outputs of `model` and all its gradients."""
+    model.zero_grad()
+    y = model(*batch)
+    goal = torch.arange(y.shape[:-1].numel()).remainder(y.shape[-1])
+    cross_entropy(y.flatten(0, -2), goal).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"output": y.detach(), **grads}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", MODELS)
+def test_same_outputs_and_gradients(build, dtype):
+    model = build().to(dtype)
+    batch = build.batch()
+    exact = results(copy.deepcopy(model).double(), batch)
+    theirs = results(model, batch)
+    noise = []
+    for seed in range(3):  # see tolerances.py
+        moved = copy.deepcopy(model).double()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.mul_(1 + torch.finfo(dtype).eps * (2 * torch.rand_like(p) - 1))
+        noise.append(results(moved, batch))
+    assert fusedrnn.swap(model) is model
+    ours = results(model, batch)
+    assert_as_exact_as_torch(ours, theirs, exact, noise)
+    assert fusedrnn.unswap(model) is model
+    again = results(model, batch)
+    assert all(torch.equal(again[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_only_classes_change(build):
+    model = build().eval()
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
+    layers[0].train()
+    parameters = dict(model.named_parameters())
+    before = [(m, type(m), dict(vars(m))) for m in model.modules()]
+    text = repr(model)
+    fusedrnn.swap(model)
+    for module, cls, state in before:
+        assert vars(module) == state
+        if module in layers:
+            assert type(module) is getattr(fusedrnn, cls.__name__)
+            assert isinstance(module, cls)
+        else:
+            assert type(module) is cls
+    assert repr(model) == text
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert layers[0].training
+    assert not model.training
+    fusedrnn.unswap(model)
+    assert [type(m) for m in model.modules()] == [cls for _, cls, _ in before]
+
+
+def test_each_class_is_swapped():
+    for name, arguments in {"RNN": (2, 3), "GRU": (2, 3), "LSTM": (2, 3)}.items():
+        for suffix in ("", "Cell"):
+            plain = getattr(nn, name + suffix)(*arguments)
+            fusedrnn.swap(plain)
+            assert type(plain) is getattr(fusedrnn, name + suffix)
+            fusedrnn.unswap(plain)
+            assert type(plain) is getattr(nn, name + suffix)
+
+
+def test_swap_twice_is_swap_once():
+    model = fusedrnn.swap(fusedrnn.swap(CharModel()))
+    assert type(model.rnn) is fusedrnn.LSTM
+    fusedrnn.unswap(fusedrnn.unswap(model))
+    assert type(model.rnn) is nn.LSTM
+
+
+def test_the_optimizer_goes_on():
+    """Swapped in the middle of training, Adam's state and all: the losses are torch.nn's."""
+    torch.manual_seed(0)
+    first = CharModel().double()
+    second = copy.deepcopy(first)
+    batch = CharModel.batch()
+    goal = torch.randint(VOCABULARY, batch[0].shape).flatten()
+    losses = []
+    for model in (first, second):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        losses.append([])
+        for step in range(12):
+            if model is second and step in (4, 8):
+                (fusedrnn.swap if step == 4 else fusedrnn.unswap)(model)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(*batch).flatten(0, 1), goal)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_hooks_stay():
+    model = CharModel()
+    calls = []
+    model.rnn.register_forward_hook(lambda *_: calls.append("forward"))
+    model.rnn.weight_hh_l0.register_hook(lambda g: calls.append("gradient"))
+    fusedrnn.swap(model)
+    model(*CharModel.batch()).sum().backward()
+    assert calls == ["forward", "gradient"]
+
+
+class OwnForward(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+def test_subclasses_are_left_alone():
+    model = nn.Sequential(OwnForward(3, 4), nn.Identity())
+    before = model[0](torch.ones(2, 1, 3))[0]
+    fusedrnn.swap(model)
+    assert type(model[0]) is OwnForward
+    assert torch.equal(model[0](torch.ones(2, 1, 3))[0], before)
+
+
+class OwnFused(fusedrnn.LSTM):
+    pass
+
+
+def test_subclasses_of_ours_are_left_alone():
+    assert type(fusedrnn.unswap(OwnFused(3, 4))) is OwnFused
+
+
+def test_nested_and_shared():
+    shared = nn.GRU(4, 4)
+    model = nn.ModuleDict(
+        {
+            "list": nn.ModuleList([nn.RNN(4, 4), shared, nn.ModuleList([nn.LSTM(4, 4)])]),
+            "sequence": nn.Sequential(nn.Linear(4, 4), nn.Sequential(shared, nn.LSTMCell(4, 4))),
+        }
+    )
+    fusedrnn.swap(model)
+    assert type(model["list"][0]) is fusedrnn.RNN
+    assert type(model["list"][2][0]) is fusedrnn.LSTM
+    assert type(model["sequence"][1][1]) is fusedrnn.LSTMCell
+    assert model["list"][1] is model["sequence"][1][0] is shared
+    assert type(shared) is fusedrnn.GRU
+
+
+def test_tied_layers_share_their_parameter():
+    model = nn.ModuleList([nn.GRU(4, 4), nn.GRU(4, 4)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    fusedrnn.swap(model)
+    assert model[1].weight_hh_l0 is model[0].weight_hh_l0
+    x = torch.randn(3, 2, 4)
+    model[1](model[0](x)[0])[0].sum().backward()
+    grad = model[0].weight_hh_l0.grad.clone()
+    fusedrnn.unswap(model).zero_grad()
+    model[1](model[0](x)[0])[0].sum().backward()
+    torch.testing.assert_close(grad, model[0].weight_hh_l0.grad)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_the_model_itself_may_be_a_layer(name):
+    model = getattr(nn, name)(3, 4)
+    assert fusedrnn.swap(model) is model
+    assert type(model) is getattr(fusedrnn, name)
+
+
+def test_parametrized_layers():
+    """parametrize gives an instance a class of its own: it stays as it is, and works."""
+    layer = nn.GRU(3, 4)
+    nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    x = torch.randn(5, 2, 3)
+    before = layer(x)[0]
+    fusedrnn.swap(layer)
+    torch.testing.assert_close(layer(x)[0], before)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "model", nn.LSTM, [nn.LSTM(2, 3)], torch.zeros(2)])
+@pytest.mark.parametrize("change", [fusedrnn.swap, fusedrnn.unswap])
+def test_only_modules(change, wrong):
+    with pytest.raises(TypeError, match=f"torch.nn.Module, got {type(wrong).__name__}"):
+        change(wrong)
+
+
+# explain and info
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_explain_names_the_kernels(name):
+    layer = getattr(fusedrnn, name)(3, 4)
+    text = fusedrnn.explain(layer, torch.zeros(5, 2, 3))
+    assert text.startswith(f"{name}(3, 4) on (5, 2, 3) torch.float32 cpu:")
+    assert f"fused CPU kernels for {_C.cpu_variant()}" in text
+
+
+@pytest.mark.parametrize(
+    ("x", "batch_first", "batch"),
+    [
+        (torch.zeros(5, 7, 3), False, 7),
+        (torch.zeros(5, 7, 3), True, 5),
+        (torch.zeros(5, 3), False, 1),
+        (torch.zeros(5, 3), True, 1),
+        (pack_padded_sequence(torch.zeros(5, 2, 3), [5, 2]), False, 2),
+    ],
+)
+def test_explain_counts_rows(x, batch_first, batch):
+    layer = fusedrnn.GRU(3, 4, batch_first=batch_first)
+    rows, tasks = _C.cpu_plan(batch, 1)
+    assert f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows" in fusedrnn.explain(
+        layer, x
+    )
+
+
+def test_explain_says_what_is_slow():
+    layer = fusedrnn.LSTM(3, 4)
+    torch.set_num_threads(2)  # the next test sets its own
+    assert "1 threads idle" in fusedrnn.explain(layer, torch.zeros(5, 1, 3))
+    assert "idle" not in fusedrnn.explain(layer, torch.zeros(5, 2, 3))
+    half = torch.zeros(5, 2, 3, dtype=torch.bfloat16)
+    assert "computed in float32" in fusedrnn.explain(layer.bfloat16(), half)
+
+
+def test_explain_says_why_not_ours():
+    x = torch.zeros(5, 2, 3)
+    assert "fusedrnn.swap" in fusedrnn.explain(nn.LSTM(3, 4), x)
+    layer = fusedrnn.LSTM(3, 4)
+    assert "no kernel for meta" in fusedrnn.explain(layer, x.to("meta"))
+    assert "no kernel for torch.complex64" in fusedrnn.explain(layer, x.to(torch.complex64))
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(3, 4), nn.LSTMCell(3, 4), None])
+def test_explain_takes_layers(wrong):
+    with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"):
+        fusedrnn.explain(wrong, torch.zeros(5, 2, 3))
+
+
+def test_explain_runs_nothing():
+    layer = fusedrnn.LSTM(3, 4)
+    layer.register_forward_pre_hook(lambda *_: pytest.fail("forward was called"))
+    fusedrnn.explain(layer, torch.zeros(1_000_000, 1, 3))
+
+
+def test_info():
+    found = fusedrnn.info()
+    assert found["fusedrnn"] == fusedrnn.__version__
+    assert found["torch"] == torch.__version__
+    assert found["cpu kernels"].startswith(_C.cpu_variant())
+    assert all(name in found["cpu kernels"] for name, _ in _C.cpu_variants())
+    assert found["cpu threads"] == "1"
+    assert all(isinstance(value, str) and value for value in found.values())
