@@ -39,15 +39,14 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     """
     if not isinstance(module, nn.RNNBase):
         raise TypeError(f"expected an RNN, GRU or LSTM, got {type(module).__name__}")
-    packed = isinstance(input, PackedSequence)
-    data: Any = input.data if packed else input
+    data: Any = input.data if isinstance(input, PackedSequence) else input
     head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}:"
     if not isinstance(module, _Fused):
         return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
     reason = fallback_reason(module, data)
     if reason:
         return f"{head} torch.nn's own kernels, because {reason}"
-    if packed:
+    if isinstance(input, PackedSequence):
         batch = int(input.batch_sizes[0])
     else:
         batch = 1 if data.dim() == 2 else data.shape[0 if module.batch_first else 1]

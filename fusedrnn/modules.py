@@ -24,7 +24,7 @@ def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
         return f"there is no kernel for {input.device.type} tensors yet"
     if input.dtype not in DTYPES:
         return f"there is no kernel for {input.dtype}"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace records torch.nn's operators"
     return None
 
@@ -111,7 +111,7 @@ class _Fused(nn.RNNBase):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(
-                    f"{self._get_name()}: lengths are for padded input; a PackedSequence has its own"
+                    f"{self._get_name()}: a PackedSequence has lengths of its own, pass no others"
                 )
             x, batch_sizes = input.data, input.batch_sizes
             if input.sorted_indices is not None and hx is not None:
@@ -168,7 +168,8 @@ class _Fused(nn.RNNBase):
         name = self._get_name()
         if not isinstance(lengths, Tensor):
             raise TypeError(f"{name}: lengths should be a Tensor, got: {type(lengths).__name__}")
-        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        kind = lengths.dtype
+        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
             raise TypeError(f"{name}: lengths should be integers, got {lengths.dtype}")
         if lengths.shape != (batch,):
             raise RuntimeError(

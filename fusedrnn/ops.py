@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedrnn import _C, reference
 
@@ -51,7 +52,9 @@ class Config(NamedTuple):
 
 
 @torch.library.register_fake("fusedrnn::forward")
-def _(x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *rest):
+def _fake_forward(  # type: ignore[no-untyped-def]
+    x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *rest
+):
     config, save = Config(*rest[:-1]), rest[-1]
     if batch_sizes is not None:
         tokens = x.shape[0]
@@ -75,8 +78,10 @@ def _(x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *rest):
 
 
 @torch.library.register_fake("fusedrnn::backward")
-def _(grad_y, grad_hn, grad_cn, y, reserve, needs, x, hx, cx, weights, *rest):
-    def like(tensor, needed):
+def _fake_backward(  # type: ignore[no-untyped-def]
+    grad_y, grad_hn, grad_cn, y, reserve, needs, x, hx, cx, weights, *rest
+):
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return x.new_empty(tensor.shape if needed and tensor is not None else (0,))
 
     config = Config(*rest[-6:])
@@ -100,15 +105,16 @@ class Call(NamedTuple):
     constants: tuple  # dropout, *Config
 
     @staticmethod
-    def of(x, hx, cx, weights, batch_sizes, lengths, mask, *constants) -> Call:
-        return Call((x, hx, cx, batch_sizes, lengths, mask, *weights), constants)
+    def of(*arguments: Any) -> Call:
+        x, hx, cx, weights, batch_sizes, lengths, mask, *constants = arguments
+        return Call((x, hx, cx, batch_sizes, lengths, mask, *weights), tuple(constants))
 
     def arguments(self) -> tuple:
         x, hx, cx, batch_sizes, lengths, mask, *weights = self.tensors
         return (x, hx, cx, weights, batch_sizes, lengths, mask, *self.constants)
 
 
-def _of_inputs(x, hx, cx, weights) -> tuple:
+def _of_inputs(x: Any, hx: Any, cx: Any, weights: Any) -> tuple:
     """Gradients in the order of Call.tensors."""
     return (x, hx, cx, None, None, None, *weights)
 
@@ -120,7 +126,7 @@ def _redispatch(op: Any, keys: Any, arguments: tuple) -> Any:
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keys, save, constants, *tensors):
+    def forward(ctx: Any, keys: Any, save: bool, constants: tuple, *tensors: Any) -> tuple:
         call = Call(tensors, constants)
         y, hn, cn, reserve = _redispatch(forward, keys, (*call.arguments(), save))
         ctx.set_materialize_grads(False)
@@ -130,10 +136,11 @@ class _Forward(torch.autograd.Function):
         return y, hn, cn, reserve
 
     @staticmethod
-    def backward(ctx, grad_y, grad_hn, grad_cn, _):
+    def backward(ctx: Any, *grads: Any) -> tuple:
         if not ctx.save:
             raise RuntimeError("fusedrnn: the forward op was called with save=False: no backward")
         y, reserve, *tensors = ctx.saved_tensors
+        grad_y, grad_hn, grad_cn, _ = grads
         x, hx, cx, _, _, _, *weights = ctx.needs_input_grad[3:]
         needs = [x, hx, cx, *weights]
         arguments = Call(tuple(tensors), ctx.constants).arguments()
@@ -146,9 +153,9 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keys, y, reserve, needs, constants, grad_y, grad_hn, grad_cn, *tensors):
+    def forward(ctx: Any, keys: Any, y: Tensor, reserve: Tensor, needs: list[bool], *rest: Any):  # type: ignore[no-untyped-def]
+        constants, *grads, tensors = rest[0], *rest[1:4], rest[4:]
         call = Call(tensors, constants)
-        grads = (grad_y, grad_hn, grad_cn)
         arguments = (*grads, y, reserve, needs, *call.arguments())
         *states, dweights = _redispatch(backward, keys, arguments)
         ctx.set_materialize_grads(False)
@@ -157,7 +164,7 @@ class _Backward(torch.autograd.Function):
         return (*states, *dweights)
 
     @staticmethod
-    def backward(ctx, *grad_grads):
+    def backward(ctx: Any, *grad_grads: Any) -> tuple:
         saved = ctx.saved_tensors
         grads = _second_derivatives(
             saved[:3], Call(saved[3:], ctx.constants), ctx.needs, grad_grads
@@ -195,7 +202,7 @@ def _second_derivatives(
             return (None,) * len(sources)
         first = torch.autograd.grad(
             [o for o, _ in pairs],
-            [t for t, _ in wanted],
+            [t for t, _ in wanted if t is not None],
             [g for _, g in pairs],
             create_graph=True,
             allow_unused=True,
@@ -220,18 +227,34 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _forward_autograd(keys, *arguments):
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     *rest, save = arguments
     call = Call.of(*rest)
+    if _has_tangent(*call.tensors):
+        # Forward mode goes through the plain implementation, and so does its backward.
+        y, hn, cn = reference.forward(*rest)
+        return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8)
     if not _needs_graph(*call.tensors):
         return _redispatch(forward, keys, arguments)
     return _Forward.apply(keys, save, call.constants, *call.tensors)
 
 
-def _backward_autograd(keys, grad_y, grad_hn, grad_cn, y, reserve, needs, *rest):
-    grads, call = (grad_y, grad_hn, grad_cn), Call.of(*rest)
+def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
+    *grads, y, reserve, needs = arguments[:6]
+    call = Call.of(*arguments[6:])
+    if _has_tangent(*grads, *call.tensors):
+        raise NotImplementedError(
+            "fusedrnn: forward-mode derivatives of a backward pass are not supported yet: "
+            "use fusedrnn.unswap, or fusedrnn.reference"
+        )
     if not _needs_graph(*grads, *call.tensors):
-        return _redispatch(backward, keys, (*grads, y, reserve, needs, *rest))
+        return _redispatch(backward, keys, arguments)
     dx, dhx, dcx, *dweights = _Backward.apply(
         keys, y, reserve, needs, call.constants, *grads, *call.tensors
     )

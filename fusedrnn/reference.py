@@ -14,18 +14,19 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 # (x W_ih^T + b_ih, h W_hh^T + b_hh, h, c) -> (h, c); c is None but for an LSTM
-Step = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
+State = tuple[Tensor, "Tensor | None"]
+Step = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], State]
 
 
-def rnn_tanh_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None):
+def rnn_tanh_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
     return torch.tanh(gx + gh), c
 
 
-def rnn_relu_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None):
+def rnn_relu_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
     return torch.relu(gx + gh), c
 
 
-def gru_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None):
+def gru_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
     rx, zx, nx = gx.chunk(3, -1)
     rh, zh, nh = gh.chunk(3, -1)
     r, z = torch.sigmoid(rx + rh), torch.sigmoid(zx + zh)
@@ -33,7 +34,7 @@ def gru_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None):
     return (1 - z) * n + z * h, c
 
 
-def lstm_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None):
+def lstm_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
     i, f, g, o = (gx + gh).chunk(4, -1)
     assert c is not None
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -74,7 +75,8 @@ def layer(
             active = (t < lengths)[:, None]
             out = torch.where(active, h_new, 0)
             h_new = torch.where(active, h_new, h)
-            c_new = None if c is None else torch.where(active, c_new, c)
+            if c is not None and c_new is not None:
+                c_new = torch.where(active, c_new, c)
         h, c = h_new, c_new
         outputs.append(out)
     if reverse:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fusedrnn import modules
 
-PAIRS = {
+PAIRS: dict[type, type] = {
     getattr(nn, cls.__name__): cls
     for cls in (
         modules.RNN,

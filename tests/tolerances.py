@@ -2,11 +2,12 @@
 
 The reference is torch.nn on the CPU in float64 with the same weights. Our error against it may be
 at most twice torch.nn's in the same dtype. Where a tensor has many elements this is asked of the
-root of the mean square; where it has few, luck decides how near torch.nn comes, so the largest error
-is compared, and may also be what rounding the inputs differently would have changed (`noise`: the
-reference run again on inputs moved by an epsilon), which is how far any float result can be trusted.
-The gradient of relu jumps where rounding moves a sum across 0, and who meets such a point is luck
-too: `jumps` admits the noise in large tensors as well. float64 itself is compared directly, to 1e-12 of the tensor's largest value.
+root of the mean square. Where it has few, luck decides how near torch.nn comes, so the largest
+error is compared, and may also be what rounding the inputs differently would have changed
+(`noise`: the reference run again on inputs moved by an epsilon), which is how far any result in
+this dtype can be trusted. The gradient of relu jumps where rounding moves a sum across 0, and who
+meets such a point is luck too: `jumps` admits the noise in large tensors as well. float64 itself
+is compared directly, to 1e-12 of the tensor's largest value.
 """
 
 from __future__ import annotations
@@ -58,4 +59,4 @@ def assert_as_exact_as_torch(
             found = largest(error)
             bound = FACTOR * (largest(peer) + trust) + eps * largest(reference)
         # Not `found > bound`: NaN must fail.
-        assert found <= bound, f"{name}: error {found:.3g}, bound {bound:.3g}, torch.nn's {rms(peer):.3g}"
+        assert found <= bound, f"{name}: {found:.3g} > {bound:.3g}, torch.nn's rms {rms(peer):.3g}"

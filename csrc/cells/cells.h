@@ -26,6 +26,8 @@ inline constexpr CellTraits kCellTraits[] = {
 #undef CELL
 };
 
-FUSEDRNN_HD constexpr const CellTraits& traits(Cell cell) { return kCellTraits[static_cast<int>(cell)]; }
+FUSEDRNN_HD constexpr const CellTraits& traits(Cell cell) {
+  return kCellTraits[static_cast<int>(cell)];
+}
 
 }  // namespace fusedrnn

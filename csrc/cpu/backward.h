@@ -30,7 +30,8 @@ struct BackwardBuffers {
   }
 };
 
-// What one row of one step reads and writes. Null: h_prev and c_prev are zeros; `hidden` not wanted.
+// What one row of one step reads and writes. Null: h_prev and c_prev are zeros; `hidden` not
+// wanted.
 template <class S>
 struct BackwardRow {
   using C = Compute<S>;
@@ -89,8 +90,10 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
   for (int64_t dir = 0; dir < D; dir++) {
     const int64_t state = (layer * D + dir) * seq.batch;
     const C* packed = static_cast<const C*>(a.packed) + dir * at.total;
-    const S* saved = reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
-    const C* saved_c = reinterpret_cast<const C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens));
+    const S* saved =
+        reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
+    const C* saved_c =
+        reinterpret_cast<const C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens));
     C* const dgates = static_cast<C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
 
     for (int64_t r = 0; r < rows; r++) {
@@ -154,7 +157,8 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
         const C* w_hh = packed + at.w_hh;
         Addend<C> onto{Cell::kUsesHPrev ? buf.dh : nullptr, buf.ld_dh};  // the direct part
         for (const Run& run : Cell::h_runs().run) {
-          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, buf.dh, buf.ld_dh, onto);
+          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, buf.dh, buf.ld_dh,
+               onto);
           w_hh += Panels<C>::size(run.count * H, P);
           onto.at = buf.dh;
         }
@@ -165,8 +169,8 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
       const C* w_ih = packed + at.w_ih;
       Addend<C> onto{nullptr, buf.ld_input};
       for (const Run& run : Cell::x_runs().run) {
-        gemm((gates - buf.gates) / buf.ld_gates, input.width, run.count * H, buf.gates + run.slot * H,
-             buf.ld_gates, w_ih, buf.input, buf.ld_input, onto);
+        gemm((gates - buf.gates) / buf.ld_gates, input.width, run.count * H,
+             buf.gates + run.slot * H, buf.ld_gates, w_ih, buf.input, buf.ld_input, onto);
         w_ih += Panels<C>::size(run.count * H, input.width);
         onto.at = buf.input;
       }
@@ -190,7 +194,8 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
     for (int64_t r = 0; r < rows; r++) {
       const int64_t b = seq.order[first + r];
       if (a.dhx) convert_row(static_cast<C*>(a.dhx) + (state + b) * P, buf.dh + r * buf.ld_dh, P);
-      if (Cell::kHasCell && a.dcx) convert_row(static_cast<C*>(a.dcx) + (state + b) * H, buf.dc + r * H, H);
+      if (Cell::kHasCell && a.dcx)
+        convert_row(static_cast<C*>(a.dcx) + (state + b) * H, buf.dc + r * H, H);
     }
   }
 }

@@ -42,7 +42,8 @@ struct ForwardRow {
 
 // The units of blocks [block, block + blocks).
 template <class Cell, class S>
-FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks, const ForwardRow<S>& row) {
+FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks,
+                                  const ForwardRow<S>& row) {
   using C = Compute<S>;
   constexpr int w = Lanes<C>::kWidth;
   auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
@@ -86,13 +87,18 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
     const PackedOffsets at = forward_offsets<C>(p, layer);
     const LayerInput<S> input(a, layer, below);
-    S* const out = static_cast<S*>(layer == p.num_layers - 1 ? a.y
-                                   : a.reserve ? a.reserve + reserve.output_offset(layer, seq.tokens)
-                                               : a.inner[layer % 2]);
+    S* const out =
+        static_cast<S*>(layer == p.num_layers - 1 ? a.y
+                        : a.reserve ? a.reserve + reserve.output_offset(layer, seq.tokens)
+                                    : a.inner[layer % 2]);
     for (int64_t dir = 0; dir < D; dir++, packed += at.total) {
       const int64_t state = (layer * D + dir) * seq.batch;
-      S* const saved = a.reserve ? reinterpret_cast<S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens)) : nullptr;
-      C* const saved_c = a.reserve ? reinterpret_cast<C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens)) : nullptr;
+      S* const saved =
+          a.reserve ? reinterpret_cast<S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens))
+                    : nullptr;
+      C* const saved_c =
+          a.reserve ? reinterpret_cast<C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens))
+                    : nullptr;
 
       for (int64_t r = 0; r < rows; r++) {
         const int64_t b = seq.order[first + r];
@@ -118,11 +124,12 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
         G::each(H, [&](int64_t block, int64_t blocks) {
           const int64_t column = block * Cell::kSlots * G::kWidth;
           gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
-               packed + at.w_ih + block * Cell::kGates * G::kWidth * input.width, buf.gates + column,
-               buf.ld_gates, {packed + at.bias + column, 0});
+               packed + at.w_ih + block * Cell::kGates * G::kWidth * input.width,
+               buf.gates + column, buf.ld_gates, {packed + at.bias + column, 0});
           for (int k = Cell::kGates; k < Cell::kSlots; k++)  // slots that the input does not reach
             for (int64_t i = 0; i < q; i++)
-              store(buf.gates + i * buf.ld_gates + column + k * G::kWidth, load(packed + at.bias + column + k * G::kWidth));
+              store(buf.gates + i * buf.ld_gates + column + k * G::kWidth,
+                    load(packed + at.bias + column + k * G::kWidth));
         });
 
         C* gates = buf.gates;
@@ -144,7 +151,8 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
             gemm(n, blocks * Cell::kGates * G::kWidth, P, buf.h[0], buf.ld_h,
-                 packed + at.w_hh + block * Cell::kGates * G::kWidth * P, to, buf.ld_gates, {to, buf.ld_gates});
+                 packed + at.w_hh + block * Cell::kGates * G::kWidth * P, to, buf.ld_gates,
+                 {to, buf.ld_gates});
             for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
           });
           if (p.proj_size) {

@@ -2,9 +2,9 @@
 //
 // B [K, N] is packed into panels of kPanel columns: panel after panel, each [K][its columns rounded
 // up to a vector], zeros behind the last column. One panel and kRows rows of A are multiplied in
-// registers: kRows * kPanelVectors accumulators, one row of the panel and one element of A at a time.
-// Every element of C is the same chains of multiply-adds whatever the tiling of rows: results do
-// not depend on how rows are split over threads.
+// registers: kRows * kPanelVectors accumulators, one row of the panel and one element of A at a
+// time. Every element of C is the same chains of multiply-adds whatever the tiling of rows: results
+// do not depend on how rows are split over threads.
 #pragma once
 #include "cpu/simd.h"
 
@@ -46,7 +46,8 @@ FUSEDRNN_INLINE void turn_block(Vec<C>* out, const S* src, int64_t ld, Indices<I
 #pragma GCC unroll 8
     for (int i = 0; i < w / 2; i++) {
       out[2 * i] = __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + I % 2 * w)...);
-      out[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + w / 2 + I % 2 * w)...);
+      out[2 * i + 1] =
+          __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + w / 2 + I % 2 * w)...);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < w; i++) rows[i] = out[i];
@@ -88,7 +89,8 @@ void pack_vectors(C* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, 
       }
     }
     for (; k < K; k++)
-      for (int64_t j = 0; j < w; j++) to[k * width + j] = j < n ? to_compute(from[j * ld + k]) : C(0);
+      for (int64_t j = 0; j < w; j++)
+        to[k * width + j] = j < n ? to_compute(from[j * ld + k]) : C(0);
   }
 }
 
@@ -103,8 +105,9 @@ struct Addend {
 // A narrow panel leaves registers free: they take every second (fourth) k, which hides the latency
 // of the additions and halves the rounding.
 template <class C, int R, int V>
-__attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64_t ak, const C* panel,
-                                        C* c, int64_t ldc, int64_t cols, Addend<C> d) {
+__attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64_t ak,
+                                        const C* panel, C* c, int64_t ldc, int64_t cols,
+                                        Addend<C> d) {
   constexpr int w = Lanes<C>::kWidth, kChains = Panels<C>::kVectors / V;
   Vec<C> acc[kChains][R][V];
 #pragma GCC unroll 8
@@ -142,28 +145,37 @@ __attribute__((noinline)) void multiply(int64_t K, const C* a, int64_t ar, int64
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++)
-        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w) + acc[0][r][v] : acc[0][r][v]);
+        store(c + r * ldc + v * w,
+              d.at ? load(d.at + r * d.ld + v * w) + acc[0][r][v] : acc[0][r][v]);
   } else {
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V && v * w < cols; v++) {
         const int64_t n = cols - v * w;
-        store(c + r * ldc + v * w, d.at ? load(d.at + r * d.ld + v * w, n) + acc[0][r][v] : acc[0][r][v], n);
+        store(c + r * ldc + v * w,
+              d.at ? load(d.at + r * d.ld + v * w, n) + acc[0][r][v] : acc[0][r][v], n);
       }
   }
 }
 
 template <class C>
-using Multiply = void (*)(int64_t, const C*, int64_t, int64_t, const C*, C*, int64_t, int64_t, Addend<C>);
+using Multiply = void (*)(int64_t, const C*, int64_t, int64_t, const C*, C*, int64_t, int64_t,
+                          Addend<C>);
 
 template <class C, int V>
 FUSEDRNN_INLINE Multiply<C> multiply_for(int64_t rows) {
   switch (rows) {
-    case 1: return multiply<C, 1, V>;
-    case 2: return multiply<C, 2, V>;
-    case 3: return multiply<C, 3, V>;
-    case 4: return multiply<C, 4, V>;
-    case 5: return multiply<C, 5, V>;
-    default: return multiply<C, 6, V>;
+    case 1:
+      return multiply<C, 1, V>;
+    case 2:
+      return multiply<C, 2, V>;
+    case 3:
+      return multiply<C, 3, V>;
+    case 4:
+      return multiply<C, 4, V>;
+    case 5:
+      return multiply<C, 5, V>;
+    default:
+      return multiply<C, 6, V>;
   }
 }
 
@@ -189,14 +201,15 @@ FUSEDRNN_INLINE void each_block(int64_t M, F f) {
 
 // C [M, N] = A [M, K] B + D, A in rows of stride lda, C of stride ldc.
 template <class C>
-void gemm(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* packed, C* c, int64_t ldc,
-          Addend<C> d) {
+void gemm(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* packed, C* c,
+          int64_t ldc, Addend<C> d) {
   using P = Panels<C>;
   for (int64_t n = 0; n < N; n += P::kColumns) {
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
     each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
       const Addend<C> part{d.at ? d.at + m * d.ld + n : nullptr, d.ld};
-      multiply_for<C>(rows, cols)(K, a + m * lda, lda, 1, packed + n * K, c + m * ldc + n, ldc, cols, part);
+      multiply_for<C>(rows, cols)(K, a + m * lda, lda, 1, packed + n * K, c + m * ldc + n, ldc,
+                                  cols, part);
     });
   }
 }

@@ -17,38 +17,53 @@ namespace {
 template <class F>
 FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(BFloat16{});
-    default: return f(Float16{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
   }
 }
 template <class F>
 FUSEDRNN_INLINE auto with_cell(Cell cell, F f) {
   switch (cell) {
 #define CELL(mode, type) \
-  case Cell::k##type: return f(type{});
+  case Cell::k##type:    \
+    return f(type{});
 #include "cells/cells.inc"
 #undef CELL
-    default: __builtin_unreachable();
+    default:
+      __builtin_unreachable();
   }
 }
 template <class F>
 FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
-  return with_cell(p.cell, [&](auto cell) { return with_dtype(p.dtype, [&](auto s) { return f(cell, s); }); });
+  return with_cell(
+      p.cell, [&](auto cell) { return with_dtype(p.dtype, [&](auto s) { return f(cell, s); }); });
 }
 
 PackedOffsets forward_offsets_of(const Problem& p, int64_t layer) {
-  return with_dtype(p.dtype, [&](auto s) { return forward_offsets<Compute<decltype(s)>>(p, layer); });
+  return with_dtype(p.dtype,
+                    [&](auto s) { return forward_offsets<Compute<decltype(s)>>(p, layer); });
 }
 PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
-  return with_dtype(p.dtype, [&](auto s) { return backward_offsets<Compute<decltype(s)>>(p, layer); });
+  return with_dtype(p.dtype,
+                    [&](auto s) { return backward_offsets<Compute<decltype(s)>>(p, layer); });
 }
-void pack_forward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part, int64_t parts) {
-  with_both(p, [&](auto cell, auto s) { pack_forward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts); });
+void pack_forward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part,
+                     int64_t parts) {
+  with_both(p, [&](auto cell, auto s) {
+    pack_forward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts);
+  });
 }
-void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part, int64_t parts) {
-  with_both(p, [&](auto cell, auto s) { pack_backward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts); });
+void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part,
+                      int64_t parts) {
+  with_both(p, [&](auto cell, auto s) {
+    pack_backward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts);
+  });
 }
 int64_t rows_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {
@@ -60,16 +75,23 @@ int64_t rows_scratch_of(const Problem& p, int64_t rows) {
   });
 }
 void forward_of(const Forward& a, int64_t first, int64_t end, void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) { forward_rows<decltype(cell), decltype(s)>(a, first, end, scratch); });
+  with_both(a.problem, [&](auto cell, auto s) {
+    forward_rows<decltype(cell), decltype(s)>(a, first, end, scratch);
+  });
 }
 void backward_of(const Backward& a, int64_t first, int64_t end, void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) { backward_rows<decltype(cell), decltype(s)>(a, first, end, scratch); });
+  with_both(a.problem, [&](auto cell, auto s) {
+    backward_rows<decltype(cell), decltype(s)>(a, first, end, scratch);
+  });
 }
 int64_t weight_scratch_of(const Problem& p, int64_t layer) {
-  return with_dtype(p.dtype, [&](auto s) { return weight_scratch<Compute<decltype(s)>>(p, layer); });
+  return with_dtype(p.dtype,
+                    [&](auto s) { return weight_scratch<Compute<decltype(s)>>(p, layer); });
 }
 void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) { weight_grad<decltype(cell), decltype(s)>(a, task, threads, scratch); });
+  with_both(a.problem, [&](auto cell, auto s) {
+    weight_grad<decltype(cell), decltype(s)>(a, task, threads, scratch);
+  });
 }
 
 }  // namespace
@@ -77,8 +99,17 @@ void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scra
 namespace fusedrnn {
 extern const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA);
 const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
-    FUSEDRNN_STRING(FUSEDRNN_ISA), kVectorBytes,
-    forward_offsets_of, backward_offsets_of, pack_forward_of, pack_backward_of, rows_scratch_of,
-    forward_of, backward_of, weight_tasks, weight_scratch_of, weight_grad_of,
+    FUSEDRNN_STRING(FUSEDRNN_ISA),
+    kVectorBytes,
+    forward_offsets_of,
+    backward_offsets_of,
+    pack_forward_of,
+    pack_backward_of,
+    rows_scratch_of,
+    forward_of,
+    backward_of,
+    weight_tasks,
+    weight_scratch_of,
+    weight_grad_of,
 };
 }  // namespace fusedrnn

@@ -20,14 +20,17 @@ FUSEDRNN_INLINE int64_t chunk_steps(int64_t rows) { return max(1, kChunkTokens /
 
 // Forward works on units in blocks of one vector. Its gate buffers hold, block after block, one
 // vector for each slot, so that all gates of a block are together when its cells are computed. The
-// recurrent product goes by groups of blocks that fill the registers, each a packed matrix of its own.
+// recurrent product goes by groups of blocks that fill the registers, each a packed matrix of its
+// own.
 template <class Cell, class C>
 struct Groups {
   static constexpr int kWidth = Panels<C>::kWidth;
   static constexpr int kBlocks = Cell::kGates == 1 ? Panels<C>::kVectors : 1;
 
   static FUSEDRNN_INLINE int64_t blocks(int64_t H) { return (H + kWidth - 1) / kWidth; }
-  static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) { return blocks(H) * Cell::kSlots * kWidth; }
+  static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) {
+    return blocks(H) * Cell::kSlots * kWidth;
+  }
   // f(first block, number of blocks) for every group
   template <class F>
   static FUSEDRNN_INLINE void each(int64_t H, F f) {
@@ -67,7 +70,8 @@ FUSEDRNN_INLINE void share(int64_t N, int64_t part, int64_t parts, int64_t* begi
 template <class Cell, class C, class S, class R>
 void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int64_t part, int64_t parts) {
   using G = Groups<Cell, C>;
-  const int first_slot = Cell::kSlots == Cell::kGates || gate_of(runs, 0) >= 0 ? 0 : Cell::kSlots - Cell::kGates;
+  const int first_slot =
+      Cell::kSlots == Cell::kGates || gate_of(runs, 0) >= 0 ? 0 : Cell::kSlots - Cell::kGates;
   int64_t group = 0;
   G::each(H, [&](int64_t block, int64_t blocks) {
     if (group++ % parts != part) return;
@@ -82,7 +86,8 @@ void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int64_t part,
 }
 // B[k, n] = w[row0 + k, n]
 template <class C, class S>
-void pack_plain(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part, int64_t parts) {
+void pack_plain(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part,
+                int64_t parts) {
   int64_t begin, end;
   share<C>(N, part, parts, &begin, &end);
   pack_panels(dst, w + row0 * N, K, N, begin, end);
@@ -101,16 +106,20 @@ void pack_forward(const Problem& p, const Weights& w, int64_t layer, void* packe
       const int64_t unit = j / (Cell::kSlots * G::kWidth) * G::kWidth + j % G::kWidth;
       const int slot = int(j / G::kWidth % Cell::kSlots);
       auto value = [&](const void* b, int gate) {
-        return b && gate >= 0 && unit < H ? to_compute(static_cast<const S*>(b)[gate * H + unit]) : C(0);
+        return b && gate >= 0 && unit < H ? to_compute(static_cast<const S*>(b)[gate * H + unit])
+                                          : C(0);
       };
-      to[o.bias + j] = value(w.b_ih, gate_of(Cell::x_runs(), slot)) + value(w.b_hh, gate_of(Cell::h_runs(), slot));
+      to[o.bias + j] = value(w.b_ih, gate_of(Cell::x_runs(), slot)) +
+                       value(w.b_hh, gate_of(Cell::h_runs(), slot));
     }
   }
-  pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer), Cell::x_runs(), part, parts);
+  pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
+                    Cell::x_runs(), part, parts);
   pack_groups<Cell>(to + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(), part, parts);
   if (p.proj_size && part == parts - 1)
     pack_vectors(
-        to + o.w_hr, static_cast<const S*>(w.w_hr), H, H, (P + Panels<C>::kWidth - 1) / Panels<C>::kWidth,
+        to + o.w_hr, static_cast<const S*>(w.w_hr), H, H,
+        (P + Panels<C>::kWidth - 1) / Panels<C>::kWidth,
         [](int64_t v) { return v * Panels<C>::kWidth; },
         [&](int64_t v) { return min(Panels<C>::kWidth, P - v * Panels<C>::kWidth); });
 }

@@ -88,7 +88,8 @@ FUSEDRNN_INLINE S from_compute(Compute<S> x) {
 template <>
 FUSEDRNN_INLINE BFloat16 from_compute<BFloat16>(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
-  if (x != x) return {uint16_t(u >> 16 | 0x40u)};  // a quiet NaN; rounding could carry into infinity
+  if (x != x)
+    return {uint16_t(u >> 16 | 0x40u)};  // a quiet NaN; rounding could carry into infinity
   return {uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
 template <>

@@ -61,15 +61,16 @@ struct Backward : Common {
   // input, written (null: not wanted); dhx, dcx null: not wanted.
   const void *grad_hn, *grad_cn, *grad_out;
   void *grad_in, *dhx, *dcx;
-  void* dgates;   // [directions, tokens, slots * hidden], the gradients of the pre-activations
-  void* dproj;    // [directions, tokens, out], gradients of h, with a projection
-  void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
+  void* dgates;  // [directions, tokens, slots * hidden], the gradients of the pre-activations
+  void* dproj;   // [directions, tokens, out], gradients of h, with a projection
+  void* hidden;  // [directions, tokens, hidden], what was projected, with a projection
   void* const* dweights;  // [directions * 5] in the order of Weights; null: not wanted
   int64_t layer;
 };
 
-// One variant of the kernels, compiled for one instruction set; every entry takes what the dtype and
-// cell of the problem ask for. `part` of `parts` is a share of the work that needs no other share.
+// One variant of the kernels, compiled for one instruction set; every entry takes what the dtype
+// and cell of the problem ask for. `part` of `parts` is a share of the work that needs no other
+// share.
 struct Kernels {
   const char* name;
   int vector_bytes;

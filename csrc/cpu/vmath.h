@@ -23,7 +23,8 @@ struct ExpConstants<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   // (expm1(r) - r) / r^2, minimax for the relative error of expm1 on |r| <= ln2/2: 1.3e-8.
   static constexpr int kTerms = 5;
-  static constexpr float kSeries[kTerms] = {0.500000006f, 0.166665430f, 0.0416662821f, 0.00836658238f, 0.00139464479f};
+  static constexpr float kSeries[kTerms] = {0.500000006f, 0.166665430f, 0.0416662821f,
+                                            0.00836658238f, 0.00139464479f};
 };
 template <>
 struct ExpConstants<double> {
@@ -34,8 +35,8 @@ struct ExpConstants<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr int kTerms = 12;
   static constexpr double kSeries[kTerms] = {
-      0.5,          1. / 6,        1. / 24,        1. / 120,        1. / 720,         1. / 5040,
-      1. / 40320,   1. / 362880,   1. / 3628800,   1. / 39916800,   1. / 479001600,   1. / 6227020800};
+      0.5,        1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
+      1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
 
 // expm1(r) and n of x = n ln2 + r.
@@ -65,7 +66,8 @@ FUSEDRNN_INLINE Vec<C> power_of_two(typename Lanes<C>::Int n) {
 
 template <class C>
 FUSEDRNN_INLINE typename Lanes<C>::Int sign_bit(Vec<C> x) {
-  return bit_cast<typename Lanes<C>::Int>(x) & bit_cast<typename Lanes<C>::Int>(broadcast<C>(C(-0.)));
+  return bit_cast<typename Lanes<C>::Int>(x) &
+         bit_cast<typename Lanes<C>::Int>(broadcast<C>(C(-0.)));
 }
 template <class C>
 FUSEDRNN_INLINE Vec<C> flip_sign(Vec<C> x, typename Lanes<C>::Int sign) {
@@ -77,7 +79,8 @@ template <class C>
 FUSEDRNN_INLINE Vec<C> scale_down(Vec<C> x, typename Lanes<C>::Int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(C) == 4)
-    return bit_cast<Vec<C>>(_mm512_scalef_ps(bit_cast<__m512>(x), _mm512_cvtepi32_ps(bit_cast<__m512i>(n))));
+    return bit_cast<Vec<C>>(
+        _mm512_scalef_ps(bit_cast<__m512>(x), _mm512_cvtepi32_ps(bit_cast<__m512i>(n))));
 #endif
   const auto half = n >> 1;  // in two steps: 2^n itself may be subnormal
   return x * power_of_two<C>(half) * power_of_two<C>(n - half);

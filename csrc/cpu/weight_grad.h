@@ -1,9 +1,11 @@
-// Weight gradients of one layer: for every matrix one product over all tokens, after the recurrence.
+// Weight gradients of one layer: for every matrix one product over all tokens, after the
+// recurrence.
 //
 //   dW_ih = dgates^T x    dW_hh = dgates^T h_{t-1}    dW_hr = dh^T (o tanh c)    db = sum of dgates
 //
-// A task is a tile of rows of one matrix, or a tile of the bias sums; tokens are always added in the
-// same order, block by block, so results depend neither on the number of threads nor on the tiling.
+// A task is a tile of rows of one matrix, or a tile of the bias sums; tokens are always added in
+// the same order, block by block, so results depend neither on the number of threads nor on the
+// tiling.
 #pragma once
 #include "cpu/layer.h"
 
@@ -21,9 +23,12 @@ enum { kPlaceIH, kPlaceHH, kPlaceBiasIH, kPlaceBiasHH, kPlaceHR, kPlaces };
 FUSEDRNN_INLINE int64_t matrix_rows(const Problem& p, int matrix) {
   switch (matrix) {
     case kIH:
-    case kHH: return p.gate_rows();
-    case kBias: return p.bias ? p.slot_columns() : 0;
-    default: return p.proj_size;
+    case kHH:
+      return p.gate_rows();
+    case kBias:
+      return p.bias ? p.slot_columns() : 0;
+    default:
+      return p.proj_size;
   }
 }
 // Rows of a task: some tasks a thread, so that a slow one can be evened out.
@@ -46,14 +51,15 @@ inline int64_t weight_tasks(const Problem& p, int64_t, int64_t threads) {
 template <class C>
 int64_t weight_scratch(const Problem& p, int64_t layer) {
   const int64_t widest = max(max(p.layer_input(layer), p.out_size()), p.hidden_size);
-  return (kTokenBlock * (Panels<C>::padded(min(widest, kColumnBlock)) + 32 * kRows)) * sizeof(C) + 128;
+  return (kTokenBlock * (Panels<C>::padded(min(widest, kColumnBlock)) + 32 * kRows)) * sizeof(C) +
+         128;
 }
 
 // dst [M, N] rows of ldd = sum over tokens of a[token, m] * row(token)[n]; row(k, tmp) returns the
 // k-th valid token's row of N values, or null for zeros.
 template <class C, class Row>
-void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_t lda, Row row, C* dst,
-                   Scratch scratch) {
+void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_t lda, Row row,
+                   C* dst, Scratch scratch) {
   using P = Panels<C>;
   C* const b_panels = scratch.take<C>(kTokenBlock * P::padded(min(N, kColumnBlock)));
   C* const a_rows = scratch.take<C>(kTokenBlock * M);
@@ -63,7 +69,8 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
       const int64_t K = min(kTokenBlock, seq.valid - k0);
       for (int64_t k = 0; k < K; k++) {
         row(k0 + k, n0, cols, [&](int64_t n, Vec<C> v) __attribute__((always_inline)) {
-          const int64_t panel = n / P::kColumns, width = min(P::kColumns, P::padded(cols - panel * P::kColumns));
+          const int64_t panel = n / P::kColumns,
+                        width = min(P::kColumns, P::padded(cols - panel * P::kColumns));
           store(b_panels + panel * P::kColumns * K + k * width + (n - panel * P::kColumns), v);
         });
         const C* from = a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
@@ -92,8 +99,8 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
 }
 
 template <class Cell, class C>
-void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, const C* dgates, int64_t ld,
-               C* db_ih, C* db_hh) {
+void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, const C* dgates,
+               int64_t ld, C* db_ih, C* db_hh) {
   C total[kBiasTile] = {};
   for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
     const int64_t k2 = min(seq.valid, k0 + kTokenBlock);
@@ -136,13 +143,16 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   Scratch scratch{static_cast<char*>(scratch_space)};
 
   if (matrix == kBias) {
-    C *db_ih = static_cast<C*>(dweights[kPlaceBiasIH]), *db_hh = static_cast<C*>(dweights[kPlaceBiasHH]);
-    if (db_ih || db_hh) bias_grad<Cell>(seq, H, begin, rows, dgates, p.slot_columns(), db_ih, db_hh);
+    C *db_ih = static_cast<C*>(dweights[kPlaceBiasIH]),
+      *db_hh = static_cast<C*>(dweights[kPlaceBiasHH]);
+    if (db_ih || db_hh)
+      bias_grad<Cell>(seq, H, begin, rows, dgates, p.slot_columns(), db_ih, db_hh);
     return;
   }
 
   auto vectors = [](const auto* from, int64_t n0, int64_t cols, auto put) {
-    for (int64_t n = 0; n < cols; n += Lanes<C>::kWidth) put(n, from ? load(from + n0 + n, cols - n) : Vec<C>{});
+    for (int64_t n = 0; n < cols; n += Lanes<C>::kWidth)
+      put(n, from ? load(from + n0 + n, cols - n) : Vec<C>{});
   };
   if (matrix == kHR) {
     C* dst = static_cast<C*>(dweights[kPlaceHR]);
@@ -160,7 +170,8 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   if (!dst) return;
   const Reserve reserve(p);
   auto output_of = [&](int64_t l) {
-    return static_cast<const S*>(l == p.num_layers - 1 ? a.y : a.reserve + reserve.output_offset(l, seq.tokens));
+    return static_cast<const S*>(
+        l == p.num_layers - 1 ? a.y : a.reserve + reserve.output_offset(l, seq.tokens));
   };
   const LayerInput<S> input(a, layer, layer ? output_of(layer - 1) : nullptr);
   auto input_row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
@@ -188,10 +199,11 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   // Rows [begin, begin + rows) of the weight, run by run.
   auto each_run = [&](const auto& runs, int64_t N, auto row) {
     for (const Run& run : runs.run) {
-      const int64_t m0 = max(begin, run.gate * H), m1 = min(begin + rows, (run.gate + run.count) * H);
+      const int64_t m0 = max(begin, run.gate * H),
+                    m1 = min(begin + rows, (run.gate + run.count) * H);
       if (m0 < m1)
-        outer_product(seq, m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, p.slot_columns(), row,
-                      dst + m0 * N, scratch);
+        outer_product(seq, m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, p.slot_columns(),
+                      row, dst + m0 * N, scratch);
     }
   };
   if (matrix == kIH) {

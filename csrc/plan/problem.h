@@ -30,14 +30,17 @@ struct Problem {
   }
   FUSEDRNN_HD constexpr int64_t gate_rows() const { return traits(cell).gates * hidden_size; }
   FUSEDRNN_HD constexpr int64_t slot_columns() const { return traits(cell).slots * hidden_size; }
-  FUSEDRNN_HD constexpr int weights_per_direction() const { return 2 + (bias ? 2 : 0) + (proj_size ? 1 : 0); }
+  FUSEDRNN_HD constexpr int weights_per_direction() const {
+    return 2 + (bias ? 2 : 0) + (proj_size ? 1 : 0);
+  }
 };
 
 // The reserve holds, for every layer and direction, one row per token (a row of the batch at a
 // step): first all cell states (compute type), then all saved slots (storage type), then the
 // outputs of all layers but the last (storage type). Offsets are bytes for `tokens` tokens.
 struct Reserve {
-  int64_t cell_row, slots_row, output_row;  // bytes per token, of one layer and direction (output: layer)
+  int64_t cell_row, slots_row,
+      output_row;  // bytes per token, of one layer and direction (output: layer)
   int64_t layers, directions;
 
   FUSEDRNN_HD explicit constexpr Reserve(const Problem& p)

@@ -40,8 +40,10 @@ inline void check_shape(const char* name, const Tensor& t, const std::vector<int
   STD_TORCH_CHECK(same, "fusedrnn: expected ", name, " of shape ", show(sizes), ", got ", show(t));
 }
 inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedrnn: ", name, " has another dtype than the input");
-  STD_TORCH_CHECK(t.device() == x.device(), "fusedrnn: ", name, " is on another device than the input");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedrnn: ", name,
+                  " has another dtype than the input");
+  STD_TORCH_CHECK(t.device() == x.device(), "fusedrnn: ", name,
+                  " is on another device than the input");
 }
 
 inline int64_t checked_product(int64_t a, int64_t b) {
@@ -52,11 +54,17 @@ inline int64_t checked_product(int64_t a, int64_t b) {
 
 inline DType dtype_of(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "fusedrnn: expected float64, float32, bfloat16 or float16, got another dtype");
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(
+          false, "fusedrnn: expected float64, float32, bfloat16 or float16, got another dtype");
   }
   return DType::kFloat32;
 }
@@ -76,21 +84,24 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
   Problem p{};
   p.cell = cell_of(c.mode);
   p.dtype = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3,
+                  "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
   p.input_size = x.size(x.dim() - 1);
   p.hidden_size = c.hidden_size;
   p.proj_size = c.proj_size;
   p.num_layers = c.num_layers;
   p.num_directions = c.bidirectional ? 2 : 1;
   p.bias = c.bias;
-  STD_TORCH_CHECK(p.hidden_size > 0 && p.num_layers > 0, "fusedrnn: hidden_size and num_layers must be positive");
-  STD_TORCH_CHECK(p.proj_size >= 0 && p.proj_size < p.hidden_size, "fusedrnn: proj_size must lie in [0, hidden_size)");
+  STD_TORCH_CHECK(p.hidden_size > 0 && p.num_layers > 0,
+                  "fusedrnn: hidden_size and num_layers must be positive");
+  STD_TORCH_CHECK(p.proj_size >= 0 && p.proj_size < p.hidden_size,
+                  "fusedrnn: proj_size must lie in [0, hidden_size)");
   STD_TORCH_CHECK(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
 
   const size_t each = p.weights_per_direction();
   const int64_t directions = checked_product(p.num_layers, p.num_directions);
-  STD_TORCH_CHECK(int64_t(weights.size()) == checked_product(directions, each), "fusedrnn: expected ",
-                  directions, " x ", each, " weights, got ", weights.size());
+  STD_TORCH_CHECK(int64_t(weights.size()) == checked_product(directions, each),
+                  "fusedrnn: expected ", directions, " x ", each, " weights, got ", weights.size());
   const int64_t gate_rows = checked_product(traits(p.cell).gates, p.hidden_size);
   size_t i = 0;
   for (int64_t layer = 0; layer < p.num_layers; layer++)

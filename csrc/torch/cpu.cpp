@@ -20,7 +20,8 @@ void run_tasks(const Tensor& like, int64_t count, int64_t scratch_bytes, const T
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
   if (workers < 1) return;
   scratch_bytes = (scratch_bytes + 4095) / 4096 * 4096;
-  const Tensor scratch = torch::stable::new_empty(like, {workers * scratch_bytes + 64}, ScalarType::Byte);
+  const Tensor scratch =
+      torch::stable::new_empty(like, {workers * scratch_bytes + 64}, ScalarType::Byte);
   char* base = static_cast<char*>(scratch.mutable_data_ptr());
   base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
   std::atomic<int64_t> next{0};
@@ -48,11 +49,13 @@ Tensor as(const Tensor& t, ScalarType type) {
 std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 1, "fusedrnn: expected ", name, " of 1 dimension, got ", t.dim());
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Short ||
-                      type == ScalarType::Char || type == ScalarType::Byte,
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int ||
+                      type == ScalarType::Short || type == ScalarType::Char ||
+                      type == ScalarType::Byte,
                   "fusedrnn: expected ", name, " of integers");
-  const Tensor host = torch::stable::contiguous(torch::stable::to(
-      t, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+  const Tensor host = torch::stable::contiguous(
+      torch::stable::to(t, ScalarType::Long, std::nullopt,
+                        torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   const int64_t* at = static_cast<const int64_t*>(host.const_data_ptr());
   return std::vector<int64_t>(at, at + host.numel());
 }
@@ -83,7 +86,8 @@ struct Call {
     if (mask) {
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->is_cpu(),
                       "fusedrnn: expected the dropout mask as uint8 on the CPU");
-      check_shape("the dropout mask", *mask, {p.num_layers - 1, a.seq.tokens, p.num_directions * p.out_size()});
+      check_shape("the dropout mask", *mask,
+                  {p.num_layers - 1, a.seq.tokens, p.num_directions * p.out_size()});
     }
     a.hx = pointer(hx), a.cx = pointer(cx);
     a.mask = static_cast<const uint8_t*>(pointer(mask));
@@ -115,11 +119,13 @@ struct Call {
       for (int64_t t = 0; t < s.steps; t++) {
         STD_TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
                         "fusedrnn: batch_sizes must be positive and not rise");
-        STD_TORCH_CHECK(sizes[t] <= s.tokens - sum, "fusedrnn: batch_sizes add up to more than ", s.tokens, " tokens");
+        STD_TORCH_CHECK(sizes[t] <= s.tokens - sum, "fusedrnn: batch_sizes add up to more than ",
+                        s.tokens, " tokens");
         offset.push_back(sum);
         sum += sizes[t];
       }
-      STD_TORCH_CHECK(sum == s.tokens, "fusedrnn: batch_sizes add up to ", sum, ", not to ", s.tokens, " tokens");
+      STD_TORCH_CHECK(sum == s.tokens, "fusedrnn: batch_sizes add up to ", sum, ", not to ",
+                      s.tokens, " tokens");
       length.assign(s.batch, 0);
       for (int64_t t = s.steps - 1, b = 0; t >= 0; t--)
         for (; b < sizes[t]; b++) length[b] = t + 1;
@@ -136,9 +142,11 @@ struct Call {
       a.x_row = x.stride(1);
       if (in.lengths) {
         length = int64_values("lengths", *in.lengths);
-        STD_TORCH_CHECK(int64_t(length.size()) == s.batch, "fusedrnn: expected ", s.batch, " lengths, got ", length.size());
+        STD_TORCH_CHECK(int64_t(length.size()) == s.batch, "fusedrnn: expected ", s.batch,
+                        " lengths, got ", length.size());
         for (int64_t n : length) {
-          STD_TORCH_CHECK(n >= 0 && n <= s.steps, "fusedrnn: expected lengths in [0, ", s.steps, "], got ", n);
+          STD_TORCH_CHECK(n >= 0 && n <= s.steps, "fusedrnn: expected lengths in [0, ", s.steps,
+                          "], got ", n);
           padded_rows |= n < s.steps;
         }
       } else {
@@ -147,7 +155,8 @@ struct Call {
     }
     order.resize(s.batch);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return length[i] > length[j]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t i, int64_t j) { return length[i] > length[j]; });
     s.offset = offset.data(), s.length = length.data(), s.order = order.data();
     a.x = x.const_data_ptr(), a.x_offset = x_offset.data();
   }
@@ -186,14 +195,17 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   Tensor y = empty(call.token_sizes(a.seq, out), type);
   if (call.padded_rows) torch::stable::zero_(y);
   Tensor hn = empty({p.num_layers * D, a.seq.batch, p.out_size()}, type);
-  Tensor cn = traits(p.cell).has_cell ? empty({p.num_layers * D, a.seq.batch, p.hidden_size}, type) : empty({0}, type);
+  Tensor cn = traits(p.cell).has_cell ? empty({p.num_layers * D, a.seq.batch, p.hidden_size}, type)
+                                      : empty({0}, type);
   Tensor reserve = empty({save ? tokens : 0, layout.bytes_per_token()}, ScalarType::Byte);
   a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr(), a.cn = cn.mutable_data_ptr();
   if (a.seq.batch == 0) return {y, hn, cn, reserve};
 
   // A reserve of no bytes (one-layer RNN) still says that outputs need not go elsewhere.
   static char nothing;
-  a.reserve = !save ? nullptr : reserve.numel() ? static_cast<char*>(reserve.mutable_data_ptr()) : &nothing;
+  a.reserve = !save             ? nullptr
+              : reserve.numel() ? static_cast<char*>(reserve.mutable_data_ptr())
+                                : &nothing;
   std::vector<Tensor> inner;
   for (int64_t i = 0; !save && i < std::min<int64_t>(2, p.num_layers - 1); i++) {
     inner.push_back(empty({tokens, out}, type));
@@ -201,14 +213,16 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   }
 
   std::vector<int64_t> at{0};
-  for (int64_t i = 0; i < p.num_layers * D; i++) at.push_back(at.back() + k.forward_offsets(p, i / D).total);
+  for (int64_t i = 0; i < p.num_layers * D; i++)
+    at.push_back(at.back() + k.forward_offsets(p, i / D).total);
   const Tensor packed = empty({at.back()}, compute);
   const int64_t size = compute_bytes(p.dtype);
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   a.packed = to;
   run_tasks(call.x, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
     const int64_t which = i / kPackParts;
-    k.pack_forward(p, a.weights[which], which / D, to + at[which] * size, i % kPackParts, kPackParts);
+    k.pack_forward(p, a.weights[which], which / D, to + at[which] * size, i % kPackParts,
+                   kPackParts);
   });
 
   const auto [rows, tasks] = plan_cpu(a.seq.batch, torch::stable::get_num_threads());
@@ -219,36 +233,45 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
 }
 
 BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const OptionalTensor& grad_y,
-                             const OptionalTensor& grad_hn, const OptionalTensor& grad_cn, const Tensor& y,
-                             const Tensor& reserve, const std::vector<bool>& needs) {
+                             const OptionalTensor& grad_hn, const OptionalTensor& grad_cn,
+                             const Tensor& y, const Tensor& reserve,
+                             const std::vector<bool>& needs) {
   Backward a{};
   Call call(in, config, a);
   call.list_tokens(a.seq);
   const Problem& p = a.problem;
   const Kernels& k = kernels();
-  const int64_t D = p.num_directions, out = D * p.out_size(), tokens = a.seq.tokens, B = a.seq.batch;
+  const int64_t D = p.num_directions, out = D * p.out_size(), tokens = a.seq.tokens,
+                B = a.seq.batch;
   const int64_t each = p.weights_per_direction(), directions = p.num_layers * D;
   const ScalarType type = call.x.scalar_type(), compute = compute_type(p.dtype);
   const bool has_cell = traits(p.cell).has_cell;
-  auto empty = [&](const std::vector<int64_t>& sizes) { return torch::stable::new_empty(call.x, sizes, compute); };
+  auto empty = [&](const std::vector<int64_t>& sizes) {
+    return torch::stable::new_empty(call.x, sizes, compute);
+  };
 
-  STD_TORCH_CHECK(needs.size() == 3 + in.weights.size(), "fusedrnn: expected ", 3 + in.weights.size(),
-                  " needs, got ", needs.size());
+  STD_TORCH_CHECK(needs.size() == 3 + in.weights.size(), "fusedrnn: expected ",
+                  3 + in.weights.size(), " needs, got ", needs.size());
   check_like("the output", y, call.x);
   check_shape("the output", y, call.token_sizes(a.seq, out));
   check_shape("the reserve", reserve, {tokens, Reserve(p).bytes_per_token()});
-  STD_TORCH_CHECK(y.is_contiguous() && reserve.is_contiguous() && reserve.is_cpu() && reserve.scalar_type() == ScalarType::Byte,
+  STD_TORCH_CHECK(y.is_contiguous() && reserve.is_contiguous() && reserve.is_cpu() &&
+                      reserve.scalar_type() == ScalarType::Byte,
                   "fusedrnn: expected output and reserve as forward made them");
   a.y = y.const_data_ptr();
   a.reserve = static_cast<char*>(const_cast<void*>(reserve.const_data_ptr()));  // only read
-  auto gradient = [&](const char* name, const OptionalTensor& g, const std::vector<int64_t>& sizes) {
+  auto gradient = [&](const char* name, const OptionalTensor& g,
+                      const std::vector<int64_t>& sizes) {
     if (g) check_shape(name, *g, sizes);
     return to_type(g, compute);
   };
-  const OptionalTensor dhn = gradient("the gradient of h_n", grad_hn, {directions, B, p.out_size()});
-  const OptionalTensor dcn = gradient("the gradient of c_n", has_cell ? grad_cn : std::nullopt, {directions, B, p.hidden_size});
+  const OptionalTensor dhn =
+      gradient("the gradient of h_n", grad_hn, {directions, B, p.out_size()});
+  const OptionalTensor dcn = gradient("the gradient of c_n", has_cell ? grad_cn : std::nullopt,
+                                      {directions, B, p.hidden_size});
   a.grad_hn = pointer(dhn), a.grad_cn = pointer(dcn);
-  const OptionalTensor dy = gradient("the gradient of the output", grad_y, call.token_sizes(a.seq, out));
+  const OptionalTensor dy =
+      gradient("the gradient of the output", grad_y, call.token_sizes(a.seq, out));
   Tensor grad_out = dy ? *dy : torch::stable::new_zeros(call.x, {tokens, out}, compute);
 
   const bool need_x = needs[0], need_hx = needs[1], need_cx = needs[2] && has_cell;
@@ -258,7 +281,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
   Tensor dcx = need_cx ? empty({directions, B, p.hidden_size}) : empty({0});
   std::vector<Tensor> dweights;
   for (size_t i = 0; i < in.weights.size(); i++) {
-    dweights.push_back(needs[3 + i] ? empty({in.weights[i].sizes().begin(), in.weights[i].sizes().end()}) : empty({0}));
+    dweights.push_back(needs[3 + i]
+                           ? empty({in.weights[i].sizes().begin(), in.weights[i].sizes().end()})
+                           : empty({0}));
     if (B == 0) torch::stable::zero_(dweights.back());
   }
   auto finish = [&]() -> BackwardOutputs {
@@ -290,7 +315,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
     a.packed = to;
     run_tasks(call.x, D * kPackParts, 0, [&](int64_t i, char*) {
       const int64_t dir = i / kPackParts;
-      k.pack_backward(p, a.weights[layer * D + dir], layer, to + dir * total * size, i % kPackParts, kPackParts);
+      k.pack_backward(p, a.weights[layer * D + dir], layer, to + dir * total * size, i % kPackParts,
+                      kPackParts);
     });
 
     a.grad_out = grad_out.const_data_ptr();
@@ -311,7 +337,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
         i++, any |= at != nullptr;
         return at;
       };
-      for (bool present : {true, true, p.bias, p.bias, p.proj_size > 0}) places.push_back(next(present));
+      for (bool present : {true, true, p.bias, p.bias, p.proj_size > 0})
+        places.push_back(next(present));
     }
     a.dweights = places.data();
     if (any)

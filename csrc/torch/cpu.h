@@ -17,12 +17,14 @@ struct Inputs {
 };
 
 using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, hn, cn, reserve
-using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // of x, hx, cx, weights
+using BackwardOutputs =
+    std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // of x, hx, cx, weights
 
 ForwardOutputs forward_cpu(const Inputs&, const Config&, bool save);
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
 BackwardOutputs backward_cpu(const Inputs&, const Config&, const OptionalTensor& grad_y,
-                             const OptionalTensor& grad_hn, const OptionalTensor& grad_cn, const Tensor& y,
-                             const Tensor& reserve, const std::vector<bool>& needs);
+                             const OptionalTensor& grad_hn, const OptionalTensor& grad_cn,
+                             const Tensor& y, const Tensor& reserve,
+                             const std::vector<bool>& needs);
 
 }  // namespace fusedrnn

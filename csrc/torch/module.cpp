@@ -13,28 +13,29 @@ namespace {
 using namespace fusedrnn;
 
 // fusedrnn/ops.py documents the arguments.
-#define INPUTS                                                                               \
+#define INPUTS                                                                                 \
   "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
   "Tensor? mask, float dropout"
 #define CONFIG \
   "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
 
 ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
-                       OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask, double dropout,
-                       std::string mode, int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bias,
-                       bool bidirectional, bool save) {
+                       OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
+                       double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
+                       int64_t num_layers, bool bias, bool bidirectional, bool save) {
   return forward_cpu({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
                      {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, save);
 }
 
-BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, OptionalTensor grad_cn, Tensor y,
-                         Tensor reserve, std::vector<bool> needs, Tensor x, OptionalTensor hx, OptionalTensor cx,
-                         std::vector<Tensor> weights, OptionalTensor batch_sizes, OptionalTensor lengths,
-                         OptionalTensor mask, double dropout, std::string mode, int64_t hidden_size,
-                         int64_t proj_size, int64_t num_layers, bool bias, bool bidirectional) {
+BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, OptionalTensor grad_cn,
+                         Tensor y, Tensor reserve, std::vector<bool> needs, Tensor x,
+                         OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
+                         OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
+                         double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
+                         int64_t num_layers, bool bias, bool bidirectional) {
   return backward_cpu({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
-                      {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, grad_y, grad_hn, grad_cn,
-                      y, reserve, needs);
+                      {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, grad_y,
+                      grad_hn, grad_cn, y, reserve, needs);
 }
 
 // Runs f, turning a C++ exception into a Python one.
@@ -52,12 +53,15 @@ PyObject* reserve_bytes(PyObject*, PyObject* args) {
   const char *mode, *dtype;
   long long hidden, proj, layers;
   int bidirectional;
-  if (!PyArg_ParseTuple(args, "ssLLLp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional)) return nullptr;
+  if (!PyArg_ParseTuple(args, "ssLLLp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional))
+    return nullptr;
   return guarded([&] {
     Problem p{};
     p.cell = cell_of(mode);
     const std::string name = dtype;
-    p.dtype = name == "float64" ? DType::kFloat64 : name == "float32" ? DType::kFloat32 : DType::kBFloat16;
+    p.dtype = name == "float64"   ? DType::kFloat64
+              : name == "float32" ? DType::kFloat32
+                                  : DType::kBFloat16;
     p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
     p.num_directions = bidirectional ? 2 : 1;
     return PyLong_FromLongLong(Reserve(p).bytes_per_token());
@@ -69,7 +73,8 @@ PyObject* cpu_variants(PyObject*, PyObject*) {
   int count;
   const Variant* all = variants(&count);
   for (int i = 0; list && i < count; i++) {
-    PyObject* entry = Py_BuildValue("(sO)", all[i].kernels->name, all[i].supported ? Py_True : Py_False);
+    PyObject* entry =
+        Py_BuildValue("(sO)", all[i].kernels->name, all[i].supported ? Py_True : Py_False);
     if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
     Py_XDECREF(entry);
   }
@@ -97,8 +102,10 @@ PyObject* cuda_archs(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"reserve_bytes", reserve_bytes, METH_VARARGS,
-     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional) -> bytes per token"},
-    {"cpu_variants", cpu_variants, METH_NOARGS, "[(instruction set, whether this processor has it)], best first"},
+     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional) -> bytes per "
+     "token"},
+    {"cpu_variants", cpu_variants, METH_NOARGS,
+     "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
     {"cpu_plan", cpu_plan, METH_VARARGS, "cpu_plan(batch, threads) -> (rows a task, tasks)"},
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
@@ -109,8 +116,9 @@ PyMethodDef methods[] = {
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def("forward(" INPUTS ", " CONFIG ", bool save) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor y, Tensor reserve, bool[] needs, " INPUTS
-        ", " CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor y, Tensor reserve, bool[] "
+      "needs, " INPUTS ", " CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
@@ -119,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef def = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&def);
 }
