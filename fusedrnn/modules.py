@@ -70,14 +70,12 @@ class _Fused(nn.RNNBase):
         x, hx, cx, unsort, lengths = self._canonical(input, hx, lengths)
         batch_sizes = input.batch_sizes if packed else None
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        out_dtype = None
-        if torch.is_autocast_enabled(x.device.type):
-            # torch.nn's GRU keeps its states in the dtype they came in, the others do not.
-            out_dtype = (x if hx is None else hx).dtype if self.mode == "GRU" else None
-            to = torch.get_autocast_dtype(x.device.type)
-            if x.dtype != torch.float64:
-                x, weights = x.to(to), [w.to(to) for w in weights]
-                hx, cx = (None if s is None else s.to(to) for s in (hx, cx))
+        dtypes = None
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            low = torch.get_autocast_dtype(x.device.type)
+            dtypes = self._autocast_dtypes((x if hx is None else hx).dtype, low, packed)
+            x, weights = x.to(low), [w.to(low) for w in weights]
+            hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
         config = self._config()
         mask = self._dropout_mask(x, config)
@@ -89,8 +87,8 @@ class _Fused(nn.RNNBase):
             y, hn, cn, _ = ops.forward(*call, save)
         else:  # lengths, which torch.nn does not know
             y, hn, cn = reference.forward(*call)
-        if out_dtype is not None:
-            y, hn = y.to(out_dtype), hn.to(out_dtype)
+        if dtypes is not None:
+            y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
         states = (hn, cn) if self.mode == "LSTM" else (hn,)
         if packed:
@@ -176,6 +174,22 @@ class _Fused(nn.RNNBase):
                 f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
             )
         return lengths
+
+    def _autocast_dtypes(
+        self, given: torch.dtype, low: torch.dtype, packed: bool
+    ) -> tuple[torch.dtype, torch.dtype]:
+        """torch.nn's dtypes under autocast, of the output and h, and of c.
+
+        They follow from which of ATen's paths a case takes: what an element-wise product with the
+        `given` state computes keeps that state's dtype, what a matrix product does is `low`.
+        """
+        if self.mode == "GRU":
+            return given, given
+        if self.mode == "LSTM" and self.proj_size:
+            return low, given
+        if self.mode == "LSTM" and packed:
+            return given, given
+        return low, low
 
     def _dropout_mask(self, x: Tensor, config: ops.Config) -> Tensor | None:
         """The masks between layers (L - 1, tokens, D * P), drawn in torch.nn's order."""

@@ -51,10 +51,21 @@ class Config(NamedTuple):
         return 2 if self.bidirectional else 1
 
 
+def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
+    """A meta tensor among real ones leads here too: what it returned would never be written."""
+    for t in tensors:
+        if t is not None and t.device != x.device:
+            raise RuntimeError(
+                f"fusedrnn: expected all tensors on {x.device} like the input, got {t.device}"
+            )
+
+
 @torch.library.register_fake("fusedrnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
     x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *rest
 ):
+    _check_devices(x, hx, cx, mask, *weights)
+    _check_devices(x, *(t for t in (batch_sizes, lengths) if t is not None and t.is_meta))
     config, save = Config(*rest[:-1]), rest[-1]
     if batch_sizes is not None:
         tokens = x.shape[0]
@@ -84,6 +95,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return x.new_empty(tensor.shape if needed and tensor is not None else (0,))
 
+    batch_sizes, lengths, mask = rest[:3]
+    _check_devices(x, grad_y, grad_hn, grad_cn, y, reserve, hx, cx, mask, *weights)
+    _check_devices(x, *(t for t in (batch_sizes, lengths) if t is not None and t.is_meta))
     config = Config(*rest[-6:])
     hidden = hx
     if hx is None and needs[1]:

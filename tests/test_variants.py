@@ -1,0 +1,215 @@
+"""Each CPU instruction set in the binary that this processor has, forced by FUSEDRNN_CPU.
+
+The choice is made once a process, so each check runs in one of its own: this file is also the
+program that makes one CHECK with the VARIANT in use.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CELLS, DTYPES, make_pair, random_state
+
+import fusedrnn
+from fusedrnn import _C
+
+VARIANTS = [name for name, supported in _C.cpu_variants() if supported]
+MAX_ULP = 2.0
+WIDTH = 19  # of layers below: no multiple of any vector's lanes
+
+
+def run(variant, check):
+    return subprocess.run(
+        [sys.executable, __file__, check, variant],
+        env={**os.environ, "FUSEDRNN_CPU": variant},
+        capture_output=True,
+        text=True,
+    )
+
+
+# The checks
+
+
+def numbers():
+    """Outputs, states and gradients by the rule of test_numbers.py."""
+    from test_numbers import compare
+
+    for cell in CELLS:
+        for dtype in DTYPES:
+            for T, B, width, hidden in [(1, 1, 1, 1), (5, 3, 4, 5), (3, 37, 33, 67)]:
+                plain, fused = make_pair(
+                    cell, width, hidden, num_layers=2, bidirectional=True, dtype=dtype
+                )
+                x = torch.randn(T, B, width).to(dtype)
+                compare(plain, fused, x, random_state(plain, B))
+
+
+def bits():
+    """Prints a digest of a result that differs with the order and the rounding of its sums."""
+    _, fused = make_pair("gru", 64, 128)
+    y, _ = fused(torch.randn(20, 16, 64, generator=torch.Generator().manual_seed(0)))
+    print(hashlib.sha256(y.detach().numpy().tobytes()).hexdigest())
+
+
+def points(dtype):
+    """Finite numbers of every size, dense where the functions bend: (rows, WIDTH)."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    unsigned = np.uint32 if dtype == np.float32 else np.uint64
+    largest = np.array(np.finfo(dtype).max).view(unsigned)
+    patterns = np.linspace(0, float(largest), 150_000).astype(unsigned).clip(0, largest)
+    saturated = 110 if dtype == np.float32 else 760  # sigmoid is 0 below
+    x = np.concatenate(
+        [
+            patterns.view(dtype),
+            rng.uniform(0, 1, 50_000),
+            rng.uniform(0, 12, 100_000),
+            rng.uniform(0, saturated, 100_000),
+            np.exp(rng.uniform(-30, 4, 50_000)),
+            np.log(2) * np.arange(0, 1200, 0.5),  # where the argument's reduction changes
+        ]
+    ).astype(dtype)
+    x = np.concatenate([x, -x])
+    return x[: x.size // WIDTH * WIDTH].reshape(-1, WIDTH)
+
+
+def activations(x):
+    """(name, exact function's name, values as a module computes them) at the points x."""
+    dtype, device = x.dtype, "cpu"
+    identity, rows = torch.eye(WIDTH, dtype=dtype, device=device), len(x)
+    ones, nothing = (
+        torch.ones(1, rows, WIDTH, dtype=dtype),
+        torch.zeros(1, rows, WIDTH, dtype=dtype),
+    )
+
+    def layer(cls, which, bias=()):
+        """All weights 0 but W_ih of gate `which`, the identity; gates in `bias` are saturated."""
+        made = cls(WIDTH, WIDTH, dtype=dtype)
+        with torch.no_grad():
+            for p in made.parameters():
+                p.zero_()
+            if which is not None:
+                made.weight_ih_l0[which * WIDTH : (which + 1) * WIDTH] = identity
+            for gate in bias:
+                made.bias_ih_l0[gate * WIDTH : (gate + 1) * WIDTH] = 1000
+        return made
+
+    with torch.no_grad():
+        yield "RNN: tanh", "tanh", layer(fusedrnn.RNN, 0)(x[None])[0]
+        # n = tanh(0), so that h = n + z (1 - n) is z
+        yield "GRU: z", "sigmoid", layer(fusedrnn.GRU, 1)(x[None], ones)[0]
+        # z = sigmoid(0) and h_0 = 0: h is n / 2, which is exact
+        yield "GRU: n", "tanh", 2 * layer(fusedrnn.GRU, 2)(x[None])[0]
+        # g = tanh(0), so that c is f 1 + i 0
+        yield "LSTM: f", "sigmoid", layer(fusedrnn.LSTM, 1)(x[None], (nothing, ones))[1][1]
+        # f = o = 1 and i g = 0, so that h is tanh(c_0)
+        yield (
+            "LSTM: tanh(c)",
+            "tanh",
+            layer(fusedrnn.LSTM, None, (1, 3))(nothing, (nothing, x[None]))[0],
+        )
+
+
+def ulps():
+    """tanh and sigmoid over the whole range, as seen through the modules."""
+    import numpy as np
+
+    for dtype, wide in ((np.float32, np.float64), (np.float64, np.longdouble)):
+        x = points(dtype)
+        with np.errstate(over="ignore", under="ignore"):
+            exact = {"tanh": np.tanh(x.astype(wide)), "sigmoid": 1 / (1 + np.exp(-x.astype(wide)))}
+        for name, function, found in activations(torch.from_numpy(x)):
+            reference = exact[function]
+            if name == "GRU: n":  # the last bit of a subnormal half is lost
+                reference = np.where(
+                    np.abs(x) < 4 * np.finfo(dtype).tiny, found[0].numpy(), reference
+                )
+            ulp = np.spacing(np.abs(reference).astype(dtype)).astype(wide)
+            error = np.abs(found[0].numpy().astype(wide) - reference) / ulp
+            worst = np.unravel_index(np.nanargmax(error), error.shape)
+            # Not `error > MAX_ULP`: NaN must fail.
+            assert (error <= MAX_ULP).all(), (
+                f"{name} {x.dtype}: {error[worst]:.2f} ulp at {x[worst]!r}, "
+                f"found {found[0].numpy()[worst]!r}, exact {reference[worst]!r}"
+            )
+
+
+CHECKS = {"numbers": numbers, "bits": bits, "ulps": ulps}
+
+
+# The tests
+
+
+@pytest.mark.parametrize("check", ["numbers", "ulps"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant, check):
+    if check == "ulps":
+        pytest.importorskip("numpy")
+    done = run(variant, check)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_variants_are_different_code():
+    """Without fused multiply-add sums round otherwise: proof that not all runs used one variant."""
+    pytest.importorskip("numpy")
+    fused = [v for v in VARIANTS if v in ("avx2", "avx512")]
+    if not fused or "baseline" not in VARIANTS:
+        pytest.skip("needs baseline and a variant with fused multiply-add")
+    digests = {variant: run(variant, "bits").stdout for variant in ("baseline", *fused)}
+    assert all(len(d) == 65 for d in digests.values())
+    assert all(digests[v] != digests["baseline"] for v in fused)
+
+
+def test_the_best_variant_is_the_default():
+    environment = {k: v for k, v in os.environ.items() if k != "FUSEDRNN_CPU"}
+    program = "import fusedrnn; print(fusedrnn._C.cpu_variant())"
+    for more in ({}, {"FUSEDRNN_CPU": ""}):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == VARIANTS[0]
+
+
+UNKNOWN = """
+import torch, fusedrnn
+layer, x = fusedrnn.GRU(3, 4), torch.zeros(5, 2, 3)
+for call in (lambda: layer(x), lambda: layer(x), fusedrnn._C.cpu_variant, fusedrnn.info):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["sse5", "AVX2", "avx512 "])
+def test_unknown_variant(name):
+    """The import works, each use says what is wrong and what there is."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNKNOWN],
+        env={**os.environ, "FUSEDRNN_CPU": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.rstrip("\n").split("\n")
+    assert len(lines) == 4
+    for line in lines:
+        assert f"FUSEDRNN_CPU is {name}, which this build or this processor lacks" in line
+        assert line.endswith(f"choose from: {', '.join(VARIANTS)}")
+
+
+if __name__ == "__main__":
+    check, variant = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    assert _C.cpu_variant() == variant, f"{_C.cpu_variant()} was chosen, not {variant}"
+    CHECKS[check]()
+    assert _C.cpu_variant() == variant
