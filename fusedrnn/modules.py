@@ -104,7 +104,7 @@ class _Fused(nn.RNNBase):
     def _canonical(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple:
         """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
         lstm = self.mode == "LSTM"
-        states = (None, None) if hx is None else tuple(hx) if lstm else (hx,)
+        states = (None, None) if hx is None else (hx[0], hx[1]) if lstm else (hx,)
         unsort = None
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -152,10 +152,12 @@ class _Fused(nn.RNNBase):
                 message = f"Expected hidden[{i}] size {{}}, got {{}}" if lstm else None
                 self.check_hidden_size(state, expected, *[message] if message else [])
                 if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
-                    raise ValueError(
+                    raise RuntimeError(
                         f"RNN hidden state dtype ({state.dtype}) does not match input dtype "
                         f"({x.dtype}). Convert it: hx.to({x.dtype})"
                     )
+            if lstm and len(hx) != 2:
+                raise RuntimeError("lstm expects two hidden states")
         if batch_sizes is None and x.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:

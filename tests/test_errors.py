@@ -378,7 +378,7 @@ def test_wrong_lengths(cell, which):
 def test_lengths_elsewhere(cell):
     plain, fused = make_pair(cell, INPUT, HIDDEN, num_layers=LAYERS)
     lengths = torch.tensor([5, 3])
-    with pytest.raises(ValueError, match="a PackedSequence has its own"):
+    with pytest.raises(ValueError, match="a PackedSequence has lengths of its own"):
         fused(packed(), lengths=lengths)
     with pytest.raises(TypeError):  # by keyword only, for a third argument is an error in torch.nn
         fused(zeros(T, B, INPUT), None, lengths)

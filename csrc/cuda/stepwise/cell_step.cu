@@ -1,0 +1,184 @@
+// What one thread of either kernel owns: one unit j of the rows b, b + kRows * gridDim.y, ... It
+// reads and writes the elements (b, j) of every array, of all gates and slots, and no other
+// thread's: nothing is shared and nothing waits. A warp holds 32 units side by side, so that what
+// it loads and stores is contiguous.
+#include "cuda/stepwise/cell_step.h"
+
+#include "cells/cells.h"
+#include "cuda/primitives.h"
+
+namespace fusedrnn {
+namespace {
+
+constexpr int kUnits = 32, kRows = 8;  // of a block
+
+// h = what a product gave: lets the kernels finish a step whose h is projected.
+struct Projection {
+  static constexpr int kGates = 1, kSlots = 1, kSaved = 0;
+  static constexpr bool kHasCell = false, kUsesHPrev = false;
+  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 1}}}; }
+  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 0}}}; }
+
+  template <class M, class V>
+  static FUSEDRNN_HD V forward(V (&s)[1], V, V&) {
+    return s[0];
+  }
+  template <class M, class V>
+  static FUSEDRNN_HD V backward(V (&s)[1], V, V, V, V, V dh, V&) {
+    s[0] = dh;
+    return V{};
+  }
+};
+
+__device__ inline bool runs_at(const CellStep& p, int64_t b, int64_t step) {
+  return step >= 0 && step < (p.lengths ? p.lengths[b] : p.steps);
+}
+
+// Element (b, j) of rows of type T; null reads as zero and is not written.
+template <class T>
+__device__ inline Compute<T> read(const void* array, int64_t at) {
+  return array ? to_compute(static_cast<const T*>(array)[at]) : Compute<T>(0);
+}
+template <class T>
+__device__ inline void write(void* array, int64_t at, Compute<T> value) {
+  if (array) static_cast<T*>(array)[at] = from_compute<T>(value);
+}
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(kUnits* kRows)
+    forward_kernel(const __grid_constant__ CellForward p) {
+  using C = Compute<S>;
+  const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
+  if (j >= H) return;
+  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
+       b += int64_t(gridDim.y) * kRows) {
+    if (!runs_at(p, b, p.step)) {
+      write<S>(p.y, b * p.y_stride + j, 0);
+      continue;
+    }
+    C s[Cell::kSlots];
+    for (int k = 0; k < Cell::kSlots; k++) {
+      const int x = gate_of(Cell::x_runs(), k), h = gate_of(Cell::h_runs(), k);
+      s[k] = 0;
+      if (x >= 0)
+        s[k] += read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, x * H + j);
+      if (h >= 0)
+        s[k] += read<C>(p.gates_h, b * p.gates_h_stride + h * H + j) + read<S>(p.b_hh, h * H + j);
+    }
+    const int64_t at = b * H + j;
+    const C h_prev = Cell::kUsesHPrev ? read<C>(p.h, at) : C(0);
+    C c = Cell::kHasCell ? read<C>(p.c, at) : C(0);
+    const C h = Cell::template forward<ScalarMath>(s, h_prev, c);
+    write<C>(p.h, at, h);
+    write<S>(p.operand, at, h);
+    write<S>(p.y, b * p.y_stride + j, h);
+    if constexpr (Cell::kHasCell) {
+      write<C>(p.c, at, c);
+      write<C>(p.saved_c, at, c);
+    }
+    for (int k = 0; k < Cell::kSaved; k++) write<S>(p.saved, (b * Cell::kSaved + k) * H + j, s[k]);
+  }
+}
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(kUnits* kRows)
+    backward_kernel(const __grid_constant__ CellBackward p) {
+  using C = Compute<S>;
+  const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
+  if (j >= H) return;
+  const int64_t earlier = p.reverse ? p.step + 1 : p.step - 1;  // the step this one came after
+  const int64_t later = p.reverse ? p.step - 1 : p.step + 1;    // that of the launch before
+  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
+       b += int64_t(gridDim.y) * kRows) {
+    const int64_t at = b * H + j;
+    C dh = read<C>(p.dh, at);
+    if (runs_at(p, b, later)) dh += read<C>(p.dh_product, at);
+    if (!runs_at(p, b, p.step)) {
+      write<C>(p.dh, at, dh);
+      for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, 0);
+      write<S>(p.hidden, at, 0);
+      continue;
+    }
+    dh += read<C>(p.dy, b * p.dy_stride + j);
+    const bool first = !runs_at(p, b, earlier);
+    C s[Cell::kSlots];
+    for (int k = 0; k < Cell::kSaved; k++) s[k] = read<S>(p.saved, (b * Cell::kSaved + k) * H + j);
+    C h = 0, h_prev = 0, c = 0, c_prev = 0, dc = 0;
+    if constexpr (Cell::kSaved == 0) h = read<S>(p.h, b * p.h_stride + j);
+    if constexpr (Cell::kUsesHPrev)
+      h_prev = first ? read<S>(p.h0, at) : read<S>(p.h_prev, b * p.h_stride + j);
+    if constexpr (Cell::kHasCell) {
+      c = read<C>(p.c, at);
+      c_prev = first ? read<S>(p.c0, at) : read<C>(p.c_prev, at);
+      dc = read<C>(p.dc, at);
+      if (p.hidden) write<S>(p.hidden, at, s[3] * ScalarMath::tanh(c));
+    }
+    write<C>(p.dh, at, Cell::template backward<ScalarMath>(s, h_prev, h, c_prev, c, dh, dc));
+    if constexpr (Cell::kHasCell) write<C>(p.dc, at, dc);
+    for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, s[k]);
+  }
+}
+
+// Calls f with a value of the storage type.
+template <class F>
+int with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+  }
+  return kInvalidValue;
+}
+template <class F>
+int with_cell(Cell cell, F f) {
+  switch (cell) {
+#define CELL(mode, type) \
+  case Cell::k##type:    \
+    return f(type{});
+#include "cells/cells.inc"
+#undef CELL
+    default:
+      return kInvalidValue;
+  }
+}
+
+// The kernel of `select`, a function of a cell and a value of the storage type, on all of p.
+template <class P, class F>
+int run(const P& p, void* stream, F select) {
+  if (p.batch == 0 || p.hidden_size == 0) return 0;
+  const int64_t columns = (p.hidden_size + kUnits - 1) / kUnits;
+  const int64_t rows = (p.batch + kRows - 1) / kRows;
+  if (columns > INT32_MAX) return kInvalidValue;
+  Grid grid{dim3(unsigned(columns), unsigned(rows < 65535 ? rows : 65535)), dim3(kUnits, kRows)};
+  return with_dtype(p.dtype, [&](auto s) { return launch(select(s), grid, stream, p); });
+}
+template <class Cell>
+int run_forward(const CellForward& p, void* stream) {
+  return run(p, stream, [](auto s) { return forward_kernel<Cell, decltype(s)>; });
+}
+template <class Cell>
+int run_backward(const CellBackward& p, void* stream) {
+  return run(p, stream, [](auto s) { return backward_kernel<Cell, decltype(s)>; });
+}
+
+}  // namespace
+
+int cell_forward(const CellForward& p, void* stream) {
+  return with_cell(p.cell, [&](auto cell) { return run_forward<decltype(cell)>(p, stream); });
+}
+int cell_backward(const CellBackward& p, void* stream) {
+  return with_cell(p.cell, [&](auto cell) { return run_backward<decltype(cell)>(p, stream); });
+}
+int projection_forward(const CellForward& p, void* stream) {
+  return run_forward<Projection>(p, stream);
+}
+int projection_backward(const CellBackward& p, void* stream) {
+  return run_backward<Projection>(p, stream);
+}
+
+}  // namespace fusedrnn

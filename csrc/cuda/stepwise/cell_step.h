@@ -1,0 +1,70 @@
+// The element-wise half of the stepwise backend: one step of one layer and direction, forward and
+// backward, of any cell and dtype. The products with W_ih, W_hh and W_hr are the caller's.
+//
+// A structure holds what one launch needs and knows nothing of torch. Arrays are of the storage
+// type (the problem's dtype) or of the compute type (float64 for float64, float32 for the rest).
+// Strides are in elements; an array without one has rows that follow each other.
+//
+// A row b runs at a step that lies within its length. Rows that rest keep their state and carried
+// gradients, write zeros where a value of the step is asked for, and are not read from.
+#pragma once
+#include <cstdint>
+
+#include "plan/problem.h"
+
+namespace fusedrnn {
+
+struct CellStep {
+  Cell cell;
+  DType dtype;
+  int64_t batch, hidden_size;
+  int64_t step, steps;     // this step in time, also in the reverse direction, and how many there are
+  const int64_t* lengths;  // [batch], null: every row has `steps` steps
+  bool reverse;
+};
+
+// (gates_x + b_ih, gates_h + b_hh, h, c) -> h, c. Rows of the gates are in torch.nn's order.
+struct CellForward : CellStep {
+  const void* gates_x;        // compute type [batch, gates * hidden]: x W_ih^T
+  const void* gates_h;        // the same of h W_hh^T; null: zeros
+  const void *b_ih, *b_hh;    // storage type [gates * hidden]; null: zeros
+  void *h, *c;                // compute type [batch, hidden], updated in place; h may be null for
+                              // cells that do not read it, c for those that have none
+  void* operand;              // storage type [batch, hidden]: h for the next product, or null
+  void* y;                    // storage type [batch, hidden], or null
+  void* saved;                // storage type [batch, saved * hidden], or null
+  void* saved_c;              // compute type [batch, hidden], or null
+  int64_t gates_x_stride, gates_h_stride, y_stride;
+};
+
+// The gradients of the pre-activations. dL/dh of this step is dh + dh_product + dy; what of it goes
+// around W_hh to the step before is left in dh, what goes through it is the caller's product of
+// dgates and W_hh, given as dh_product of the next launch (which takes it for the rows that ran in
+// the launch before). A last launch, of step -1 (`steps` in reverse), folds the last product into
+// dh: then dh and dc are the gradients of the initial states.
+struct CellBackward : CellStep {
+  const void* saved;           // storage type [batch, saved * hidden]
+  const void *h, *h_prev;      // storage type [batch, hidden]: y of this step and the one before;
+                               // h for cells that save nothing, h_prev for cells that read it
+  const void *c, *c_prev;      // compute type [batch, hidden]: saved_c of the same steps
+  const void *h0, *c0;         // storage type [batch, hidden]: initial states; null: zeros
+  const void* dy;              // compute type [batch, hidden], or null
+  const void* dh_product;      // compute type [batch, hidden], or null
+  void *dh, *dc;               // compute type [batch, hidden], updated in place; dh may be null
+  void* dgates;                // storage type [batch, slots * hidden], or null
+  void* hidden;                // storage type [batch, hidden]: h before a projection, or null
+  int64_t h_stride, dy_stride; // of h and h_prev; of dy
+};
+
+// Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
+int cell_forward(const CellForward&, void* stream);
+int cell_backward(const CellBackward&, void* stream);
+
+// The same for the projection of an LSTM, whatever `cell` says, with proj_size as hidden_size: h is
+// gates_x as it stands, and dgates is dL/dh. The cell's own launches then have no h, y, h_prev, dh
+// and dh_product; the product of operand and W_hr is the gates_x of the projection, and the product
+// of its dgates and W_hr is the dy of the cell.
+int projection_forward(const CellForward&, void* stream);
+int projection_backward(const CellBackward&, void* stream);
+
+}  // namespace fusedrnn
