@@ -132,7 +132,7 @@ def test_losses_of_a_small_model_are_those_of_torch(layer, sampling):
         curves.append(train(model, corpus, sampling, batch=4, steps=7, lr=1.0, epochs=12))
         texts.append(predict(model, "the quick", 20, text))
     assert curves[1] == pytest.approx(curves[0], rel=1e-9)
-    assert curves[1][-1] < curves[1][0] / 2
+    assert curves[1][-1] < 0.9 * curves[1][0]
     assert texts[1] == texts[0]
 
 

@@ -14,7 +14,7 @@ constexpr int kUnits = 32, kRows = 8;  // of a block
 
 // h = what a product gave: lets the kernels finish a step whose h is projected.
 struct Projection {
-  static constexpr int kGates = 1, kSlots = 1, kSaved = 0;
+  static constexpr int kSlots = 1, kSaved = 0;
   static constexpr bool kHasCell = false, kUsesHPrev = false;
   static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 1}}}; }
   static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 0}}}; }

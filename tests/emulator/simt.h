@@ -1,0 +1,147 @@
+// CUDA C++ for g++: what a kernel's source finds in place of nvcc's built-ins and cuda_runtime.h,
+// and the interface of the runtime (simt.cpp) that runs it.
+//
+// Every CUDA thread is a fiber on one operating system thread, which it gives up only where it
+// waits. There is no lockstep and no order among threads but what barriers, flags and copies make:
+// with a seed the next one to run is drawn at random. Shared memory starts as NaN. Whoever waits for
+// what never comes, at a barrier or at a flag, ends the launch with a report.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace simt {
+
+using Where = std::source_location;  // as a default argument: the line of the kernel that calls
+
+// ---- the launch ----
+
+struct Launch {
+  dim3 blocks, threads;
+  int cluster = 1;
+  size_t shared_bytes = 0;
+  bool cooperative = false;
+};
+// The errors of run, with CUDA's numbers.
+constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719,
+              kCooperativeLaunchTooLarge = 720, kInvalidClusterSize = 912;
+// The device that is played, an H100: what it has not, a launch does not get.
+constexpr size_t kSharedPerBlock = 227 << 10, kSharedPerProcessor = 228 << 10, kStaticShared = 48 << 10;
+constexpr int kProcessors = 132, kThreadsPerBlock = 1024, kThreadsPerProcessor = 2048,
+              kLargestCluster = 16;
+
+// Runs `body` once for every thread. A kernel that fails says why on stderr.
+int run(const Launch&, const std::function<void()>& body);
+// Draw the order of threads, and when copies land, from a seed; negative: always the same order, and
+// copies land as late as they may.
+void set_seed(int64_t seed);
+
+// ---- what a thread can ask for ----
+
+struct Thread {
+  uint3 thread, block;
+  dim3 block_dim, grid_dim;
+};
+extern const Thread* current;
+
+void sync_block(Where);
+void sync_named(int id, int threads, Where);    // bar.sync id, threads
+void arrive_named(int id, int threads, Where);  // bar.arrive id, threads
+void sync_warp(unsigned mask, Where);
+void sync_grid(Where);
+void arrive_cluster(Where);
+void wait_cluster(Where);
+int cluster_rank(), cluster_size(), lane();
+
+// Every lane of `mask` gives `bytes` (at most 64). Returns what lane l gave at 64 * l; this is
+// readable until the next exchange with the same mask. Orders no memory, like the shuffles.
+const char* exchange(unsigned mask, const void* value, size_t bytes, Where);
+
+void* dynamic_shared();
+void* static_shared(const void* key, size_t bytes);  // the same array for each key
+// Where block `rank` of the cluster has what this block has at `mine`, in shared memory.
+void* map_shared(const void* mine, int rank, Where);
+
+// A thread looks at a flag that others set: they run before it looks again.
+void poll(Where);
+void progress();  // a flag was set or counted up
+
+// cp.async, in groups that are waited for.
+void copy_async(void* to, const void* from, size_t bytes, Where);
+void commit_copies();
+void wait_copies(int groups);  // all but the newest so many groups; less than 0: all copies
+
+// mbarriers, and what completes their transactions: copies, and values stored to a peer.
+void mbarrier_init(void* barrier, int arrivals, Where);
+void mbarrier_arrive(void* barrier, int64_t expect_bytes, Where);
+void mbarrier_expect(void* barrier, int64_t bytes, Where);
+void mbarrier_wait(void* barrier, int parity, Where);
+void copy_bulk(void* to, const void* from, size_t bytes, void* barrier, Where);
+void store_async(void* to, const void* value, size_t bytes, void* barrier, Where);
+
+}  // namespace simt
+
+// ---- CUDA's names ----
+
+#define threadIdx (simt::current->thread)
+#define blockIdx (simt::current->block)
+#define blockDim (simt::current->block_dim)
+#define gridDim (simt::current->grid_dim)
+
+inline void __syncthreads(simt::Where at = simt::Where::current()) { simt::sync_block(at); }
+inline void __syncwarp(unsigned mask = ~0u, simt::Where at = simt::Where::current()) {
+  simt::sync_warp(mask, at);
+}
+
+namespace simt {
+// Lane l gets the value of lane `from`, its own where that lies outside its `width` lanes or gave
+// nothing.
+template <class T>
+T shuffle(unsigned mask, T value, int from, int width, Where at) {
+  const char* all = exchange(mask, &value, sizeof value, at);
+  const int mine = lane();
+  if (from / width == mine / width && from >= 0 && mask >> from & 1)
+    std::memcpy(&value, all + 64 * from, sizeof value);
+  return value;
+}
+}  // namespace simt
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32,
+              simt::Where at = simt::Where::current()) {
+  const int first = simt::lane() & ~(width - 1);
+  return simt::shuffle(mask, value, first + (from & (width - 1)), width, at);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
+                  simt::Where at = simt::Where::current()) {
+  return simt::shuffle(mask, value, simt::lane() ^ bits, width, at);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int by, int width = 32,
+                   simt::Where at = simt::Where::current()) {
+  return simt::shuffle(mask, value, simt::lane() + by, width, at);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int by, int width = 32,
+                 simt::Where at = simt::Where::current()) {
+  return simt::shuffle(mask, value, simt::lane() - by, width, at);
+}
