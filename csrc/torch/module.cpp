@@ -12,7 +12,7 @@ namespace {
 
 using namespace fusedrnn;
 
-// fusedrnn/ops.py documents the arguments.
+// src/fusedrnn/ops.py documents the arguments.
 #define INPUTS                                                                                 \
   "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
   "Tensor? mask, float dropout"

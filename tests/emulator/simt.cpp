@@ -1,0 +1,772 @@
+// The runtime of simt.h: fibers, the scheduler, barriers, shared memory, late copies, reports.
+//
+// Built with -DSIMT_ADDRESS (and AddressSanitizer) or -DSIMT_THREAD. With ThreadSanitizer this file
+// alone is not instrumented: the switch from one fiber to another orders nothing, and what a barrier,
+// a flag or a copy orders is told to it here.
+#include "emulator/simt.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(SIMT_ADDRESS)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#elif defined(SIMT_THREAD)
+extern "C" {
+void* __tsan_create_fiber(unsigned);
+void __tsan_destroy_fiber(void*);
+void __tsan_switch_to_fiber(void*, unsigned);
+void* __tsan_get_current_fiber();
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
+}
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace {
+
+using simt::Where;
+
+// ---- the sanitizers ----
+
+#if defined(SIMT_THREAD)
+void acquire(void* sync) { __tsan_acquire(sync); }
+void release(void* sync) { __tsan_release(sync); }
+// The runtime's own data is shared by all fibers, and is no business of the kernel's.
+struct Unseen {
+  Unseen() { __tsan_ignore_thread_begin(); }
+  ~Unseen() { __tsan_ignore_thread_end(); }
+};
+constexpr unsigned kNoOrder = 1;
+#else
+void acquire(void*) {}
+void release(void*) {}
+struct Unseen {
+  Unseen() {}
+};
+#endif
+#if defined(SIMT_ADDRESS)
+void poison(const void* p, size_t n) { __asan_poison_memory_region(p, n); }
+void unpoison(const void* p, size_t n) { __asan_unpoison_memory_region(p, n); }
+// A late copy is checked where it is asked for: its own report would name another line.
+void touch(const void* p, size_t n) {
+  if (void* bad = __asan_region_is_poisoned(const_cast<void*>(p), n))
+    *static_cast<volatile const char*>(bad);
+}
+constexpr size_t kStack = 256 << 10;
+#else
+void poison(const void*, size_t) {}
+void unpoison(const void*, size_t) {}
+void touch(const void*, size_t) {}
+constexpr size_t kStack = 64 << 10;
+#endif
+constexpr size_t kGap = 64;            // poisoned, around every shared array
+constexpr char kUninitialised = '\xff';  // NaN in every floating-point type
+constexpr uint64_t kCanary = 0x5afe57ac5afe57ac;
+constexpr size_t kFibersAtOnce = 7000;  // ThreadSanitizer has room for 8128
+constexpr int64_t kPollsInVain = 1 << 22;
+
+// ---- what there is ----
+
+struct Fiber;
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t phase = 0;
+  std::vector<Fiber*> waiting;
+  Where first{};  // of this phase to arrive
+  char sync[2];   // what ThreadSanitizer orders by: phases take turns, as one may begin before all
+                  // have left the last
+  char slots[2][32][64];  // of an exchange, likewise
+};
+
+struct Warp {
+  std::map<unsigned, Barrier> barriers;  // by mask
+};
+
+struct Cluster;
+
+struct Block {
+  uint3 index;
+  int rank, left;  // in the cluster; threads that have not ended
+  bool begun = false;
+  Cluster* cluster;
+  Barrier all, named[16];
+  std::vector<Warp> warps;
+  char* shared;
+};
+
+struct Cluster {
+  Barrier all;
+  std::vector<Block*> blocks;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  void* barrier = nullptr;
+  char value[16] = {};  // of a store: `from` is null
+  void* agent = nullptr;
+};
+
+struct Mbarrier {
+  int expected, pending;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  std::vector<Fiber*> waiting;
+  char sync[2];
+};
+
+struct Fiber : simt::Thread {
+  Block* owner = nullptr;
+  int linear = 0;
+  bool done = false;
+  const char* waits_in = nullptr;
+  Where waits_at{};
+  uint64_t cluster_phase = 0;
+  bool cluster_arrived = false;
+  std::vector<std::vector<Copy>> groups;  // committed
+  std::vector<Copy> copies;               // not yet
+  char* stack = nullptr;
+  void *fake_stack = nullptr, *sanitizer = nullptr;
+#if defined(__x86_64__)
+  void* sp = nullptr;
+#else
+  ucontext_t context;
+#endif
+};
+
+struct State {
+  simt::Launch launch;
+  const std::function<void()>* body;
+  size_t main_stack_size = 0;
+  std::vector<Fiber*> ready;
+  size_t next_ready = 0;
+  Barrier grid;
+  std::map<const void*, size_t> static_offsets;  // the same in every block
+  size_t shared_used = 0, shared_size = 0;
+  std::map<void*, Mbarrier> mbarriers;
+  std::vector<Copy> in_flight;
+  int64_t polls = 0;  // since anything happened
+  std::string failure;
+  char begin_sync, end_sync;
+};
+
+Fiber main_fiber;
+State* state = nullptr;
+bool random_order = false;
+std::mt19937_64 generator;
+
+Fiber* self() { return static_cast<Fiber*>(const_cast<simt::Thread*>(simt::current)); }
+bool flip(unsigned sides) { return random_order && generator() % sides == 0; }
+
+// ---- switching ----
+
+#if defined(__x86_64__)
+extern "C" void simt_switch(void** save, void* to);
+asm(R"(.text
+.globl simt_switch
+.type simt_switch,@function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch,.-simt_switch
+)");
+#endif
+
+void arrived([[maybe_unused]] bool first_time) {
+#if defined(SIMT_ADDRESS)
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(first_time ? nullptr : self()->fake_stack, &bottom, &size);
+  if (first_time && !main_fiber.stack)
+    main_fiber.stack = static_cast<char*>(const_cast<void*>(bottom)), state->main_stack_size = size;
+#endif
+}
+
+void switch_to(Fiber* to) {
+  Fiber* from = self();
+  if (to == from) return;
+#if defined(SIMT_ADDRESS)
+  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->fake_stack, to->stack,
+                                 to == &main_fiber ? state->main_stack_size : kStack);
+#elif defined(SIMT_THREAD)
+  __tsan_switch_to_fiber(to->sanitizer, kNoOrder);
+#endif
+  simt::current = to;
+#if defined(__x86_64__)
+  simt_switch(&from->sp, to->sp);
+#else
+  swapcontext(&from->context, &to->context);
+#endif
+  arrived(false);
+}
+
+// ---- reports ----
+
+std::string text(const char* format, ...) {
+  char buffer[512];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(buffer, sizeof buffer, format, args);
+  va_end(args);
+  return buffer;
+}
+std::string name(const Fiber& f) {
+  return text("block (%u,%u,%u) thread (%u,%u,%u)", f.block.x, f.block.y, f.block.z, f.thread.x,
+              f.thread.y, f.thread.z);
+}
+std::string name(const Where& at) {
+  const std::string file = at.file_name();
+  return text("%s:%u", file.substr(file.rfind('/') + 1).c_str(), unsigned(at.line()));
+}
+
+// Ends the launch; the fibers are left as they are.
+[[noreturn]] void fail(const std::string& what) {
+  {
+    const Unseen unseen;
+    state->failure = name(*self()) + ": " + what;
+  }
+  switch_to(&main_fiber);
+  abort();
+}
+
+// ---- the scheduler ----
+
+void land(size_t which);
+
+Fiber* next() {
+  const Unseen unseen;
+  State& s = *state;
+  while (!s.in_flight.empty() && flip(8)) land(generator() % s.in_flight.size());
+  while (s.next_ready >= s.ready.size()) {
+    s.ready.clear();
+    s.next_ready = 0;
+    if (s.in_flight.empty()) return &main_fiber;  // all have ended, or none can go on
+    land(random_order ? generator() % s.in_flight.size() : 0);
+  }
+  if (random_order) {
+    const size_t left = s.ready.size() - s.next_ready;
+    std::swap(s.ready[s.next_ready], s.ready[s.next_ready + generator() % left]);
+  }
+  return s.ready[s.next_ready++];
+}
+
+void wake(std::vector<Fiber*>& waiting) {
+  state->ready.insert(state->ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
+void let_others_run() {
+  {
+    const Unseen unseen;
+    state->ready.push_back(self());
+  }
+  switch_to(next());
+}
+
+void fill(char* p, size_t n) {
+  const Unseen unseen;
+  memset(p, kUninitialised, n);
+}
+
+void entry() {
+  arrived(true);
+  acquire(&state->begin_sync);
+  Block& block = *self()->owner;
+  // A store of a peer that came before the block was there is lost.
+  if (!block.begun) {
+    block.begun = true;
+    fill(block.shared, state->launch.shared_bytes);
+  }
+  (*state->body)();
+  Fiber& f = *self();
+  simt::wait_copies(-1);
+  if (*reinterpret_cast<uint64_t*>(f.stack) != kCanary) fail("stack overflow");
+  // The shared memory of a block that has ended is no one's.
+  if (--block.left == 0) {
+    fill(block.shared, state->launch.shared_bytes);
+    poison(block.shared, state->shared_size);
+  }
+  f.done = true;
+  state->polls = 0;
+  release(&state->end_sync);
+  switch_to(next());
+  abort();
+}
+
+// ---- barriers ----
+
+// Returns the phase to wait for.
+uint64_t arrive(Barrier& b, bool orders) {
+  const uint64_t phase = b.phase;
+  if (orders) release(&b.sync[phase & 1]);
+  const Unseen unseen;
+  state->polls = 0;
+  if (++b.arrived == b.expected) {
+    b.arrived = 0;
+    b.phase++;
+    wake(b.waiting);
+  }
+  return phase;
+}
+
+void wait(Barrier& b, uint64_t phase, const char* what, const Where& at, bool orders) {
+  if (b.phase == phase) {
+    Fiber* f = self();
+    {
+      const Unseen unseen;
+      b.waiting.push_back(f);
+      f->waits_in = what;
+      f->waits_at = at;
+    }
+    switch_to(next());
+  } else if (random_order) {
+    let_others_run();  // the last to come is not always the first to go on
+  }
+  if (orders) acquire(&b.sync[phase & 1]);
+}
+
+void same_line(Barrier& b, const char* what, const Where& at) {
+  if (b.arrived == 0) {
+    b.first = at;
+  } else if (b.first.line() != at.line() || strcmp(b.first.file_name(), at.file_name())) {
+    fail(text("divergent %s: here %s, others %s", what, name(at).c_str(), name(b.first).c_str()));
+  }
+}
+
+void sync(Barrier& b, const char* what, const Where& at) {
+  same_line(b, what, at);
+  wait(b, arrive(b, true), what, at, true);
+}
+
+Barrier& warp_barrier(unsigned mask, const Where& at) {
+  Fiber& f = *self();
+  const dim3 d = f.block_dim;
+  const int lanes = std::min(32, int(d.x * d.y * d.z) - f.linear / 32 * 32);
+  if (lanes < 32) mask &= (1u << lanes) - 1;
+  if (!(mask >> (f.linear & 31) & 1))
+    fail(text("lane %d is not in its mask %08x at %s", f.linear & 31, mask, name(at).c_str()));
+  const Unseen unseen;
+  Barrier& b = f.owner->warps[f.linear / 32].barriers[mask];
+  b.expected = __builtin_popcount(mask);
+  return b;
+}
+
+Barrier& named_barrier(int id, int threads, const Where& at) {
+  if (id < 1 || id > 15 || threads < 1 || threads % 32)
+    fail(text("named barrier %d of %d threads at %s", id, threads, name(at).c_str()));
+  Barrier& b = self()->owner->named[id];
+  if (b.arrived && b.expected != threads)
+    fail(text("named barrier %d of %d threads at %s, of %d elsewhere", id, threads,
+              name(at).c_str(), b.expected));
+  b.expected = threads;
+  return b;
+}
+
+// ---- copies ----
+
+void move(const Copy& c) { memcpy(c.to, c.from ? c.from : c.value, c.bytes); }
+
+Mbarrier& mbarrier_at(void* p, const Where& at) {
+  const Unseen unseen;
+  const auto it = state->mbarriers.find(p);
+  if (it == state->mbarriers.end())
+    fail(text("mbarrier not initialised at %s", name(at).c_str()));
+  return it->second;
+}
+
+void advance(Mbarrier& m) {
+  state->polls = 0;
+  if (m.pending || m.bytes) return;
+  m.pending = m.expected;
+  m.phase++;
+  wake(m.waiting);
+}
+
+// A copy in flight comes to its end, whoever is running: only its issue is ordered before.
+void land(size_t which) {
+  State& s = *state;
+  const Copy c = s.in_flight[which];
+  s.in_flight.erase(s.in_flight.begin() + ptrdiff_t(which));
+  const auto it = s.mbarriers.find(c.barrier);
+  Mbarrier& m = it->second;
+#if defined(SIMT_THREAD)
+  void* running = __tsan_get_current_fiber();
+  __tsan_ignore_thread_end();  // next() has set it for the running fiber
+  __tsan_switch_to_fiber(c.agent, kNoOrder);
+  move(c);
+  release(&m.sync[m.phase & 1]);
+  __tsan_switch_to_fiber(running, kNoOrder);
+  __tsan_ignore_thread_begin();
+  __tsan_destroy_fiber(c.agent);
+#else
+  move(c);
+#endif
+  m.bytes -= int64_t(c.bytes);
+  advance(m);
+}
+
+void send(Copy c, const Where& at) {
+  mbarrier_at(c.barrier, at);
+  touch(c.to, c.bytes);
+  if (c.from) touch(c.from, c.bytes);
+#if defined(SIMT_THREAD)
+  c.agent = __tsan_create_fiber(0);  // ordered after what this thread did
+#endif
+  const Unseen unseen;
+  state->in_flight.push_back(c);
+}
+
+// ---- a launch ----
+
+void report_stuck(const std::vector<Fiber>& fibers) {
+  std::map<std::string, std::vector<const Fiber*>> places;
+  size_t ended = 0;
+  for (const Fiber& f : fibers) {
+    if (f.done) {
+      ended++;
+    } else {
+      places[text("%s, %s", f.waits_in, name(f.waits_at).c_str())].push_back(&f);
+    }
+  }
+  fprintf(stderr, "simt: deadlock: %zu of %zu threads have ended, the others wait for ever:\n",
+          ended, fibers.size());
+  for (const auto& [place, who] : places)
+    fprintf(stderr, "simt:   %zu in %s, the first %s\n", who.size(), place.c_str(),
+            name(*who[0]).c_str());
+}
+
+void prepare(Fiber& f) {
+  *reinterpret_cast<uint64_t*>(f.stack) = kCanary;
+#if defined(__x86_64__)
+  // What simt_switch pops: six registers, the address to return to, and none to return to from there.
+  void** sp = reinterpret_cast<void**>(f.stack + kStack);
+  *--sp = nullptr;
+  *--sp = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; i++) *--sp = nullptr;
+  f.sp = sp;
+#else
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack;
+  f.context.uc_stack.ss_size = kStack;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, entry, 0);
+#endif
+}
+
+int check(const simt::Launch& c) {
+  const size_t blocks = size_t(c.blocks.x) * c.blocks.y * c.blocks.z;
+  const size_t threads = size_t(c.threads.x) * c.threads.y * c.threads.z;
+  if (!blocks || !threads || threads > simt::kThreadsPerBlock || c.blocks.x > 0x7fffffffu ||
+      c.blocks.y > 65535 || c.blocks.z > 65535)
+    return simt::kInvalidConfiguration;
+  if (c.cluster < 1 || c.cluster > simt::kLargestCluster || c.blocks.x % unsigned(c.cluster))
+    return simt::kInvalidClusterSize;
+  if (c.shared_bytes > simt::kSharedPerBlock) return simt::kInvalidValue;
+  const size_t fit = std::min(simt::kThreadsPerProcessor / threads,
+                              simt::kSharedPerProcessor / (c.shared_bytes + 1024));
+  if (c.cooperative && blocks > simt::kProcessors * fit) return simt::kCooperativeLaunchTooLarge;
+  return simt::kSuccess;
+}
+
+// Runs the clusters from..to side by side; false when they failed.
+bool run_clusters(State& s, const std::vector<size_t>& clusters, size_t from, size_t to,
+                  char* stacks) {
+  const simt::Launch& c = s.launch;
+  const size_t size = size_t(c.cluster), threads = size_t(c.threads.x) * c.threads.y * c.threads.z;
+  std::vector<Cluster> cluster(to - from);
+  std::vector<Block> block((to - from) * size);
+  std::vector<Fiber> fiber(block.size() * threads);
+  unpoison(stacks, kStack * fiber.size());
+  for (size_t i = 0; i < block.size(); i++) {
+    Block& b = block[i];
+    const size_t linear = clusters[from + i / size] * size + i % size;
+    b.index = {unsigned(linear % c.blocks.x), unsigned(linear / c.blocks.x % c.blocks.y),
+               unsigned(linear / c.blocks.x / c.blocks.y)};
+    b.rank = int(i % size);
+    b.left = b.all.expected = int(threads);
+    b.cluster = &cluster[i / size];
+    b.cluster->blocks.push_back(&b);
+    b.cluster->all.expected = int(threads * size);
+    b.warps.resize((threads + 31) / 32);
+    b.shared = static_cast<char*>(aligned_alloc(1024, s.shared_size));
+    memset(b.shared, kUninitialised, s.shared_size);
+    poison(b.shared + c.shared_bytes, s.shared_size - c.shared_bytes);
+    for (const auto& [key, offset] : s.static_offsets)
+      unpoison(b.shared + (offset & 0xffffffff), offset >> 32);
+    for (size_t t = 0; t < threads; t++) {
+      Fiber& f = fiber[i * threads + t];
+      f.thread = {unsigned(t % c.threads.x), unsigned(t / c.threads.x % c.threads.y),
+                  unsigned(t / c.threads.x / c.threads.y)};
+      f.block = b.index;
+      f.block_dim = c.threads;
+      f.grid_dim = c.blocks;
+      f.owner = &b;
+      f.linear = int(t);
+      f.stack = stacks + (i * threads + t) * kStack;
+      prepare(f);
+#if defined(SIMT_THREAD)
+      f.sanitizer = __tsan_create_fiber(0);
+#endif
+      s.ready.push_back(&f);
+    }
+  }
+  s.grid.expected = int(fiber.size());
+  simt::current = &main_fiber;
+  switch_to(next());
+  acquire(&s.end_sync);
+
+  bool good = true;
+  if (!s.failure.empty()) {
+    fprintf(stderr, "simt: %s\n", s.failure.c_str());
+    good = false;
+  } else if (std::any_of(fiber.begin(), fiber.end(), [](const Fiber& f) { return !f.done; })) {
+    report_stuck(fiber);
+    good = false;
+  }
+#if defined(SIMT_THREAD)
+  for (Fiber& f : fiber) __tsan_destroy_fiber(f.sanitizer);
+#endif
+  for (Block& b : block) {
+    unpoison(b.shared, s.shared_size);
+    free(b.shared);
+  }
+  s.mbarriers.clear();
+  return good;
+}
+
+}  // namespace
+
+namespace simt {
+
+const Thread* current = &main_fiber;
+
+void set_seed(int64_t seed) {
+  random_order = seed >= 0;
+  generator.seed(uint64_t(seed));
+}
+
+int run(const Launch& launch, const std::function<void()>& body) {
+  if (const int error = check(launch)) return error;
+  State s;
+  s.launch = launch;
+  s.body = &body;
+  s.shared_used = launch.shared_bytes + kGap;
+  s.shared_size = (launch.shared_bytes + 2 * kStaticShared + 1023) / 1024 * 1024;
+  state = &s;
+  main_fiber.stack = nullptr;
+#if defined(SIMT_THREAD)
+  main_fiber.sanitizer = __tsan_get_current_fiber();
+#endif
+  std::vector<size_t> clusters(size_t(launch.blocks.x) * launch.blocks.y * launch.blocks.z /
+                               unsigned(launch.cluster));
+  for (size_t i = 0; i < clusters.size(); i++) clusters[i] = i;
+  if (random_order) std::shuffle(clusters.begin(), clusters.end(), generator);
+  // Clusters that may not wait for each other run one after the other: one that does is reported.
+  // ThreadSanitizer sees them side by side, for the end of one would be ordered before the next.
+  const size_t threads =
+      size_t(launch.threads.x) * launch.threads.y * launch.threads.z * unsigned(launch.cluster);
+  size_t together = launch.cooperative ? clusters.size() : 1;
+#if defined(SIMT_THREAD)
+  if (together * threads > kFibersAtOnce) {
+    fprintf(stderr, "simt: too many threads for ThreadSanitizer\n");
+    return kCooperativeLaunchTooLarge;
+  }
+  together = std::max(together, kFibersAtOnce / threads);
+#endif
+  together = std::min(together, clusters.size());
+  const size_t bytes = kStack * threads * together;
+  void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) return kInvalidConfiguration;
+  release(&s.begin_sync);
+  bool good = true;
+  for (size_t i = 0; good && i < clusters.size(); i += together)
+    good = run_clusters(s, clusters, i, std::min(i + together, clusters.size()),
+                        static_cast<char*>(stacks));
+  unpoison(stacks, bytes);
+  munmap(stacks, bytes);
+  state = nullptr;
+  return good ? kSuccess : kLaunchFailure;
+}
+
+void sync_block(Where at) { sync(self()->owner->all, "__syncthreads", at); }
+void sync_named(int id, int threads, Where at) {
+  Barrier& b = named_barrier(id, threads, at);
+  wait(b, arrive(b, true), "a named barrier", at, true);
+}
+void arrive_named(int id, int threads, Where at) { arrive(named_barrier(id, threads, at), true); }
+void sync_warp(unsigned mask, Where at) {
+  Barrier& b = warp_barrier(mask, at);
+  wait(b, arrive(b, true), "__syncwarp", at, true);
+}
+void sync_grid(Where at) {
+  if (!state->launch.cooperative)
+    fail(text("grid barrier without a cooperative launch at %s", name(at).c_str()));
+  sync(state->grid, "the grid barrier", at);
+}
+
+void arrive_cluster(Where at) {
+  Fiber& f = *self();
+  if (f.cluster_arrived) fail(text("a second cluster arrive at %s", name(at).c_str()));
+  f.cluster_arrived = true;
+  f.cluster_phase = arrive(f.owner->cluster->all, true);
+}
+void wait_cluster(Where at) {
+  Fiber& f = *self();
+  if (!f.cluster_arrived) fail(text("cluster wait without arrive at %s", name(at).c_str()));
+  f.cluster_arrived = false;
+  wait(f.owner->cluster->all, f.cluster_phase, "the cluster barrier", at, true);
+}
+
+int lane() { return self()->linear & 31; }
+int cluster_rank() { return self()->owner->rank; }
+int cluster_size() { return int(self()->owner->cluster->blocks.size()); }
+
+const char* exchange(unsigned mask, const void* value, size_t bytes, Where at) {
+  Barrier& b = warp_barrier(mask, at);
+  char(&slots)[32][64] = b.slots[b.phase & 1];
+  for (size_t i = 0; i < bytes; i++)
+    slots[lane()][i] = static_cast<const volatile char*>(value)[i];
+  wait(b, arrive(b, false), "a warp operation", at, false);
+  return slots[0];
+}
+
+void* dynamic_shared() { return self()->owner->shared; }
+
+void* static_shared(const void* key, size_t bytes) {
+  const Unseen unseen;
+  State& s = *state;
+  Block& own = *self()->owner;
+  auto it = s.static_offsets.find(key);
+  if (it == s.static_offsets.end()) {
+    const size_t at = (s.shared_used + 127) / 128 * 128;
+    if (at + bytes + kGap > s.shared_size || bytes > kStaticShared)
+      fail("more than 48 KiB of static shared memory");
+    s.shared_used = at + bytes + kGap;
+    it = s.static_offsets.emplace(key, at | bytes << 32).first;
+  }
+  // Other blocks of this launch may have been laid out before the array was known.
+  for (Block* b : own.cluster->blocks)
+    if (b->left) unpoison(b->shared + (it->second & 0xffffffff), bytes);
+  return own.shared + (it->second & 0xffffffff);
+}
+
+void* map_shared(const void* mine, int rank, Where at) {
+  const Block& own = *self()->owner;
+  const ptrdiff_t offset = static_cast<const char*>(mine) - own.shared;
+  if (offset < 0 || size_t(offset) >= state->shared_size)
+    fail(text("map_shared of what is not in the block's shared memory at %s", name(at).c_str()));
+  if (rank < 0 || rank >= cluster_size())
+    fail(text("map_shared of block %d in a cluster of %d at %s", rank, cluster_size(),
+              name(at).c_str()));
+  return own.cluster->blocks[size_t(rank)]->shared + offset;
+}
+
+void poll(Where at) {
+  if (++state->polls > kPollsInVain) fail(text("a flag that no one sets at %s", name(at).c_str()));
+  let_others_run();
+}
+void progress() { state->polls = 0; }
+
+void copy_async(void* to, const void* from, size_t bytes, Where) {
+  touch(to, bytes);
+  touch(from, bytes);
+  const Copy c{to, from, bytes};
+  if (flip(2)) return move(c);  // it may land at once, or as late as its wait
+  const Unseen unseen;
+  self()->copies.push_back(c);
+}
+void commit_copies() {
+  const Unseen unseen;
+  Fiber& f = *self();
+  f.groups.push_back(std::move(f.copies));
+  f.copies.clear();
+}
+void wait_copies(int groups) {
+  Fiber& f = *self();
+  if (groups < 0) commit_copies();
+  const size_t keep = size_t(std::max(groups, 0));
+  while (f.groups.size() > keep) {
+    for (const Copy& c : f.groups.front()) move(c);
+    const Unseen unseen;
+    f.groups.erase(f.groups.begin());
+  }
+}
+
+void mbarrier_init(void* barrier, int arrivals, Where at) {
+  if (arrivals < 1 || reinterpret_cast<uintptr_t>(barrier) % 8)
+    fail(text("mbarrier of %d arrivals at %p, %s", arrivals, barrier, name(at).c_str()));
+  touch(barrier, 8);
+  const Unseen unseen;
+  Mbarrier m{};
+  m.expected = m.pending = arrivals;
+  state->mbarriers[barrier] = m;
+}
+void mbarrier_expect(void* barrier, int64_t bytes, Where at) {
+  Mbarrier& m = mbarrier_at(barrier, at);
+  m.bytes += bytes;
+}
+void mbarrier_arrive(void* barrier, int64_t expect_bytes, Where at) {
+  Mbarrier& m = mbarrier_at(barrier, at);
+  if (m.pending == 0) fail(text("one arrival too many at %s", name(at).c_str()));
+  release(&m.sync[m.phase & 1]);
+  const Unseen unseen;
+  m.bytes += expect_bytes;
+  m.pending--;
+  advance(m);
+}
+void mbarrier_wait(void* barrier, int parity, Where at) {
+  Mbarrier& m = mbarrier_at(barrier, at);
+  while (int(m.phase & 1) == parity) {
+    Fiber* f = self();
+    {
+      const Unseen unseen;
+      m.waiting.push_back(f);
+      f->waits_in = "an mbarrier";
+      f->waits_at = at;
+    }
+    switch_to(next());
+  }
+  acquire(&m.sync[parity & 1]);
+}
+void copy_bulk(void* to, const void* from, size_t bytes, void* barrier, Where at) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+    fail(text("bulk copy not in units of 16 bytes at %s", name(at).c_str()));
+  send({to, from, bytes, barrier}, at);
+}
+void store_async(void* to, const void* value, size_t bytes, void* barrier, Where at) {
+  Copy c{to, nullptr, bytes, barrier};
+  memcpy(c.value, value, bytes);
+  send(c, at);
+}
+
+}  // namespace simt
