@@ -80,13 +80,14 @@ class _Fused(nn.RNNBase):
         config = self._config()
         mask = self._dropout_mask(x, config)
         call = (x, hx, cx, weights, batch_sizes, lengths, mask, self.dropout, *config)
-        if x.device.type == "cpu":
+        if x.device.type != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
+            # `lengths` on a device without kernels, and torch.func's transforms.
+            y, hn, cn = reference.forward(*call)
+        else:
             save = torch.is_grad_enabled() and any(
                 t.requires_grad for t in (x, hx, cx, *weights) if t is not None
             )
             y, hn, cn, _ = ops.forward(*call, save)
-        else:  # lengths, which torch.nn does not know
-            y, hn, cn = reference.forward(*call)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
