@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.func as func
 from cases import CELLS, make_pair, random_state
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -76,6 +77,59 @@ def test_second_derivatives(cell, kind):
     x, kwargs = make_input(kind)
     call, inputs = as_function(fused, x, random_state(fused, 3), **kwargs)
     assert gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_mode(cell, kind):
+    _, fused = make_pair(cell, 2, 2, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, kwargs = make_input(kind)
+    call, inputs = as_function(fused, x, random_state(fused, 3), **kwargs)
+    assert gradcheck(call, inputs, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(call, inputs, fast_mode=True, check_fwd_over_rev=True)
+
+
+def batched_gradients(f, x):
+    y = f(x.requires_grad_())
+    forms = torch.ones(3, *y.shape, dtype=y.dtype).cumsum(0)
+    return torch.autograd.grad(y, x, forms, is_grads_batched=True)[0]
+
+
+def of_parameters(f, x):
+    """The gradient of a function of the module's parameters, f having them in its closure."""
+    module = f.module
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    return func.grad(lambda p: functional_call(module, p, (x,))[0].square().sum())(parameters)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
+    "jvp": lambda f, x: func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: func.jacrev(f)(x),
+    "jacfwd": lambda f, x: func.jacfwd(f)(x),
+    "hessian": lambda f, x: func.hessian(lambda x: f(x).sum())(x),
+    "grad of parameters": of_parameters,
+    "batched gradients": batched_gradients,
+    "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_function_transforms_are_those_of_torch(cell, transform):
+    plain, fused = make_pair(cell, 2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, results = torch.randn(4, 2, 2, dtype=torch.float64), []
+    for module in (plain, fused):
+
+        def f(x, module=module):
+            return module(x)[0].sin()
+
+        f.module = module
+        found = TRANSFORMS[transform](f, x.clone())
+        results.append(found if isinstance(found, dict) else {"result": found})
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -105,7 +105,9 @@ class _Fused(nn.RNNBase):
     def _canonical(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple:
         """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
         lstm = self.mode == "LSTM"
-        states = (None, None) if hx is None else (hx[0], hx[1]) if lstm else (hx,)
+        states: tuple[Any, ...] = (hx,)
+        if lstm:
+            states = (None, None) if hx is None else (hx[0], hx[1])
         unsort = None
         if isinstance(input, PackedSequence):
             if lengths is not None:
