@@ -87,7 +87,7 @@ def check_one_step(
     gates_h = random(batch, G * hidden + 1)[:, 1:]
     b_ih, b_hh = random(G * hidden, like=dtype), random(G * hidden, like=dtype)
     h0, c0 = random(batch, hidden, like=dtype), random(batch, hidden, like=dtype)
-    h, c = h0.to(C), c0.to(C)
+    h, c = h0.to(C, copy=True), c0.to(C, copy=True)
     y = poison(batch, 2, hidden, like=dtype)[:, 1]
     operand = random(batch, hidden, like=dtype)
     rest = operand.clone()
@@ -178,7 +178,7 @@ class Layer:
         self.steps, self.batch, _ = x.shape
         self.hidden = weights[0].shape[0] // GATES[mode]
         self.projected = len(weights) > 4
-        self.out = h0.shape[1]
+        self.out, self.packed = h0.shape[1], packed
         order = range(self.steps)
         # Rows that exist at a step: all of them, or, packed, the longer ones, which come first.
         self.rows = [int((lengths > t).sum()) if packed else self.batch for t in order]
@@ -249,10 +249,13 @@ class Layer:
                 arrays |= {"c": self.saved_c[t], "c0": self.c0}
                 arrays["c_prev"] = self.saved_c[before] if inside else None
             self.run("cell_backward", CellBackward, t, n, arrays, H, **strides)
-            product = dgates[t][:, h_slots].reshape(B, -1) @ w_hh
+            product = dh.new_full((B, P), NAN) if product is None else product
+            product[:n] = dgates[t][:n, h_slots].reshape(n, -1) @ w_hh
         end = self.steps if self.reverse else -1
         last = "projection_backward" if w_hr else "cell_backward"
-        self.run(last, CellBackward, end, B, {"dh": dh, "dh_product": product}, P)
+        # Of packed rows each kept the product of its own last step.
+        arrays = {"dh": dh, "dh_product": product} | ({"lengths": None} if self.packed else {})
+        self.run(last, CellBackward, end, B, arrays, P)
 
         dgates_x = dgates[:, :, x_slots].reshape(T, B, -1)
         dgates_h = dgates[:, :, h_slots].reshape(T, B, -1)

@@ -91,7 +91,7 @@ class _Fused(nn.RNNBase):
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
-        states = (hn, cn) if self.mode == "LSTM" else (hn,)
+        states: tuple[Tensor, ...] = (hn, cn) if self.mode == "LSTM" else (hn,)
         if packed:
             y = PackedSequence(y, batch_sizes, input.sorted_indices, input.unsorted_indices)
             if unsort is not None:

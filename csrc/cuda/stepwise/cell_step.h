@@ -42,6 +42,10 @@ struct CellForward : CellStep {
 // dgates and W_hh, given as dh_product of the next launch (which takes it for the rows that ran in
 // the launch before). A last launch, of step -1 (`steps` in reverse), folds the last product into
 // dh: then dh and dc are the gradients of the initial states.
+//
+// Packed data has fewer rows at later steps: `batch` says how many, `lengths` is still needed to tell
+// a row's first step. In reverse, a row that is not part of the next launch keeps its product where
+// it is, and the last launch has no lengths: it folds in the last product of every row.
 struct CellBackward : CellStep {
   const void* saved;           // storage type [batch, saved * hidden]
   const void *h, *h_prev;      // storage type [batch, hidden]: y of this step and the one before;
