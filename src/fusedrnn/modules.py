@@ -71,8 +71,9 @@ class _Fused(nn.RNNBase):
         batch_sizes = input.batch_sizes if packed else None
         weights = [getattr(self, name) for name in self._flat_weights_names]
         dtypes = None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            low = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            low = torch.get_autocast_dtype(device)
             dtypes = self._autocast_dtypes((x if hx is None else hx).dtype, low, packed)
             x, weights = x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
@@ -80,7 +81,7 @@ class _Fused(nn.RNNBase):
         config = self._config()
         mask = self._dropout_mask(x, config)
         call = (x, hx, cx, weights, batch_sizes, lengths, mask, self.dropout, *config)
-        if x.device.type != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
+        if device != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
             # `lengths` on a device without kernels, and torch.func's transforms.
             y, hn, cn = reference.forward(*call)
         else:
@@ -91,16 +92,17 @@ class _Fused(nn.RNNBase):
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
+        output: Any = y
         states: tuple[Tensor, ...] = (hn, cn) if self.mode == "LSTM" else (hn,)
         if packed:
-            y = PackedSequence(y, batch_sizes, input.sorted_indices, input.unsorted_indices)
+            output = PackedSequence(y, batch_sizes, input.sorted_indices, input.unsorted_indices)
             if unsort is not None:
                 states = tuple(s.index_select(1, unsort) for s in states)
         elif input.dim() == 2:
-            y, states = y.squeeze(1), tuple(s.squeeze(1) for s in states)
+            output, states = y.squeeze(1), tuple(s.squeeze(1) for s in states)
         elif self.batch_first:
-            y = y.transpose(0, 1)
-        return y, states if self.mode == "LSTM" else states[0]
+            output = y.transpose(0, 1)
+        return output, states if self.mode == "LSTM" else states[0]
 
     def _canonical(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple:
         """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
