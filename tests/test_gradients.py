@@ -13,6 +13,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+# Forward mode of torch's own operators loads decompositions that are scripted.
+pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
+
 STACKS = [(1, False), (1, True), (2, False), (2, True)]
 INPUTS = ["padded", "lengths", "packed"]
 
@@ -116,8 +119,6 @@ TRANSFORMS = {
 }
 
 
-# Forward mode of torch.nn's own operators loads decompositions that are scripted.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_function_transforms_are_those_of_torch(cell, transform):

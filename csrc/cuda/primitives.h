@@ -1,21 +1,242 @@
 // All that kernels use beyond plain CUDA C++: storage types, mathematics, the launch, and one wrapper
 // for each raw instruction. Kernels are also compiled for the CPU and run there thread by thread
-// (tests/emulator): each name below has a twin in emulator/primitives.h that does the same.
+// (tests/emulator): each wrapper has a twin in emulator/primitives.h that does the same.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+// Instructions of sm_90 and later. Kernels that use them are compiled for every architecture too,
+// and never launched where they would trap.
+#if __CUDA_ARCH__ >= 900
+#define FUSEDRNN_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define FUSEDRNN_SM90(...) __trap()
+#endif
+
+// T* name: all dynamic shared memory of the block; T name[N]: static shared memory.
+#define FUSEDRNN_DYNAMIC_SHARED(T, name)                        \
+  extern __shared__ __align__(128) unsigned char name##_raw_[]; \
+  T* name = reinterpret_cast<T*>(name##_raw_)
+#define FUSEDRNN_STATIC_SHARED(T, name, N) __shared__ __align__(128) T name[N]
+
 namespace fusedrnn {
+
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
 
 __device__ inline float to_compute(BFloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_compute(Float16 x) { return __half2float(x); }
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ---- barriers ----
+
+// A barrier of some warps of the block: `threads` in all, those that only arrive counted in.
+// id 1..15; 0 is __syncthreads.
+__device__ inline void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void arrive_named(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// All threads of the cluster, in two halves: what was written before a thread arrives is seen, in
+// global and in anyone's shared memory, by all that have waited. Every thread does both, in turn.
+__device__ inline void cluster_arrive() {
+  FUSEDRNN_SM90("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  FUSEDRNN_SM90("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// All threads of a cooperative launch.
+__device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// ---- the cluster ----
+
+__device__ inline int cluster_rank() {
+  int rank = 0;
+  FUSEDRNN_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline int cluster_size() {
+  int size = 1;
+  FUSEDRNN_SM90("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+
+// Where block `rank` has what this block has at `mine`, in shared memory. A block must not be
+// reached before it has begun nor after it has ended: the kernel's first and last act is a barrier.
+template <class T>
+__device__ inline T* cluster_map(T* mine, int rank) {
+  uint64_t theirs = 0;
+  FUSEDRNN_SM90("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return reinterpret_cast<T*>(theirs);
+}
+__device__ inline uint32_t cluster_address(const void* mine, int rank) {
+  uint32_t theirs = 0;
+  FUSEDRNN_SM90("mapa.shared::cluster.u32 %0, %1, %2;"
+                : "=r"(theirs)
+                : "r"(shared_address(mine)), "r"(rank));
+  return theirs;
+}
+
+// ---- flags in global memory, seen by the whole GPU ----
+
+// What a thread wrote before it releases is seen by whoever acquires what it released.
+__device__ inline int load_acquire(const int* p) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ inline void store_release(int* p, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ inline void add_release(int* p, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+
+// ---- copies of a thread from global to shared memory ----
+
+// 16 bytes, aligned, past the first cache.
+__device__ inline void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+}
+// Closes a group of the copies since the last.
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all of this thread's groups but the newest N. Others see them after a barrier.
+template <int N>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- mbarriers: barriers in shared memory that count arrivals and bytes ----
+
+// A phase ends when all arrivals have come, and all bytes that were announced; the next one begins
+// at once. The first phase has parity 0.
+using Mbarrier = uint64_t;
+
+__device__ inline void mbarrier_init(Mbarrier* m, int arrivals) {
+  FUSEDRNN_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(m)), "r"(arrivals)
+                : "memory");
+}
+// After the initialisations, before the barrier that tells the cluster of them.
+__device__ inline void mbarrier_init_fence() {
+  FUSEDRNN_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives, and announces `bytes` that copies will bring in this phase.
+__device__ inline void mbarrier_arrive(Mbarrier* m, int bytes = 0) {
+  FUSEDRNN_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(m)),
+                "r"(bytes)
+                : "memory");
+}
+// Arrives at the mbarrier that block `rank` has where this block has `mine`.
+__device__ inline void mbarrier_arrive_at(Mbarrier* mine, int rank) {
+  FUSEDRNN_SM90("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                    cluster_address(mine, rank))
+                : "memory");
+}
+// True once the phase of this parity has ended; waits for that, but not for ever.
+__device__ inline bool mbarrier_try_wait(Mbarrier* m, int parity) {
+  uint32_t done = 0;
+  FUSEDRNN_SM90(
+      "{ .reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(m)), "r"(parity)
+      : "memory");
+  return done;
+}
+
+// What this thread wrote to shared memory is seen by the bulk copies it starts.
+__device__ inline void async_fence() { FUSEDRNN_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Copies `bytes` and counts them at m; bytes and both addresses are multiples of 16.
+__device__ inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m) {
+  FUSEDRNN_SM90(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(m))
+      : "memory");
+}
+// Stores 4 or 8 bytes to where block `rank` has `mine`, and counts them where it has m.
+template <class T>
+__device__ inline void store_async(T* mine, T value, Mbarrier* m, int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  const uint32_t to = cluster_address(mine, rank), at = cluster_address(m, rank);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    FUSEDRNN_SM90(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+        "r"(bits), "r"(at)
+        : "memory");
+  } else {
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    FUSEDRNN_SM90(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
+        "l"(bits), "r"(at)
+        : "memory");
+  }
+}
+
+// ---- matrix products of a warp: d += a b ----
+
+// With g = lane / 4 and t = lane % 4, of bfloat16 and float16 (K = 16; the lower half of a register
+// is the first of two):
+//   a[0], a[1]  row g, g + 8 of A at columns 2t, 2t + 1      a[2], a[3]  the same at columns + 8
+//   b[0]        column g of B at rows 2t, 2t + 1             b[1]        the same at rows + 8
+//   d[0], d[1]  row g of D at columns 2t, 2t + 1             d[2], d[3]  the same at row g + 8
+// and of TF32 (K = 8), which is a float whose 13 lowest bits do not count:
+//   a[0], a[1]  row g, g + 8 of A at column t                a[2], a[3]  the same at column t + 4
+//   b[0]        column g of B at row t                       b[1]        the same at row t + 4
+__device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma(Float16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The nearest TF32, ties away from zero, as a register of mma_tf32.
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+// Four 8 x 8 matrices of 2-byte elements from shared memory. Lane l points at row l % 8 (16 bytes,
+// aligned) of matrix l / 8, and gets in r[i] row l / 4 of matrix i at columns 2 (l % 4) and the next:
+// so the blocks (rows 0-7, 8-15) x (columns 0-7, 8-15) of A, by columns, are its registers a.
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 }  // namespace fusedrnn
 #else
 #include "emulator/primitives.h"

@@ -1,8 +1,17 @@
-// The CPU twins of csrc/cuda/primitives.h.
+// The CPU twins of what csrc/cuda/primitives.h wraps; what each does is written there.
+//
+// Memory is consistent here, so that the fences have nothing to do and a missing one is not noticed;
+// what acquire and release order, and what only seems ordered, ThreadSanitizer tells apart.
 #pragma once
 #include <bit>
 
 #include "emulator/simt.h"
+
+#define FUSEDRNN_AT simt::Where at = simt::Where::current()
+#define FUSEDRNN_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(simt::dynamic_shared())
+#define FUSEDRNN_STATIC_SHARED(T, name, N) \
+  static const char name##_key_ = 0;       \
+  T(&name)[N] = *static_cast<T(*)[N]>(simt::static_shared(&name##_key_, sizeof(T) * (N)))
 
 namespace fusedrnn {
 
@@ -44,6 +53,142 @@ inline float to_compute(Float16 x) {
                      : exponent == 0 ? std::ldexp(float(fraction), -24)
                                      : std::ldexp(float(1024 + fraction), exponent - 25);
   return x.bits & 0x8000 ? -size : size;
+}
+
+// ---- barriers and the cluster ----
+
+inline void sync_named(int id, int threads, FUSEDRNN_AT) { simt::sync_named(id, threads, at); }
+inline void arrive_named(int id, int threads, FUSEDRNN_AT) { simt::arrive_named(id, threads, at); }
+inline void cluster_arrive(FUSEDRNN_AT) { simt::arrive_cluster(at); }
+inline void cluster_wait(FUSEDRNN_AT) { simt::wait_cluster(at); }
+inline void grid_sync(FUSEDRNN_AT) { simt::sync_grid(at); }
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline int cluster_size() { return simt::cluster_size(); }
+template <class T>
+T* cluster_map(T* mine, int rank, FUSEDRNN_AT) {
+  return static_cast<T*>(simt::map_shared(mine, rank, at));
+}
+
+// ---- flags: atomics of the compiler, which ThreadSanitizer knows ----
+
+inline int load_acquire(const int* p, FUSEDRNN_AT) {
+  simt::poll(at);
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+inline void store_release(int* p, int value) {
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+  simt::progress();
+}
+inline void add_release(int* p, int value) {
+  __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
+  simt::progress();
+}
+
+// ---- copies and mbarriers ----
+
+inline void copy_async(void* shared, const void* global, FUSEDRNN_AT) {
+  simt::copy_async(shared, global, 16, at);
+}
+inline void copies_commit() { simt::commit_copies(); }
+template <int N>
+void copies_wait() {
+  simt::wait_copies(N);
+}
+
+using Mbarrier = uint64_t;
+
+inline void mbarrier_init(Mbarrier* m, int arrivals, FUSEDRNN_AT) {
+  simt::mbarrier_init(m, arrivals, at);
+}
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive(Mbarrier* m, int bytes = 0, FUSEDRNN_AT) {
+  simt::mbarrier_arrive(m, bytes, at);
+}
+inline void mbarrier_arrive_at(Mbarrier* mine, int rank, FUSEDRNN_AT) {
+  simt::mbarrier_arrive(simt::map_shared(mine, rank, at), 0, at);
+}
+// Never gives up: a phase that does not end is reported.
+inline bool mbarrier_try_wait(Mbarrier* m, int parity, FUSEDRNN_AT) {
+  simt::mbarrier_wait(m, parity, at);
+  return true;
+}
+inline void async_fence() {}
+inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m, FUSEDRNN_AT) {
+  simt::copy_bulk(shared, global, size_t(bytes), m, at);
+}
+template <class T>
+void store_async(T* mine, T value, Mbarrier* m, int rank, FUSEDRNN_AT) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  simt::store_async(simt::map_shared(mine, rank, at), &value, sizeof value,
+                    simt::map_shared(m, rank, at), at);
+}
+
+// ---- matrix products of a warp ----
+
+namespace detail {
+
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+// One of the elements that share a register.
+inline float value(BFloat16, uint32_t bits, int half) {
+  BFloat16 x;
+  x.bits = uint16_t(bits >> 16 * half);
+  return to_compute(x);
+}
+inline float value(Float16, uint32_t bits, int half) {
+  Float16 x;
+  x.bits = uint16_t(bits >> 16 * half);
+  return to_compute(x);
+}
+struct Tf32 {};
+inline float value(Tf32, uint32_t bits, int) { return std::bit_cast<float>(bits & ~0x1fffu); }
+
+// kPer elements share a register, so that 4 lanes hold 4 kPer columns of A, twice.
+template <int kPer, class S>
+void multiply(S type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+              const simt::Where& at) {
+  Fragments mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  const char* all = simt::exchange(~0u, &mine, sizeof mine, at);
+  auto of = [&](int lane) {
+    Fragments f;
+    std::memcpy(&f, all + 64 * lane, sizeof f);
+    return f;
+  };
+  const int g = simt::lane() / 4, t = simt::lane() % 4;
+  for (int i = 0; i < 4; i++) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    for (int k = 0; k < 8 * kPer; k++) {
+      const int lane = k / kPer % 4, part = k / (4 * kPer);
+      const float x = value(type, of(row % 8 * 4 + lane).a[row / 8 + 2 * part], k % kPer);
+      const float y = value(type, of(column * 4 + lane).b[part], k % kPer);
+      d[i] += x * y;
+    }
+  }
+}
+
+}  // namespace detail
+
+template <class S>
+void mma(S type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FUSEDRNN_AT) {
+  detail::multiply<2>(type, d, a, b, at);
+}
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FUSEDRNN_AT) {
+  detail::multiply<1>(detail::Tf32{}, d, a, b, at);
+}
+inline uint32_t to_tf32(float x) {
+  return (std::bit_cast<uint32_t>(x) + (std::isfinite(x) ? 0x1000u : 0u)) & ~0x1fffu;
+}
+inline void load_matrices(uint32_t (&r)[4], const void* row, FUSEDRNN_AT) {
+  char mine[16];
+  std::memcpy(mine, row, sizeof mine);
+  const char* all = simt::exchange(~0u, mine, sizeof mine, at);
+  const int lane = simt::lane();
+  for (int i = 0; i < 4; i++)
+    std::memcpy(&r[i], all + 64 * (8 * i + lane / 4) + 4 * (lane % 4), sizeof r[i]);
 }
 
 }  // namespace fusedrnn
