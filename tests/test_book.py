@@ -5,6 +5,7 @@ hand, handed from batch to batch and detached in place, gradients are clipped.
 """
 
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -145,6 +146,7 @@ def test_time_machine(sampling):
     lines = TIME_MACHINE.read_text().splitlines()
     text = "".join(re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in lines)[:CHARACTERS]
     corpus, vocabulary = encode(text)
+    torch.set_num_threads(os.cpu_count() or 1)
     model = RNNModel(fusedrnn.LSTM(vocabulary, 256, num_layers=2), vocabulary)
     curve = train(model, corpus, sampling, batch=32, steps=35, lr=2.0, epochs=500, target=1.3)
     assert curve[-1] < 1.3, curve[::20]
