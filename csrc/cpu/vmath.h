@@ -1,4 +1,5 @@
-// tanh and sigmoid on vectors, for float and double, within 1.5 ulp: branch-free, NaN passes.
+// tanh and sigmoid on vectors, for float and double, within 1.5 ulp (2 without fused
+// multiply-add): branch-free, NaN passes.
 //
 // Both start from  x = n ln2 + r, |r| <= ln2/2, and the polynomial of expm1(r):
 //   sigmoid(x) = 1/(1+e) for x >= 0 and e/(1+e) below,   e = exp(-|x|)

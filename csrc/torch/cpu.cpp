@@ -135,10 +135,9 @@ struct Call {
     } else {
       STD_TORCH_CHECK(x.dim() == 3, "fusedrnn: expected input of 3 dimensions, got ", x.dim());
       s.steps = x.size(0), s.batch = x.size(1), s.tokens = checked_product(s.steps, s.batch);
-      for (int64_t t = 0; t < s.steps; t++) {
-        offset.push_back(t * s.batch);
-        x_offset.push_back(t * x.stride(0));
-      }
+      const int64_t steps = s.batch ? s.steps : 0;  // of an empty batch any number, at no cost
+      offset.resize(steps), x_offset.resize(steps);
+      for (int64_t t = 0; t < steps; t++) offset[t] = t * s.batch, x_offset[t] = t * x.stride(0);
       a.x_row = x.stride(1);
       if (in.lengths) {
         length = int64_values("lengths", *in.lengths);
@@ -163,9 +162,9 @@ struct Call {
 
   // The list of tokens that exist, which only weight gradients need.
   void list_tokens(Sequence& s) {
-    for (int64_t t = 0; t < s.steps; t++)
+    for (size_t t = 0; t < offset.size(); t++)
       for (int64_t b = 0; b < s.batch; b++)
-        if (t < length[b]) valid_step.push_back(t), valid_row.push_back(b);
+        if (int64_t(t) < length[b]) valid_step.push_back(t), valid_row.push_back(b);
     s.valid = valid_step.size(), s.valid_step = valid_step.data(), s.valid_row = valid_row.data();
   }
 

@@ -166,10 +166,10 @@ class _Fused(nn.RNNBase):
         if batch_sizes is None and x.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
-            lengths = self._checked_lengths(lengths, batch)
+            lengths = self._checked_lengths(lengths, batch, x.device)
         return (x, *states, *[None] * (2 - len(states)), unsort, lengths)
 
-    def _checked_lengths(self, lengths: Tensor, batch: int) -> Tensor:
+    def _checked_lengths(self, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
         name = self._get_name()
         if not isinstance(lengths, Tensor):
             raise TypeError(f"{name}: lengths should be a Tensor, got: {type(lengths).__name__}")
@@ -180,7 +180,7 @@ class _Fused(nn.RNNBase):
             raise RuntimeError(
                 f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
             )
-        return lengths
+        return lengths.to(device)
 
     def _autocast_dtypes(
         self, given: torch.dtype, low: torch.dtype, packed: bool

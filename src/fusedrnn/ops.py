@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as _C_functorch
 from torch.autograd import forward_ad
 
 from fusedrnn import _C, reference
@@ -101,7 +102,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     config = Config(*rest[-6:])
     hidden = hx
     if hx is None and needs[1]:
-        hidden = x.new_empty((config.num_layers * config.directions, x.shape[1], config.out_size))
+        packed = batch_sizes is not None
+        batch = torch.library.get_ctx().new_dynamic_size() if packed else x.shape[1]
+        hidden = x.new_empty((config.num_layers * config.directions, batch, config.out_size))
     grads = [like(w, needed) for w, needed in zip(weights, needs[3:], strict=True)]
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), grads
 
@@ -157,12 +160,38 @@ class _Forward(torch.autograd.Function):
         grad_y, grad_hn, grad_cn, _ = grads
         x, hx, cx, _, _, _, *weights = ctx.needs_input_grad[3:]
         needs = [x, hx, cx, *weights]
-        arguments = Call(tuple(tensors), ctx.constants).arguments()
+        call = Call(tuple(tensors), ctx.constants)
+        if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads[:3]):
+            # is_grads_batched, for which no batching rule can be registered
+            return (None, None, None, *_plain_gradients(call, ctx.needs_input_grad[3:], grads[:3]))
+        arguments = call.arguments()
         *states, dweights = backward(grad_y, grad_hn, grad_cn, y, reserve, needs, *arguments)
         dx, dhx, dcx, *dweights = (
             g if n else None for g, n in zip([*states, *dweights], needs, strict=True)
         )
         return (None, None, None, *_of_inputs(dx, dhx, dcx, dweights))
+
+
+def _plain_gradients(
+    call: Call, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of call.tensors through the reference; those not needed are None."""
+    with torch.enable_grad():
+        leaves = [
+            t if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(call.tensors, needs, strict=True)
+        ]
+        outputs = reference.forward(*Call(tuple(leaves), call.constants).arguments())
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            [t for t in leaves if t is not None and t.requires_grad],
+            [g for _, g in pairs],
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if need else None for need in needs)
 
 
 class _Backward(torch.autograd.Function):
