@@ -55,14 +55,12 @@ ptxas info    : Used 32 registers, used 1 barriers
 
 
 def demangle(names: list[str]) -> list[str]:
+    """Names as in the source, without namespaces and parameters."""
     if not shutil.which("c++filt"):
         return names
-    filtered = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    # Without parameters and namespaces, which say nothing new.
-    return [
-        re.sub(r"fusedrnn::|\(anonymous namespace\)::|^void |\(.*", "", re.sub(r"\(anon.*?\)::", "", x))
-        for x in filtered.stdout.splitlines()
-    ]
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
+    noise = r"^void |fusedrnn::|\(anonymous namespace\)::|\(fusedrnn::\w+\)$"
+    return [re.sub(noise, "", line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("source", [*SOURCES, PROGRAMS])

@@ -273,7 +273,7 @@ class Layer:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("mode, proj", [*((mode, 0) for mode in CELLS), ("LSTM", 2)])
 def test_a_layer(mode, proj, reverse, rows):
-    T, B, I, H = 4, 5, 3, 6
+    T, B, H, inputs = 4, 5, 6, 3
     lengths = {"full": None, "lengths": [2, 0, 4, 1, 3], "packed": [4, 4, 3, 2, 1]}[rows]
     lengths = None if lengths is None else torch.tensor(lengths)
     P, G = proj or H, GATES[mode] * H
@@ -282,8 +282,8 @@ def test_a_layer(mode, proj, reverse, rows):
         return torch.randn(*shape, dtype=torch.float64)
 
     names = ["w_ih", "w_hh", "b_ih", "b_hh", "w_hr"]
-    weights = [random(G, I), random(G, P), random(G), random(G)] + [random(P, H)] * bool(proj)
-    x, h0, c0 = random(T, B, I), random(B, P), random(B, H) if mode == "LSTM" else None
+    weights = [random(G, inputs), random(G, P), random(G), random(G)] + [random(P, H)] * bool(proj)
+    x, h0, c0 = random(T, B, inputs), random(B, P), random(B, H) if mode == "LSTM" else None
     leaves = {"x": x, "h0": h0, "c0": c0, **dict(zip(names, weights, strict=False))}
     leaves = {k: v.clone().requires_grad_() for k, v in leaves.items() if v is not None}
     exact = reference.layer(

@@ -1,6 +1,6 @@
-// All that kernels use beyond plain CUDA C++: storage types, mathematics, the launch, and one wrapper
-// for each raw instruction. Kernels are also compiled for the CPU and run there thread by thread
-// (tests/emulator): each wrapper has a twin in emulator/primitives.h that does the same.
+// All that kernels use beyond plain CUDA C++: storage types, mathematics, the launch, and one
+// wrapper for each raw instruction. Kernels are also compiled for the CPU and run there thread by
+// thread (tests/emulator): each wrapper has a twin in emulator/primitives.h that does the same.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -51,10 +51,10 @@ __device__ inline void arrive_named(int id, int threads) {
 // All threads of the cluster, in two halves: what was written before a thread arrives is seen, in
 // global and in anyone's shared memory, by all that have waited. Every thread does both, in turn.
 __device__ inline void cluster_arrive() {
-  FUSEDRNN_SM90("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  FUSEDRNN_SM90("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
 __device__ inline void cluster_wait() {
-  FUSEDRNN_SM90("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  FUSEDRNN_SM90("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
 // All threads of a cooperative launch.
@@ -83,9 +83,8 @@ __device__ inline T* cluster_map(T* mine, int rank) {
 }
 __device__ inline uint32_t cluster_address(const void* mine, int rank) {
   uint32_t theirs = 0;
-  FUSEDRNN_SM90("mapa.shared::cluster.u32 %0, %1, %2;"
-                : "=r"(theirs)
-                : "r"(shared_address(mine)), "r"(rank));
+  FUSEDRNN_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)),
+                "r"(rank));
   return theirs;
 }
 
@@ -108,7 +107,8 @@ __device__ inline void add_release(int* p, int value) {
 
 // 16 bytes, aligned, past the first cache.
 __device__ inline void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
                : "memory");
 }
 // Closes a group of the copies since the last.
@@ -126,24 +126,22 @@ __device__ inline void copies_wait() {
 using Mbarrier = uint64_t;
 
 __device__ inline void mbarrier_init(Mbarrier* m, int arrivals) {
-  FUSEDRNN_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(m)), "r"(arrivals)
-                : "memory");
+  FUSEDRNN_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(m)),
+                "r"(arrivals) : "memory");
 }
 // After the initialisations, before the barrier that tells the cluster of them.
 __device__ inline void mbarrier_init_fence() {
-  FUSEDRNN_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+  FUSEDRNN_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 // Arrives, and announces `bytes` that copies will bring in this phase.
 __device__ inline void mbarrier_arrive(Mbarrier* m, int bytes = 0) {
   FUSEDRNN_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(m)),
-                "r"(bytes)
-                : "memory");
+                "r"(bytes) : "memory");
 }
 // Arrives at the mbarrier that block `rank` has where this block has `mine`.
 __device__ inline void mbarrier_arrive_at(Mbarrier* mine, int rank) {
   FUSEDRNN_SM90("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                    cluster_address(mine, rank))
-                : "memory");
+      cluster_address(mine, rank)) : "memory");
 }
 // True once the phase of this parity has ended; waits for that, but not for ever.
 __device__ inline bool mbarrier_try_wait(Mbarrier* m, int parity) {
@@ -151,22 +149,21 @@ __device__ inline bool mbarrier_try_wait(Mbarrier* m, int parity) {
   FUSEDRNN_SM90(
       "{ .reg .pred p;\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(shared_address(m)), "r"(parity)
-      : "memory");
+      "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(shared_address(m)),
+      "r"(parity) : "memory");
   return done;
 }
 
 // What this thread wrote to shared memory is seen by the bulk copies it starts.
-__device__ inline void async_fence() { FUSEDRNN_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void async_fence() {
+  FUSEDRNN_SM90("fence.proxy.async.shared::cta;" :: : "memory");
+}
 // Copies `bytes` and counts them at m; bytes and both addresses are multiples of 16.
 __device__ inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m) {
   FUSEDRNN_SM90(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(m))
-      : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(m)) : "memory");
 }
 // Stores 4 or 8 bytes to where block `rank` has `mine`, and counts them where it has m.
 template <class T>
@@ -178,15 +175,13 @@ __device__ inline void store_async(T* mine, T value, Mbarrier* m, int rank) {
     memcpy(&bits, &value, 4);
     FUSEDRNN_SM90(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
-        "r"(bits), "r"(at)
-        : "memory");
+        "r"(bits), "r"(at) : "memory");
   } else {
     uint64_t bits;
     memcpy(&bits, &value, 8);
     FUSEDRNN_SM90(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
-        "l"(bits), "r"(at)
-        : "memory");
+        "l"(bits), "r"(at) : "memory");
   }
 }
 
@@ -200,7 +195,8 @@ __device__ inline void store_async(T* mine, T value, Mbarrier* m, int rank) {
 // and of TF32 (K = 8), which is a float whose 13 lowest bits do not count:
 //   a[0], a[1]  row g, g + 8 of A at column t                a[2], a[3]  the same at column t + 4
 //   b[0]        column g of B at row t                       b[1]        the same at row t + 4
-__device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
+                           const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -228,8 +224,8 @@ __device__ inline uint32_t to_tf32(float x) {
   return bits;
 }
 // Four 8 x 8 matrices of 2-byte elements from shared memory. Lane l points at row l % 8 (16 bytes,
-// aligned) of matrix l / 8, and gets in r[i] row l / 4 of matrix i at columns 2 (l % 4) and the next:
-// so the blocks (rows 0-7, 8-15) x (columns 0-7, 8-15) of A, by columns, are its registers a.
+// aligned) of matrix l / 8, and gets in r[i] row l / 4 of matrix i at columns 2 (l % 4) and the
+// next: so the blocks (rows 0-7, 8-15) x (columns 0-7, 8-15) of A, by columns, are its registers a.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -2,11 +2,15 @@
 
 The kernels' own sources are compiled by the C++ compiler, once plain and once for each sanitizer,
 into a program that runs one launch (replay.cpp). `run` hands it a launch and takes the results.
+
+For a new launch: a line in replay.cpp, and its structure as a ctypes.Structure, as in cell_step.py.
+What the kernel uses beyond CUDA C++ is wrapped in csrc/cuda/primitives.h and has a twin here.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -24,7 +28,8 @@ BUILD = ROOT / "build/emulator"
 SOURCES = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu", "csrc/cuda/**/*.cu")
 RUNTIME = "tests/emulator/simt.cpp"
 
-FLAGS = "-std=c++20 -g -Icsrc -Itests -Wall -Wextra -Wno-unknown-pragmas"
+# Frames larger than a page are probed, so that none skips the guard below its stack.
+FLAGS = "-std=c++20 -g -fstack-clash-protection -Icsrc -Itests -Wall -Wextra -Wno-unknown-pragmas"
 # mode -> (flags of the kernels, flags of the runtime)
 MODES = {
     "plain": ("-O2", "-O2"),
@@ -75,9 +80,11 @@ def build(mode: str) -> Path:
     setup = setup_script()
     BUILD.mkdir(parents=True, exist_ok=True)
     file = BUILD / "build.ninja"
-    file.write_text(ninja_file(" ".join(setup.find_cxx())))
     command = [setup.find_ninja(), "-f", str(file), mode]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with open(BUILD / "lock", "w") as lock:  # tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file.write_text(ninja_file(" ".join(setup.find_cxx())))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return BUILD / mode / "replay"
 
@@ -129,15 +136,14 @@ def run(
         file = Path(folder, "launch")
         file.write_bytes(b"".join(parts))
         env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
-        done = subprocess.run(
-            [program, file], capture_output=True, text=True, env=env, timeout=600
-        )
+        done = subprocess.run([program, file], capture_output=True, text=True, env=env, timeout=600)
         if done.returncode:
             return Result(-1, done.returncode, done.stderr)
         data = bytearray(file.read_bytes())
     (error,) = struct.unpack_from("=q", data)
     at = 8
     for view in views:
-        view.copy_(torch.frombuffer(data, dtype=torch.uint8, count=len(view), offset=at)) if len(view) else None
+        if len(view):
+            view.copy_(torch.frombuffer(data, dtype=torch.uint8, count=len(view), offset=at))
         at += len(view)
     return Result(error, done.returncode, done.stderr)

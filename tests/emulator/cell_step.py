@@ -29,7 +29,10 @@ class CellStep(Structure):
 
 class CellForward(CellStep):
     _fields_ = (
-        *((name, c_void_p) for name in "gates_x gates_h b_ih b_hh h c operand y saved saved_c".split()),
+        *(
+            (name, c_void_p)
+            for name in "gates_x gates_h b_ih b_hh h c operand y saved saved_c".split()
+        ),
         *((name, c_int64) for name in "gates_x_stride gates_h_stride y_stride".split()),
     )
 

@@ -1,7 +1,8 @@
 // The CPU twins of what csrc/cuda/primitives.h wraps; what each does is written there.
 //
-// Memory is consistent here, so that the fences have nothing to do and a missing one is not noticed;
-// what acquire and release order, and what only seems ordered, ThreadSanitizer tells apart.
+// Memory is consistent here, so that the fences have nothing to do and a missing one is not
+// noticed; what acquire and release order, and what only seems ordered, ThreadSanitizer tells
+// apart.
 #pragma once
 #include <bit>
 

@@ -24,10 +24,9 @@ struct Entry {
 };
 
 // The launches that tests can name: a function of a structure and a stream.
-#define LAUNCH(function, type)                                         \
-  {#function, sizeof(type), [](const void* params) {                   \
-     return function(*static_cast<const type*>(params), nullptr);      \
-   }}
+#define LAUNCH(function, type) \
+  {#function, sizeof(type),    \
+   [](const void* params) { return function(*static_cast<const type*>(params), nullptr); }}
 using namespace fusedrnn;
 const Entry kEntries[] = {
     LAUNCH(cell_forward, CellForward),

@@ -1,11 +1,13 @@
 // The runtime of simt.h: fibers, the scheduler, barriers, shared memory, late copies, reports.
 //
 // Built with -DSIMT_ADDRESS (and AddressSanitizer) or -DSIMT_THREAD. With ThreadSanitizer this file
-// alone is not instrumented: the switch from one fiber to another orders nothing, and what a barrier,
-// a flag or a copy orders is told to it here.
+// alone is not instrumented: the switch from one fiber to another orders nothing, and what a
+// barrier, a flag or a copy orders is told to it here.
 #include "emulator/simt.h"
 
+#include <signal.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -25,6 +27,7 @@ extern "C" {
 void* __tsan_create_fiber(unsigned);
 void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
+void __tsan_set_fiber_name(void*, const char*);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void*);
 void __tsan_release(void*);
@@ -32,7 +35,9 @@ void __tsan_ignore_thread_begin();
 void __tsan_ignore_thread_end();
 }
 #endif
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_ASSEMBLY  // a switch in 20 instructions; ucontext makes two system calls
+#else
 #include <ucontext.h>
 #endif
 
@@ -73,10 +78,10 @@ void unpoison(const void*, size_t) {}
 void touch(const void*, size_t) {}
 constexpr size_t kStack = 64 << 10;
 #endif
-constexpr size_t kGap = 64;            // poisoned, around every shared array
-constexpr char kUninitialised = '\xff';  // NaN in every floating-point type
-constexpr uint64_t kCanary = 0x5afe57ac5afe57ac;
-constexpr size_t kFibersAtOnce = 7000;  // ThreadSanitizer has room for 8128
+constexpr size_t kGap = 64;  // poisoned, around every shared array
+constexpr size_t kPage = 4096;
+constexpr size_t kMostGuards = 16 << 10;  // stacks with a page below that no one may touch
+constexpr size_t kFibersAtOnce = 7000;    // ThreadSanitizer has room for 8128
 constexpr int64_t kPollsInVain = 1 << 22;
 
 // ---- what there is ----
@@ -90,11 +95,14 @@ struct Barrier {
   Where first{};  // of this phase to arrive
   char sync[2];   // what ThreadSanitizer orders by: phases take turns, as one may begin before all
                   // have left the last
-  char slots[2][32][64];  // of an exchange, likewise
+};
+
+struct Exchange : Barrier {
+  char slots[2][32][64];  // what the lanes give, in turns likewise
 };
 
 struct Warp {
-  std::map<unsigned, Barrier> barriers;  // by mask
+  std::map<unsigned, Exchange> barriers;  // by mask
 };
 
 struct Cluster;
@@ -143,7 +151,7 @@ struct Fiber : simt::Thread {
   std::vector<Copy> copies;               // not yet
   char* stack = nullptr;
   void *fake_stack = nullptr, *sanitizer = nullptr;
-#if defined(__x86_64__)
+#if defined(SIMT_ASSEMBLY)
   void* sp = nullptr;
 #else
   ucontext_t context;
@@ -155,7 +163,7 @@ struct State {
   const std::function<void()>* body;
   size_t main_stack_size = 0;
   std::vector<Fiber*> ready;
-  size_t next_ready = 0;
+  size_t next_ready = 0;  // in turn; those before have had theirs. In random order always 0.
   Barrier grid;
   std::map<const void*, size_t> static_offsets;  // the same in every block
   size_t shared_used = 0, shared_size = 0;
@@ -176,7 +184,7 @@ bool flip(unsigned sides) { return random_order && generator() % sides == 0; }
 
 // ---- switching ----
 
-#if defined(__x86_64__)
+#if defined(SIMT_ASSEMBLY)
 extern "C" void simt_switch(void** save, void* to);
 asm(R"(.text
 .globl simt_switch
@@ -221,7 +229,7 @@ void switch_to(Fiber* to) {
   __tsan_switch_to_fiber(to->sanitizer, kNoOrder);
 #endif
   simt::current = to;
-#if defined(__x86_64__)
+#if defined(SIMT_ASSEMBLY)
   simt_switch(&from->sp, to->sp);
 #else
   swapcontext(&from->context, &to->context);
@@ -258,6 +266,32 @@ std::string name(const Where& at) {
   abort();
 }
 
+// A thread that has used up its stack, or a wild pointer: on a stack of its own. The sanitizers
+// have reports of their own for this.
+[[maybe_unused]] void on_fault(int signal, siginfo_t* info, void*) {
+  const char *at = static_cast<char*>(info->si_addr), *stack = self()->stack;
+  if (stack && at >= stack && at < stack + kPage) {
+    fprintf(stderr, "simt: %s: more than %zu KiB of stack\n", name(*self()).c_str(), kStack >> 10);
+    _exit(1);
+  }
+  fprintf(stderr, "simt: %s: no memory at %p\n", name(*self()).c_str(), info->si_addr);
+  ::signal(signal, SIG_DFL);
+}
+
+void watch_faults() {
+#if !defined(SIMT_ADDRESS) && !defined(SIMT_THREAD)
+  static char memory[64 << 10];
+  stack_t stack{};
+  stack.ss_sp = memory;
+  stack.ss_size = sizeof memory;
+  sigaltstack(&stack, nullptr);
+  struct sigaction action{};
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+#endif
+}
+
 // ---- the scheduler ----
 
 void land(size_t which);
@@ -266,17 +300,24 @@ Fiber* next() {
   const Unseen unseen;
   State& s = *state;
   while (!s.in_flight.empty() && flip(8)) land(generator() % s.in_flight.size());
-  while (s.next_ready >= s.ready.size()) {
-    s.ready.clear();
-    s.next_ready = 0;
-    if (s.in_flight.empty()) return &main_fiber;  // all have ended, or none can go on
+  // Copies come when no one can go on without, whoever can having looked at flags in vain.
+  while (s.polls >= int64_t(s.ready.size() - s.next_ready)) {
+    if (s.in_flight.empty()) break;
     land(random_order ? generator() % s.in_flight.size() : 0);
   }
+  if (s.next_ready == s.ready.size()) return &main_fiber;  // all have ended, or none can go on
   if (random_order) {
-    const size_t left = s.ready.size() - s.next_ready;
-    std::swap(s.ready[s.next_ready], s.ready[s.next_ready + generator() % left]);
+    std::swap(s.ready[generator() % s.ready.size()], s.ready.back());
+    Fiber* f = s.ready.back();
+    s.ready.pop_back();
+    return f;
   }
-  return s.ready[s.next_ready++];
+  Fiber* f = s.ready[s.next_ready++];
+  if (s.next_ready > 4096 && s.next_ready > s.ready.size() / 2) {
+    s.ready.erase(s.ready.begin(), s.ready.begin() + ptrdiff_t(s.next_ready));
+    s.next_ready = 0;
+  }
+  return f;
 }
 
 void wake(std::vector<Fiber*>& waiting) {
@@ -292,9 +333,14 @@ void let_others_run() {
   switch_to(next());
 }
 
-void fill(char* p, size_t n) {
-  const Unseen unseen;
-  memset(p, kUninitialised, n);
+// Sets all shared memory of a block, poisoned or not, to what is NaN in every floating-point type.
+// Not by memset, which is checked.
+#if defined(SIMT_ADDRESS)
+__attribute__((no_sanitize_address))
+#endif
+void clear(const Block& b) {
+  volatile uint64_t* p = reinterpret_cast<uint64_t*>(b.shared);
+  for (size_t i = 0; i < state->shared_size / sizeof *p; i++) p[i] = ~uint64_t(0);
 }
 
 void entry() {
@@ -304,15 +350,14 @@ void entry() {
   // A store of a peer that came before the block was there is lost.
   if (!block.begun) {
     block.begun = true;
-    fill(block.shared, state->launch.shared_bytes);
+    clear(block);
   }
   (*state->body)();
   Fiber& f = *self();
   simt::wait_copies(-1);
-  if (*reinterpret_cast<uint64_t*>(f.stack) != kCanary) fail("stack overflow");
   // The shared memory of a block that has ended is no one's.
   if (--block.left == 0) {
-    fill(block.shared, state->launch.shared_bytes);
+    clear(block);
     poison(block.shared, state->shared_size);
   }
   f.done = true;
@@ -367,7 +412,7 @@ void sync(Barrier& b, const char* what, const Where& at) {
   wait(b, arrive(b, true), what, at, true);
 }
 
-Barrier& warp_barrier(unsigned mask, const Where& at) {
+Exchange& warp_barrier(unsigned mask, const Where& at) {
   Fiber& f = *self();
   const dim3 d = f.block_dim;
   const int lanes = std::min(32, int(d.x * d.y * d.z) - f.linear / 32 * 32);
@@ -375,7 +420,7 @@ Barrier& warp_barrier(unsigned mask, const Where& at) {
   if (!(mask >> (f.linear & 31) & 1))
     fail(text("lane %d is not in its mask %08x at %s", f.linear & 31, mask, name(at).c_str()));
   const Unseen unseen;
-  Barrier& b = f.owner->warps[f.linear / 32].barriers[mask];
+  Exchange& b = f.owner->warps[f.linear / 32].barriers[mask];
   b.expected = __builtin_popcount(mask);
   return b;
 }
@@ -398,8 +443,7 @@ void move(const Copy& c) { memcpy(c.to, c.from ? c.from : c.value, c.bytes); }
 Mbarrier& mbarrier_at(void* p, const Where& at) {
   const Unseen unseen;
   const auto it = state->mbarriers.find(p);
-  if (it == state->mbarriers.end())
-    fail(text("mbarrier not initialised at %s", name(at).c_str()));
+  if (it == state->mbarriers.end()) fail(text("mbarrier not initialised at %s", name(at).c_str()));
   return it->second;
 }
 
@@ -465,9 +509,9 @@ void report_stuck(const std::vector<Fiber>& fibers) {
 }
 
 void prepare(Fiber& f) {
-  *reinterpret_cast<uint64_t*>(f.stack) = kCanary;
-#if defined(__x86_64__)
-  // What simt_switch pops: six registers, the address to return to, and none to return to from there.
+#if defined(SIMT_ASSEMBLY)
+  // What simt_switch pops: six registers, the address to return to, and none to return to from
+  // there.
   void** sp = reinterpret_cast<void**>(f.stack + kStack);
   *--sp = nullptr;
   *--sp = reinterpret_cast<void*>(entry);
@@ -518,7 +562,7 @@ bool run_clusters(State& s, const std::vector<size_t>& clusters, size_t from, si
     b.cluster->all.expected = int(threads * size);
     b.warps.resize((threads + 31) / 32);
     b.shared = static_cast<char*>(aligned_alloc(1024, s.shared_size));
-    memset(b.shared, kUninitialised, s.shared_size);
+    clear(b);
     poison(b.shared + c.shared_bytes, s.shared_size - c.shared_bytes);
     for (const auto& [key, offset] : s.static_offsets)
       unpoison(b.shared + (offset & 0xffffffff), offset >> 32);
@@ -535,6 +579,7 @@ bool run_clusters(State& s, const std::vector<size_t>& clusters, size_t from, si
       prepare(f);
 #if defined(SIMT_THREAD)
       f.sanitizer = __tsan_create_fiber(0);
+      __tsan_set_fiber_name(f.sanitizer, name(f).c_str());
 #endif
       s.ready.push_back(&f);
     }
@@ -553,7 +598,15 @@ bool run_clusters(State& s, const std::vector<size_t>& clusters, size_t from, si
     good = false;
   }
 #if defined(SIMT_THREAD)
-  for (Fiber& f : fiber) __tsan_destroy_fiber(f.sanitizer);
+  for (Fiber& f : fiber) {
+    if (!f.done) {  // what it did comes before what is done with its remains
+      __tsan_switch_to_fiber(f.sanitizer, kNoOrder);
+      release(&s.end_sync);
+      __tsan_switch_to_fiber(main_fiber.sanitizer, kNoOrder);
+    }
+    __tsan_destroy_fiber(f.sanitizer);
+  }
+  acquire(&s.end_sync);
 #endif
   for (Block& b : block) {
     unpoison(b.shared, s.shared_size);
@@ -607,6 +660,10 @@ int run(const Launch& launch, const std::function<void()>& body) {
   void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) return kInvalidConfiguration;
+  watch_faults();
+  if (threads * together <= kMostGuards)
+    for (size_t i = 0; i < threads * together; i++)
+      mprotect(static_cast<char*>(stacks) + i * kStack, kPage, PROT_NONE);
   release(&s.begin_sync);
   bool good = true;
   for (size_t i = 0; good && i < clusters.size(); i += together)
@@ -652,10 +709,9 @@ int cluster_rank() { return self()->owner->rank; }
 int cluster_size() { return int(self()->owner->cluster->blocks.size()); }
 
 const char* exchange(unsigned mask, const void* value, size_t bytes, Where at) {
-  Barrier& b = warp_barrier(mask, at);
-  char(&slots)[32][64] = b.slots[b.phase & 1];
-  for (size_t i = 0; i < bytes; i++)
-    slots[lane()][i] = static_cast<const volatile char*>(value)[i];
+  Exchange& b = warp_barrier(mask, at);
+  char (&slots)[32][64] = b.slots[b.phase & 1];
+  for (size_t i = 0; i < bytes; i++) slots[lane()][i] = static_cast<const volatile char*>(value)[i];
   wait(b, arrive(b, false), "a warp operation", at, false);
   return slots[0];
 }

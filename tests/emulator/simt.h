@@ -3,8 +3,8 @@
 //
 // Every CUDA thread is a fiber on one operating system thread, which it gives up only where it
 // waits. There is no lockstep and no order among threads but what barriers, flags and copies make:
-// with a seed the next one to run is drawn at random. Shared memory starts as NaN. Whoever waits for
-// what never comes, at a barrier or at a flag, ends the launch with a report.
+// with a seed the next one to run is drawn at random. Shared memory starts as NaN. Whoever waits
+// for what never comes, at a barrier or at a flag, ends the launch with a report.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -44,14 +44,15 @@ struct Launch {
 constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719,
               kCooperativeLaunchTooLarge = 720, kInvalidClusterSize = 912;
 // The device that is played, an H100: what it has not, a launch does not get.
-constexpr size_t kSharedPerBlock = 227 << 10, kSharedPerProcessor = 228 << 10, kStaticShared = 48 << 10;
+constexpr size_t kSharedPerBlock = 227 << 10, kSharedPerProcessor = 228 << 10,
+                 kStaticShared = 48 << 10;
 constexpr int kProcessors = 132, kThreadsPerBlock = 1024, kThreadsPerProcessor = 2048,
               kLargestCluster = 16;
 
 // Runs `body` once for every thread. A kernel that fails says why on stderr.
 int run(const Launch&, const std::function<void()>& body);
-// Draw the order of threads, and when copies land, from a seed; negative: always the same order, and
-// copies land as late as they may.
+// Draw the order of threads, and when copies land, from a seed; negative: always the same order,
+// and copies land as late as they may.
 void set_seed(int64_t seed);
 
 // ---- what a thread can ask for ----
@@ -116,6 +117,7 @@ namespace simt {
 // nothing.
 template <class T>
 T shuffle(unsigned mask, T value, int from, int width, Where at) {
+  static_assert(sizeof value <= 8);
   const char* all = exchange(mask, &value, sizeof value, at);
   const int mine = lane();
   if (from / width == mine / width && from >= 0 && mask >> from & 1)

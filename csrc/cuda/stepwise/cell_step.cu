@@ -2,10 +2,9 @@
 // reads and writes the elements (b, j) of every array, of all gates and slots, and no other
 // thread's: nothing is shared and nothing waits. A warp holds 32 units side by side, so that what
 // it loads and stores is contiguous.
-#include "cuda/stepwise/cell_step.h"
-
 #include "cells/cells.h"
 #include "cuda/primitives.h"
+#include "cuda/stepwise/cell_step.h"
 
 namespace fusedrnn {
 namespace {

@@ -18,22 +18,22 @@ struct CellStep {
   Cell cell;
   DType dtype;
   int64_t batch, hidden_size;
-  int64_t step, steps;     // this step in time, also in the reverse direction, and how many there are
+  int64_t step, steps;  // this step in time, also in the reverse direction, and how many there are
   const int64_t* lengths;  // [batch], null: every row has `steps` steps
   bool reverse;
 };
 
 // (gates_x + b_ih, gates_h + b_hh, h, c) -> h, c. Rows of the gates are in torch.nn's order.
 struct CellForward : CellStep {
-  const void* gates_x;        // compute type [batch, gates * hidden]: x W_ih^T
-  const void* gates_h;        // the same of h W_hh^T; null: zeros
-  const void *b_ih, *b_hh;    // storage type [gates * hidden]; null: zeros
-  void *h, *c;                // compute type [batch, hidden], updated in place; h may be null for
-                              // cells that do not read it, c for those that have none
-  void* operand;              // storage type [batch, hidden]: h for the next product, or null
-  void* y;                    // storage type [batch, hidden], or null
-  void* saved;                // storage type [batch, saved * hidden], or null
-  void* saved_c;              // compute type [batch, hidden], or null
+  const void* gates_x;      // compute type [batch, gates * hidden]: x W_ih^T
+  const void* gates_h;      // the same of h W_hh^T; null: zeros
+  const void *b_ih, *b_hh;  // storage type [gates * hidden]; null: zeros
+  void *h, *c;              // compute type [batch, hidden], updated in place; h may be null for
+                            // cells that do not read it, c for those that have none
+  void* operand;            // storage type [batch, hidden]: h for the next product, or null
+  void* y;                  // storage type [batch, hidden], or null
+  void* saved;              // storage type [batch, saved * hidden], or null
+  void* saved_c;            // compute type [batch, hidden], or null
   int64_t gates_x_stride, gates_h_stride, y_stride;
 };
 
@@ -43,21 +43,21 @@ struct CellForward : CellStep {
 // the launch before). A last launch, of step -1 (`steps` in reverse), folds the last product into
 // dh: then dh and dc are the gradients of the initial states.
 //
-// Packed data has fewer rows at later steps: `batch` says how many, `lengths` is still needed to tell
-// a row's first step. In reverse, a row that is not part of the next launch keeps its product where
-// it is, and the last launch has no lengths: it folds in the last product of every row.
+// Packed data has fewer rows at later steps: `batch` says how many, `lengths` is still needed to
+// tell a row's first step. In reverse, a row that is not part of the next launch keeps its product
+// where it is, and the last launch has no lengths: it folds in the last product of every row.
 struct CellBackward : CellStep {
-  const void* saved;           // storage type [batch, saved * hidden]
-  const void *h, *h_prev;      // storage type [batch, hidden]: y of this step and the one before;
-                               // h for cells that save nothing, h_prev for cells that read it
-  const void *c, *c_prev;      // compute type [batch, hidden]: saved_c of the same steps
-  const void *h0, *c0;         // storage type [batch, hidden]: initial states; null: zeros
-  const void* dy;              // compute type [batch, hidden], or null
-  const void* dh_product;      // compute type [batch, hidden], or null
-  void *dh, *dc;               // compute type [batch, hidden], updated in place; dh may be null
-  void* dgates;                // storage type [batch, slots * hidden], or null
-  void* hidden;                // storage type [batch, hidden]: h before a projection, or null
-  int64_t h_stride, dy_stride; // of h and h_prev; of dy
+  const void* saved;            // storage type [batch, saved * hidden]
+  const void *h, *h_prev;       // storage type [batch, hidden]: y of this step and the one before;
+                                // h for cells that save nothing, h_prev for cells that read it
+  const void *c, *c_prev;       // compute type [batch, hidden]: saved_c of the same steps
+  const void *h0, *c0;          // storage type [batch, hidden]: initial states; null: zeros
+  const void* dy;               // compute type [batch, hidden], or null
+  const void* dh_product;       // compute type [batch, hidden], or null
+  void *dh, *dc;                // compute type [batch, hidden], updated in place; dh may be null
+  void* dgates;                 // storage type [batch, slots * hidden], or null
+  void* hidden;                 // storage type [batch, hidden]: h before a projection, or null
+  int64_t h_stride, dy_stride;  // of h and h_prev; of dy
 };
 
 // Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
