@@ -66,12 +66,11 @@ FUSEDRNN_INLINE void share(int64_t N, int64_t part, int64_t parts, int64_t* begi
   *end = min(N, panels * (part + 1) / parts * Panels<C>::kColumns);
 }
 
-// Packs w [gates * H, K] transposed, group by group, for the slots that `runs` leads to.
+// Packs w [gates * H, K] transposed, group by group, for the kGates slots from `first_slot` on.
 template <class Cell, class C, class S, class R>
-void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int64_t part, int64_t parts) {
+void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int first_slot, int64_t part,
+                 int64_t parts) {
   using G = Groups<Cell, C>;
-  const int first_slot =
-      Cell::kSlots == Cell::kGates || gate_of(runs, 0) >= 0 ? 0 : Cell::kSlots - Cell::kGates;
   int64_t group = 0;
   G::each(H, [&](int64_t block, int64_t blocks) {
     if (group++ % parts != part) return;
@@ -114,8 +113,9 @@ void pack_forward(const Problem& p, const Weights& w, int64_t layer, void* packe
     }
   }
   pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
-                    Cell::x_runs(), part, parts);
-  pack_groups<Cell>(to + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(), part, parts);
+                    Cell::x_runs(), 0, part, parts);
+  pack_groups<Cell>(to + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(),
+                    Cell::kSlots - Cell::kGates, part, parts);
   if (p.proj_size && part == parts - 1)
     pack_vectors(
         to + o.w_hr, static_cast<const S*>(w.w_hr), H, H,

@@ -27,7 +27,7 @@ struct Sequence {
 };
 
 // Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots,
-// then W_ih, W_hh (run by run), W_hr. Backward: W_hh, W_ih, W_hr the other way round.
+// then W_ih and W_hh group by group (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
 struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
