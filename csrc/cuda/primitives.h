@@ -18,6 +18,13 @@
 #else
 #define FUSEDRNN_SM90(...) __trap()
 #endif
+// Whether this pass of the compiler is for a GPU that has them: a kernel of clusters needs no code
+// for others.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FUSEDRNN_HAS_CLUSTERS 1
+#else
+#define FUSEDRNN_HAS_CLUSTERS 0
+#endif
 
 // T* name: all dynamic shared memory of the block; T name[N]: static shared memory.
 #define FUSEDRNN_DYNAMIC_SHARED(T, name)                        \
@@ -32,6 +39,12 @@ using Float16 = __half;
 
 __device__ inline float to_compute(BFloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_compute(Float16 x) { return __half2float(x); }
+
+__device__ inline uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+__device__ inline float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+
+// Ends the launch with an error.
+__device__ inline void trap() { __trap(); }
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -235,6 +248,7 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
 
 }  // namespace fusedrnn
 #else
+#define FUSEDRNN_HAS_CLUSTERS 1
 #include "emulator/primitives.h"
 #endif
 

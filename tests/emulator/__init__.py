@@ -17,6 +17,7 @@ import os
 import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -101,14 +102,15 @@ class Result(NamedTuple):
 def run(
     launch: str,
     params: ctypes.Structure,
-    arrays: dict[str, torch.Tensor | None],
+    arrays: Mapping[str | int, torch.Tensor | None],
     mode: str = "plain",
     seed: int = -1,
 ) -> Result:
     """Runs `launch` with `params`, whose pointers `arrays` names; tensors are changed in place.
 
-    Tensors may be views, also of one another: a pointer is to the first element of its tensor in a
-    copy of the whole storage. With a seed the order of threads is drawn at random.
+    A pointer is named by its field, or given as where it lies in the structure. Tensors may be
+    views, also of one another: a pointer is to the first element of its tensor in a copy of the
+    whole storage. With a seed the order of threads is drawn at random.
     """
     storages: dict[int, torch.UntypedStorage] = {}
     pointers: list[tuple[int, int, int]] = []
@@ -119,7 +121,8 @@ def run(
         storages.setdefault(storage.data_ptr(), storage)
         index = list(storages).index(storage.data_ptr())
         offset = tensor.storage_offset() * tensor.element_size()
-        pointers.append((getattr(type(params), name).offset, index, offset))
+        field = name if isinstance(name, int) else getattr(type(params), name).offset
+        pointers.append((field, index, offset))
 
     def number(*values: int) -> bytes:
         return struct.pack(f"={len(values)}q", *values)

@@ -56,6 +56,11 @@ inline float to_compute(Float16 x) {
   return x.bits & 0x8000 ? -size : size;
 }
 
+inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
+inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
+
+[[noreturn]] inline void trap() { __builtin_trap(); }
+
 // ---- barriers and the cluster ----
 
 inline void sync_named(int id, int threads, FUSEDRNN_AT) { simt::sync_named(id, threads, at); }

@@ -1,0 +1,194 @@
+// All steps of back-propagation through time, of one or more layers and directions.
+//
+// A block owns what it owns forward: `units` hidden units with all their gates, of one stage and
+// one slice of the batch, and the same rows of W_hh. From the gradients of its own gates it makes
+// partial sums of dL/dh for every unit of the layer and sends each block of the team the part that
+// is its own: that moves a gate's share of what it would take to send all gate gradients to all. A
+// stage with another below does the same with W_ih, for the gradient of its input. Thread i owns
+// row i / units and unit i % units: dh and dc stay in its registers.
+//
+// A step: fetch what forward saved | wait until the partial sums have come | add them in the order
+// of blocks, cell | block barrier | products | block barrier | send, arrive | gate gradients and
+// the input's gradient to global memory. A block writes an inbox again when its owner has arrived
+// twice since it was written: once more than it takes to have read it.
+#pragma once
+#include "cuda/persistent/product.h"
+#include "cuda/persistent/team.h"
+
+namespace fusedrnn {
+
+template <class E, bool kCluster>
+struct BackwardBlock {
+  using S = typename E::Operand;  // the storage type too
+
+  const PersistentBackward& p;
+  const BackwardStage& stage;
+  const PersistentShape& s;
+  const Team<kCluster> team;
+  const Element me;
+  char* const shared;
+
+  __device__ BackwardBlock(const PersistentBackward& p, char* shared)
+      : p(p),
+        stage(p.stage[Team<kCluster>(p).stage]),
+        s(p.shape),
+        team(p),
+        me(p, team.rank, team.slice),
+        shared(shared) {}
+
+  __device__ bool feeds_next() const { return p.chained && team.stage + 1 < p.stages; }
+  __device__ int64_t time(int64_t step) const { return stage.reverse ? step : me.last - 1 - step; }
+
+  enum Kind { kRecurrent, kInput };
+  // Where block `rank` of the team finds what block `from` sent it for `step`.
+  __device__ float* inbox(int rank, Kind kind, int64_t step, int from) const {
+    const int kinds = p.chained ? 2 : 1, each = s.rows * s.units;
+    const int64_t at = ((step % 2 * kinds + kind) * team.size + from) * each;
+    if constexpr (kCluster) {
+      return cluster_map(reinterpret_cast<float*>(shared + s.inbox), rank) + at;
+    } else {
+      const int64_t block = team.index * team.size + rank;
+      return static_cast<float*>(p.workspace) + block * 2 * kinds * team.size * each + at;
+    }
+  }
+  // Sends everyone the sums over this block's gates for the units that are theirs.
+  __device__ void send(Kind kind, const ProductShape& product, int64_t step) const {
+    const int quads = team.size * s.units / 4;
+    const float* partial = reinterpret_cast<const float*>(shared + product.partial);
+    for (int i = threadIdx.x; i < s.rows * quads; i += kPersistentThreads) {
+      const int unit = i % quads * 4, row = i / quads;
+      float sums[4] = {};
+      for (int part = 0; part < product.split; part++) {
+        const Words w = *reinterpret_cast<const Words*>(
+            partial + (part * s.rows + row) * product.partial_row + unit);
+        for (int k = 0; k < 4; k++) sums[k] += bits_to_float(w.word[k]);
+      }
+      float* to = inbox(unit / s.units, kind, step, team.rank) + row * s.units + unit % s.units;
+      Words w;
+      for (int k = 0; k < 4; k++) w.word[k] = float_to_bits(sums[k]);
+      *reinterpret_cast<Words*>(to) = w;
+    }
+  }
+  __device__ float received(Kind kind, int64_t step) const {
+    const int each = s.rows * s.units;
+    const float* from = inbox(team.rank, kind, step, 0) + me.row * s.units + me.unit;
+    float sum = 0;
+    for (int block = 0; block < team.size; block++) sum += from[block * each];
+    return sum;
+  }
+
+  template <class Cell>
+  __device__ void set_up() const {
+    constexpr int kFirst = Cell::kSlots - Cell::kGates;
+    const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
+    // Column c of the tiles is gate c / units, in the order of the slots, of unit c % units.
+    auto weights = [&](const void* w, int gate, int unit, int row) -> float {
+      return unit0 + unit < H ? read<S>(w, (gate * H + unit0 + unit) * H + row) : 0.f;
+    };
+    load_weights<E>(shared, s.recurrent, int(H), Cell::kGates * s.units, [&](int row, int column) {
+      const int gate = gate_of(Cell::h_runs(), kFirst + column / s.units);
+      return weights(stage.w_hh, gate, column % s.units, row);
+    });
+    if (feeds_next())
+      load_weights<E>(shared, s.input, int(H), Cell::kGates * s.units, [&](int row, int column) {
+        const int gate = gate_of(Cell::x_runs(), column / s.units);
+        return weights(stage.w_ih, gate, column % s.units, row);
+      });
+    for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
+      reinterpret_cast<S*>(shared + s.x)[i] = E::operand(0);
+    team.begin();
+  }
+
+  // The gradient of the input at the time of the step before, for the stage that follows.
+  __device__ void finish_input(int64_t step, float dx) const {
+    const int64_t t = time(step - 1);
+    if (me.exists && t < me.length)
+      write<float>(stage.dx, token_of(p, t, me.b) * p.hidden_size + me.j, dx);
+    raise(team.own_done, step);
+  }
+
+  template <class Cell>
+  __device__ void run() const {
+    constexpr int kSlots = Cell::kSlots, kFirst = kSlots - Cell::kGates;
+    const int64_t H = p.hidden_size, at = me.b * H + me.j;
+    S* gates = reinterpret_cast<S*>(shared + s.x);
+    float dh = 0, dc = 0, dx = 0;
+    if (me.exists) {
+      dh = read<float>(stage.dh, at);
+      if constexpr (Cell::kHasCell) dc = read<float>(stage.dc, at);
+    }
+    set_up<Cell>();
+
+    for (int64_t step = 0; step < me.last; step++) {
+      const int64_t t = time(step), before = stage.reverse ? t + 1 : t - 1;
+      const bool runs = me.exists && t < me.length;
+      const bool first = before < 0 || before >= me.length;
+      const int64_t token = me.exists && (runs || !p.offsets) ? token_of(p, t, me.b) : 0;
+      float slots[kSlots] = {};
+      float h = 0, h_prev = 0, c = 0, c_prev = 0, dy = 0;
+      if (runs) {
+        const int64_t earlier = first ? 0 : token_of(p, before, me.b);
+        for (int k = 0; k < Cell::kSaved; k++)
+          slots[k] = read<S>(stage.saved, (token * Cell::kSaved + k) * H + me.j);
+        if constexpr (Cell::kSaved == 0) h = read<S>(stage.y, token * stage.y_stride + me.j);
+        if constexpr (Cell::kUsesHPrev)
+          h_prev =
+              first ? read<S>(stage.h0, at) : read<S>(stage.y, earlier * stage.y_stride + me.j);
+        if constexpr (Cell::kHasCell) {
+          c = read<float>(stage.saved_c, token * H + me.j);
+          c_prev = first ? read<S>(stage.c0, at) : read<float>(stage.saved_c, earlier * H + me.j);
+        }
+      }
+      if (p.chained && team.stage > 0) wait_for(team.before_done, team.size, step + 1);
+      if (runs) {
+        dy = read<float>(stage.dy, token * stage.dy_stride + me.j);
+        if (stage.dy_mask) dy *= stage.dy_mask[token * H + me.j] ? p.mask_scale : 0.f;
+      }
+      if (step > 0) {
+        team.wait(step);
+        if (me.exists) dh += received(kRecurrent, step);
+        if (feeds_next() && me.exists) dx = received(kInput, step);
+      }
+      if (runs) dh = Cell::template backward<ScalarMath>(slots, h_prev, h, c_prev, c, dh + dy, dc);
+      if (me.in_block)
+        for (int k = 0; k < kSlots; k++)
+          gates[me.row * s.x_row + k * s.units + me.unit] = E::operand(runs ? slots[k] : 0.f);
+      __syncthreads();
+      multiply<E>(shared, s.recurrent, s.rows, gates + kFirst * s.units, s.x_row);
+      if (feeds_next()) multiply<E>(shared, s.input, s.rows, gates, s.x_row);
+      __syncthreads();
+      send(kRecurrent, s.recurrent, step + 1);
+      if (feeds_next()) send(kInput, s.input, step + 1);
+      team.arrive(step + 1);
+      if (me.exists && (runs || !p.offsets))
+        for (int k = 0; k < kSlots; k++)
+          write<S>(stage.dgates, (token * kSlots + k) * H + me.j, runs ? slots[k] : 0.f);
+      if (feeds_next() && step > 0) finish_input(step, dx);
+    }
+    if (me.last > 0) {
+      team.wait(me.last);
+      if (me.exists) dh += received(kRecurrent, me.last);
+      if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, me.last) : 0.f);
+    }
+    if (me.exists) {
+      write<float>(stage.dh, at, dh);
+      if constexpr (Cell::kHasCell) write<float>(stage.dc, at, dc);
+      if (!p.offsets)  // steps that no row of the team has
+        for (int64_t t = me.last; t < p.steps; t++)
+          for (int k = 0; k < kSlots; k++)
+            write<S>(stage.dgates, (token_of(p, t, me.b) * kSlots + k) * H + me.j, 0);
+    }
+  }
+};
+
+template <class E, bool kCluster>
+__global__ void __launch_bounds__(kPersistentThreads, 1)
+    persistent_backward_kernel(const __grid_constant__ PersistentBackward p) {
+  if constexpr (FUSEDRNN_HAS_CLUSTERS || !kCluster) {
+    FUSEDRNN_DYNAMIC_SHARED(char, shared);
+    const BackwardBlock<E, kCluster> block(p, shared);
+    with_cell_type(p.cell, [&](auto cell) { block.template run<decltype(cell)>(); });
+  }
+}
+
+}  // namespace fusedrnn

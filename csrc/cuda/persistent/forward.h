@@ -1,0 +1,217 @@
+// All steps forward, of one or more layers and directions.
+//
+// A block owns `units` hidden units, with all their gates, of one stage and one slice of `rows`
+// rows of the batch. Its rows of W_hh (of a chained stage also those of W_ih) lie in shared memory
+// from the first step to the last, beside h of all units: of the step before, complete, and of this
+// one, as the team's blocks write it. Thread i owns row i / units and unit i % units: h and c stay
+// in its registers; the warps share the product as product.h says.
+//
+// A step: wait until h is complete | product | block barrier | sums, cell | block barrier | hand h
+// to the team, arrive | y and what backward needs to global memory, the next step's input product.
+// The last part lies between arrival and wait: it costs nothing where the exchange takes longer.
+// A block writes the buffer of step s + 1 when all have arrived for step s, so have left step s -
+// 1, whose buffer it was.
+#pragma once
+#include "cuda/persistent/product.h"
+#include "cuda/persistent/team.h"
+
+namespace fusedrnn {
+
+template <class E, bool kCluster>
+struct ForwardBlock {
+  using S = typename E::Operand;  // the storage type too
+
+  const PersistentForward& p;
+  const ForwardStage& stage;
+  const PersistentShape& s;
+  const Team<kCluster> team;
+  const Element me;
+  char* const shared;
+
+  __device__ ForwardBlock(const PersistentForward& p, char* shared)
+      : p(p),
+        stage(p.stage[Team<kCluster>(p).stage]),
+        s(p.shape),
+        team(p),
+        me(p, team.rank, team.slice),
+        shared(shared) {}
+
+  __device__ bool chained() const { return p.chained && team.stage > 0; }
+  __device__ int64_t time(int64_t step) const { return stage.reverse ? me.last - 1 - step : step; }
+
+  __device__ S* x(int64_t step) const {
+    S* buffers = reinterpret_cast<S*>(shared + s.x);
+    return kCluster ? buffers + step % 2 * (s.rows * s.x_row) : buffers;
+  }
+  // Where teams that are not clusters exchange h.
+  __device__ S* outside(int64_t step) const {
+    return static_cast<S*>(p.workspace) + (team.index * 2 + step % 2) * s.rows * s.x_row;
+  }
+
+  // x of the first step is the initial state, which every block reads for itself.
+  template <class Cell>
+  __device__ void set_up() const {
+    constexpr int kFirst = Cell::kSlots - Cell::kGates;
+    const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
+    // Row r of the tiles is gate r / units, in the order of the slots, of unit r % units.
+    auto weights = [&](const void* w, int gate, int unit, int column) -> float {
+      return unit0 + unit < H ? read<S>(w, (gate * H + unit0 + unit) * H + column) : 0.f;
+    };
+    load_weights<E>(shared, s.recurrent, Cell::kGates * s.units, int(H), [&](int row, int column) {
+      const int gate = gate_of(Cell::h_runs(), kFirst + row / s.units);
+      return weights(stage.w_hh, gate, row % s.units, column);
+    });
+    if (chained())
+      load_weights<E>(shared, s.input, Cell::kGates * s.units, int(H), [&](int row, int column) {
+        const int gate = gate_of(Cell::x_runs(), row / s.units);
+        return weights(stage.w_ih, gate, row % s.units, column);
+      });
+    for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
+      const int row = i / s.x_row, column = i % s.x_row;
+      const int64_t b = team.slice * s.rows + row;
+      const bool initial = row < s.rows && b < p.batch && column < H;
+      reinterpret_cast<S*>(shared + s.x)[i] =
+          E::operand(initial ? read<S>(stage.h0, b * H + column) : 0.f);
+    }
+    if (chained())
+      for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
+        reinterpret_cast<S*>(shared + s.input_x)[i] = E::operand(0);
+    team.begin();
+  }
+
+  // Adds the input's part of the step to the slots. All threads of the block.
+  template <class Cell>
+  __device__ void add_input(int64_t step, float (&slots)[Cell::kSlots]) const {
+    const int64_t H = p.hidden_size, t = time(step);
+    if (!chained()) {
+      if (me.exists && t < me.length)
+        for (int k = 0; k < Cell::kGates; k++)
+          slots[k] += read<float>(stage.gates_x, token_of(p, t, me.b) * (Cell::kGates * H) +
+                                                     gate_of(Cell::x_runs(), k) * H + me.j);
+      return;
+    }
+    wait_for(team.before_done, team.size, step + 1);
+    const ForwardStage& below = p.stage[team.stage - 1];
+    S* input = reinterpret_cast<S*>(shared + s.input_x);
+    for (int i = threadIdx.x; i < s.rows * int(H); i += kPersistentThreads) {
+      const int row = i / int(H), column = i % int(H);
+      const int64_t b = team.slice * s.rows + row;
+      float value = 0;
+      if (b < p.batch && t < Element::length_of(p, b)) {
+        const int64_t token = token_of(p, t, b);
+        value = read<S>(below.y, token * below.y_stride + column);
+        if (stage.mask) value *= stage.mask[token * H + column] ? p.mask_scale : 0.f;
+      }
+      input[row * s.x_row + column] = E::operand(value);
+    }
+    __syncthreads();
+    multiply<E>(shared, s.input, s.rows, input, s.x_row);
+    __syncthreads();
+    if (me.in_block)
+      for (int k = 0; k < Cell::kGates; k++)
+        slots[k] += total(shared, s.input, s.rows, me.row, k * s.units + me.unit);
+    __syncthreads();  // the next product writes where these sums were
+  }
+
+  // Hands the team what stands in the staging buffer, this block's part of x of `step`.
+  __device__ void publish(int64_t step) const {
+    constexpr int kElements = 16 / sizeof(S);
+    const int parts = s.units / kElements;  // of a row
+    const S* staging = reinterpret_cast<const S*>(shared + s.staging);
+    for (int i = threadIdx.x; i < (kCluster ? team.size : 1) * s.rows * parts;
+         i += kPersistentThreads) {
+      const int part = i % parts, row = i / parts % s.rows, to = i / parts / s.rows;
+      const int at = row * s.x_row + team.rank * s.units + part * kElements;
+      S* target = kCluster ? cluster_map(x(step), to) : outside(step);
+      *reinterpret_cast<Words*>(target + at) =
+          *reinterpret_cast<const Words*>(staging + row * s.units + part * kElements);
+    }
+    team.arrive(step);
+  }
+  // Waits until x of `step` is complete.
+  __device__ void await(int64_t step) const {
+    team.wait(step);
+    if constexpr (!kCluster) {
+      constexpr int kElements = 16 / sizeof(S);
+      const int parts = team.size * s.units / kElements;
+      for (int i = threadIdx.x; i < s.rows * parts; i += kPersistentThreads) {
+        const int at = i / parts * s.x_row + i % parts * kElements;
+        *reinterpret_cast<Words*>(x(step) + at) =
+            *reinterpret_cast<const Words*>(outside(step) + at);
+      }
+      __syncthreads();
+    }
+  }
+
+  template <class Cell>
+  __device__ void run() const {
+    constexpr int kFirst = Cell::kSlots - Cell::kGates;
+    const int64_t H = p.hidden_size, at = me.b * H + me.j;
+    S* staging = reinterpret_cast<S*>(shared + s.staging);
+    float bias[Cell::kSlots] = {};
+    float h = 0, c = 0;
+    if (me.exists) {
+      for (int k = 0; k < Cell::kGates; k++) {
+        bias[k] += read<S>(stage.b_ih, gate_of(Cell::x_runs(), k) * H + me.j);
+        bias[kFirst + k] += read<S>(stage.b_hh, gate_of(Cell::h_runs(), kFirst + k) * H + me.j);
+      }
+      h = read<S>(stage.h0, at);
+      if constexpr (Cell::kHasCell) c = read<S>(stage.c0, at);
+    }
+    set_up<Cell>();
+
+    float next[Cell::kSlots];  // what is known of the next step's slots
+    auto prepare = [&](int64_t step) {
+      for (int k = 0; k < Cell::kSlots; k++) next[k] = bias[k];
+      add_input<Cell>(step, next);
+    };
+    if (me.last > 0) prepare(0);
+    for (int64_t step = 0; step < me.last; step++) {
+      const int64_t t = time(step);
+      const bool runs = me.exists && t < me.length, more = step + 1 < me.last;
+      if (step > 0) await(step);
+      multiply<E>(shared, s.recurrent, s.rows, x(step), s.x_row);
+      __syncthreads();
+      float slots[Cell::kSlots];
+      if (runs) {
+        for (int k = 0; k < Cell::kSlots; k++) slots[k] = next[k];
+        for (int k = 0; k < Cell::kGates; k++)
+          slots[kFirst + k] += total(shared, s.recurrent, s.rows, me.row, k * s.units + me.unit);
+        h = Cell::template forward<ScalarMath>(slots, h, c);
+      }
+      if (me.in_block) staging[me.row * s.units + me.unit] = E::operand(h);
+      __syncthreads();
+      if (more) publish(step + 1);
+      if (runs) {
+        const int64_t token = token_of(p, t, me.b);
+        write<S>(stage.y, token * stage.y_stride + me.j, h);
+        if constexpr (Cell::kHasCell) write<float>(stage.saved_c, token * H + me.j, c);
+        for (int k = 0; k < Cell::kSaved; k++)
+          write<S>(stage.saved, (token * Cell::kSaved + k) * H + me.j, slots[k]);
+      } else if (me.exists && !p.offsets) {
+        write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
+      }
+      if (p.chained && team.stage + 1 < p.stages) raise(team.own_done, step + 1);
+      if (more) prepare(step + 1);
+    }
+    if (me.exists) {
+      write<S>(stage.hn, at, h);
+      if constexpr (Cell::kHasCell) write<S>(stage.cn, at, c);
+      if (!p.offsets)  // steps that no row of the team has
+        for (int64_t t = me.last; t < p.steps; t++)
+          write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
+    }
+  }
+};
+
+template <class E, bool kCluster>
+__global__ void __launch_bounds__(kPersistentThreads, 1)
+    persistent_forward_kernel(const __grid_constant__ PersistentForward p) {
+  if constexpr (FUSEDRNN_HAS_CLUSTERS || !kCluster) {
+    FUSEDRNN_DYNAMIC_SHARED(char, shared);
+    const ForwardBlock<E, kCluster> block(p, shared);
+    with_cell_type(p.cell, [&](auto cell) { block.template run<decltype(cell)>(); });
+  }
+}
+
+}  // namespace fusedrnn

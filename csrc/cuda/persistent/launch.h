@@ -1,0 +1,52 @@
+// From the run-time engine to the kernel, and its launch.
+#pragma once
+#include "cuda/persistent/persistent.h"
+#include "cuda/persistent/product.h"
+
+namespace fusedrnn {
+
+// The backends, a source file each direction: they are what takes long to compile.
+int cluster_forward(const PersistentForward&, void* stream);
+int cluster_backward(const PersistentBackward&, void* stream);
+int grid_forward(const PersistentForward&, void* stream);
+int grid_backward(const PersistentBackward&, void* stream);
+
+// Calls f with a value of the engine's type.
+template <class F>
+int with_engine(const Persistent& p, F f) {
+  switch (p.engine) {
+    case Engine::kFfma:
+      return f(Ffma<Engine::kFfma>{});
+    case Engine::kFfmaNarrow:
+      return f(Ffma<Engine::kFfmaNarrow>{});
+    case Engine::kTf32:
+      return f(Tf32{});
+    case Engine::kHalf:
+      return p.dtype == DType::kFloat16 ? f(Half<Float16>{}) : f(Half<BFloat16>{});
+    default:
+      return kInvalidValue;
+  }
+}
+
+inline bool fits(const Persistent& p) {
+  const DType storage = p.engine == Engine::kHalf ? p.dtype : DType::kFloat32;
+  const int vector = 16 / tile_of(p.engine).operand_bytes;  // of units, exchanged at once
+  return p.dtype == storage && bytes(p.dtype) == tile_of(p.engine).operand_bytes && p.stages >= 1 &&
+         p.stages <= kMaxStages && p.shape.units % vector == 0 &&
+         p.shape.units * p.shape.rows <= kPersistentThreads && p.blocks() <= INT32_MAX &&
+         p.hidden_size <= p.shape.team * p.shape.units && p.steps < INT32_MAX;
+}
+
+// `select` gives the kernel for an engine.
+template <class P, class F>
+int launch_persistent(const P& p, void* stream, F select) {
+  if (!fits(p)) return kInvalidValue;
+  Grid grid{dim3(unsigned(p.blocks())), dim3(kPersistentThreads)};
+  grid.cluster = p.cluster ? p.shape.team : 1;
+  // Whoever waits for another team's flag must know that it runs.
+  grid.cooperative = !p.cluster || (p.chained && p.stages > 1);
+  grid.shared_bytes = size_t(p.shape.shared_bytes);
+  return with_engine(p, [&](auto engine) { return launch(select(engine), grid, stream, p); });
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,88 @@
+// The persistent backends: one launch runs all steps of one or more layers and directions.
+//
+// What both kernels of a backend need, and know nothing of torch. Arrays are of the storage type
+// (the problem's dtype) or of the compute type (float32; there is no float64 here). Rows of tokens,
+// (step, row of the batch), follow each other as csrc/plan/problem.h says; strides are in elements.
+#pragma once
+#include <cstdint>
+
+#include "plan/persistent.h"
+
+namespace fusedrnn {
+
+constexpr int kMaxStages = 16;  // layers and directions of a launch
+
+// One layer and direction, forward.
+struct ForwardStage {
+  const void *w_hh, *b_ih, *b_hh;  // storage type; biases may be null: zeros
+  const void* gates_x;             // compute type [tokens, gates * hidden]: x W_ih^T
+  // Of a chained stage in its place: W_ih, and which elements of the stage before are kept.
+  const void* w_ih;
+  const uint8_t* mask;    // [tokens, hidden], or null
+  const void *h0, *c0;    // storage type [batch, hidden]; null: zeros
+  void *hn, *cn;          // storage type [batch, hidden]
+  void* y;                // storage type [tokens, y_stride]
+  void *saved, *saved_c;  // storage type [tokens, saved * hidden], compute type [tokens, hidden];
+                          // null: not saved
+  int64_t y_stride;
+  bool reverse;
+};
+
+// The same backward.
+struct BackwardStage {
+  const void* w_hh;                 // storage type
+  const void *saved, *saved_c, *y;  // what forward left
+  const void *h0, *c0;              // storage type, or null: zeros
+  const void* dy;                   // compute type [tokens, dy_stride], or null: zeros
+  const uint8_t* dy_mask;           // elements of dy that count, of a chained stage; or null
+  const void* w_ih;                 // storage type, where a stage that follows is chained
+  void* dx;                         // compute type [tokens, hidden], of such a stage: its dy
+  void* dgates;                     // storage type [tokens, slots * hidden]
+  void *dh, *dc;  // compute type [batch, hidden]: of h_n and c_n, then of h_0, c_0
+  int64_t y_stride, dy_stride;
+  bool reverse;
+};
+
+struct Persistent {
+  Cell cell;
+  DType dtype;  // of the storage type
+  Engine engine;
+  bool cluster;  // teams are clusters, and else blocks anywhere in a cooperative launch
+  // Every stage but the first takes what the one before puts out, step by step: y, or backward dx.
+  bool chained;
+  int stages;
+  int64_t batch, hidden_size, steps;
+  const int64_t* lengths;  // [batch] on the device, null: every row has `steps` steps
+  const int64_t*
+      offsets;  // [steps] on the device: the first token of a step, of packed data; or null
+  float mask_scale;
+  PersistentShape shape;
+  int* flags;       // flag_count() zeros
+  void* workspace;  // workspace_bytes() that start as zeros, where teams are not clusters
+
+  int64_t slices() const { return (batch + shape.rows - 1) / shape.rows; }
+  int64_t blocks() const { return slices() * stages * shape.team; }
+  // Two for each block: of its team's exchange, and for the stage that follows.
+  int64_t flag_count() const { return 2 * blocks(); }
+};
+
+struct PersistentForward : Persistent {
+  ForwardStage stage[kMaxStages];
+  int64_t workspace_bytes() const {
+    const int64_t row = shape.x_row * tile_of(engine).operand_bytes;
+    return cluster ? 0 : slices() * stages * 2 * shape.rows * row;
+  }
+};
+
+struct PersistentBackward : Persistent {
+  BackwardStage stage[kMaxStages];
+  int64_t workspace_bytes() const {
+    return cluster ? 0 : blocks() * 2 * inbox_floats(shape, chained) * int64_t(sizeof(float));
+  }
+};
+
+// Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
+int persistent_forward(const PersistentForward&, void* stream);
+int persistent_backward(const PersistentBackward&, void* stream);
+
+}  // namespace fusedrnn

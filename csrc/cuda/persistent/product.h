@@ -1,0 +1,153 @@
+// The product at the heart of a persistent step: weights that stay in shared memory, times the
+// rows of the batch that a block works on.
+//
+// An engine is a struct that says how a warp multiplies one tile. Weights lie tile by tile, in the
+// order in which lanes take them: each lane reads its 16 bytes of a tile at once, side by side with
+// the others. x has one padded row for each row of the batch.
+#pragma once
+#include "cuda/primitives.h"
+#include "plan/persistent.h"
+
+namespace fusedrnn {
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+// Multiply-adds of float32: a lane owns a row of the tile.
+template <Engine kEngine>
+struct Ffma {
+  using Operand = float;
+  static constexpr EngineTile kTile = tile_of(kEngine);
+  static constexpr int kSums = kTile.columns;  // of a lane
+
+  static __device__ inline int row(int lane, int) { return lane; }
+  static __device__ inline int depth(int, int element) { return element; }
+  static __device__ inline Operand operand(float x) { return x; }
+
+  // sums[i] += tile i times x, for the rows x, x + x_row, ...
+  template <int N>
+  static __device__ inline void multiply(float (&sums)[N][kSums], const Words (&tile)[N],
+                                         const Operand* x, int x_row, int) {
+#pragma unroll
+    for (int n = 0; n < kSums; n++) {
+      const Words part = *reinterpret_cast<const Words*>(x + n * x_row);
+#pragma unroll
+      for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          sums[i][n] += bits_to_float(tile[i].word[k]) * bits_to_float(part.word[k]);
+    }
+  }
+  // Which row and column a lane's sum belongs to.
+  static __device__ inline int sum_row(int lane, int) { return lane; }
+  static __device__ inline int sum_column(int, int sum) { return sum; }
+};
+
+// What tensor cores have in common: the layout of mma's accumulators.
+struct MmaSums {
+  static constexpr int kSums = 4;
+  static __device__ inline int sum_row(int lane, int sum) { return lane / 4 + sum / 2 * 8; }
+  static __device__ inline int sum_column(int lane, int sum) { return lane % 4 * 2 + sum % 2; }
+};
+
+struct Tf32 : MmaSums {
+  using Operand = float;
+  static constexpr EngineTile kTile = tile_of(Engine::kTf32);
+  static __device__ inline int row(int lane, int element) { return lane / 4 + element % 2 * 8; }
+  static __device__ inline int depth(int lane, int element) { return lane % 4 + element / 2 * 4; }
+  static __device__ inline Operand operand(float x) { return bits_to_float(to_tf32(x)); }
+
+  template <int N>
+  static __device__ inline void multiply(float (&sums)[N][kSums], const Words (&tile)[N],
+                                         const Operand* x, int x_row, int lane) {
+    const Operand* mine = x + lane / 4 * x_row + lane % 4;
+    const uint32_t b[2] = {float_to_bits(mine[0]), float_to_bits(mine[4])};
+#pragma unroll
+    for (int i = 0; i < N; i++) mma_tf32(sums[i], tile[i].word, b);
+  }
+};
+
+template <class S>
+struct Half : MmaSums {
+  using Operand = S;
+  static constexpr EngineTile kTile = tile_of(Engine::kHalf);
+  static __device__ inline int row(int lane, int element) { return lane / 4 + element / 2 % 2 * 8; }
+  static __device__ inline int depth(int lane, int element) {
+    return lane % 4 * 2 + element % 2 + element / 4 * 8;
+  }
+  static __device__ inline Operand operand(float x) { return from_compute<S>(x); }
+
+  template <int N>
+  static __device__ inline void multiply(float (&sums)[N][kSums], const Words (&tile)[N],
+                                         const Operand* x, int x_row, int lane) {
+    const Operand* mine = x + lane / 4 * x_row + lane % 4 * 2;
+    const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(mine),
+                           *reinterpret_cast<const uint32_t*>(mine + 8)};
+#pragma unroll
+    for (int i = 0; i < N; i++) mma(S{}, sums[i], tile[i].word, b);
+  }
+};
+
+// Fills the tiles with w(row, column), which is asked only for rows below `rows` and columns below
+// `depth`: the rest is zero. All threads of the block.
+template <class E, class F>
+__device__ inline void load_weights(char* shared, const ProductShape& s, int rows, int depth, F w) {
+  using Operand = typename E::Operand;
+  constexpr int kElements = 16 / sizeof(Operand);
+  Words* tiles = reinterpret_cast<Words*>(shared + s.weights);
+  for (int i = threadIdx.x; i < s.row_tiles * s.depth_tiles * 32; i += kPersistentThreads) {
+    const int lane = i % 32, tile = i / 32;
+    const int row0 = tile % s.row_tiles * E::kTile.rows,
+              depth0 = tile / s.row_tiles * E::kTile.depth;
+    alignas(16) Operand elements[kElements];
+    for (int e = 0; e < kElements; e++) {
+      const int row = row0 + E::row(lane, e), column = depth0 + E::depth(lane, e);
+      elements[e] = E::operand(row < rows && column < depth ? float(w(row, column)) : 0.f);
+    }
+    memcpy(&tiles[i], elements, sizeof(Words));
+  }
+}
+
+// partial[part][row of the batch][row of weights] = weights x, for all `rows` rows of the batch.
+// What it reads and what it writes is the caller's to order, by barriers before and after.
+template <class E>
+__device__ inline void multiply(char* shared, const ProductShape& s, int rows,
+                                const typename E::Operand* x, int x_row) {
+  const Words* tiles = reinterpret_cast<const Words*>(shared + s.weights);
+  float* partial = reinterpret_cast<float*>(shared + s.partial);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int part = warp % s.split, group = warp / s.split, groups = kPersistentWarps / s.split;
+  const int begin = s.depth_tiles * part / s.split, end = s.depth_tiles * (part + 1) / s.split;
+  for (int n = 0; n < rows; n += E::kTile.columns) {
+    float* to = partial + (part * rows + n) * s.partial_row;
+    for (int r = group * kTilesAtOnce; r < s.row_tiles; r += groups * kTilesAtOnce) {
+      float sums[kTilesAtOnce][E::kSums] = {};
+      const bool both = r + 1 < s.row_tiles;
+      for (int k = begin; k < end; k++) {
+        const Words* from = tiles + (k * s.row_tiles + r) * 32 + lane;
+        // Past the last row of tiles the first is taken once more, and its sums are left.
+        const Words tile[kTilesAtOnce] = {from[0], from[both ? 32 : 0]};
+        E::multiply(sums, tile, x + n * x_row + k * E::kTile.depth, x_row, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesAtOnce; i++)
+        if (i == 0 || both)
+#pragma unroll
+          for (int j = 0; j < E::kSums; j++)
+            to[E::sum_column(lane, j) * s.partial_row + (r + i) * E::kTile.rows +
+               E::sum_row(lane, j)] = sums[i][j];
+    }
+  }
+}
+
+// The sum of all parts, in their order.
+__device__ inline float total(const char* shared, const ProductShape& s, int rows, int n, int row) {
+  const float* partial = reinterpret_cast<const float*>(shared + s.partial);
+  float sum = 0;
+  for (int part = 0; part < s.split; part++)
+    sum += partial[(part * rows + n) * s.partial_row + row];
+  return sum;
+}
+
+}  // namespace fusedrnn

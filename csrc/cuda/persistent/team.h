@@ -1,0 +1,135 @@
+// A team of blocks: who they are, and how they wait for each other.
+//
+// Teams that are clusters meet at the cluster's barrier and write into each other's shared memory.
+// Others write to global memory and tell each other by flags, one for each block, that count steps.
+#pragma once
+#include "cuda/persistent/persistent.h"
+#include "cuda/primitives.h"
+
+namespace fusedrnn {
+
+// Waits until all `count` flags have reached `value`. All threads of the block; what the flags'
+// owners wrote before they raised them is seen by all of them afterwards.
+__device__ inline void wait_for(const int* flags, int count, int64_t value) {
+  for (int i = threadIdx.x; i < count; i += kPersistentThreads) {
+    // Longer than any step takes: an error then, and not a program that hangs.
+    constexpr int kMostPolls = 1 << 26;
+    for (int polls = 0; load_acquire(flags + i) < value; polls++)
+      if (polls == kMostPolls) trap();
+  }
+  __syncthreads();
+}
+
+// Says that this block has come to `value`. All threads of the block.
+__device__ inline void raise(int* flag, int64_t value) {
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(flag, int(value));
+}
+
+template <bool kCluster>
+struct Team {
+  int rank, size;
+  int64_t index, slice;  // of the team; of its rows of the batch
+  int stage;
+  int* flags;              // of the team's blocks
+  int* own_done;           // this block's: how many steps the stage that follows may read
+  const int* before_done;  // the same of the team whose output is read here
+
+  __device__ explicit Team(const Persistent& p) : size(p.shape.team) {
+    index = int64_t(blockIdx.x) / size, rank = int(blockIdx.x % size);
+    const int64_t slices = (p.batch + p.shape.rows - 1) / p.shape.rows;
+    stage = int(index / slices), slice = index % slices;
+    flags = p.flags + index * size;
+    int* done = p.flags + slices * p.stages * size;
+    own_done = done + blockIdx.x;
+    before_done = done + (index - slices) * size;  // read by stages that have one before them
+  }
+
+  // Before the first exchange: every block runs, and has set up its shared memory.
+  __device__ void begin() const {
+    if constexpr (kCluster) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  }
+  // What this block wrote for others is ready; each arrival is followed by a wait of the same step.
+  __device__ void arrive(int64_t step) const {
+    if constexpr (kCluster) {
+      cluster_arrive();
+    } else {
+      raise(flags + rank, step);
+    }
+  }
+  __device__ void wait(int64_t step) const {
+    if constexpr (kCluster) {
+      cluster_wait();
+    } else {
+      wait_for(flags, size, step);
+    }
+  }
+};
+
+// The one row of the batch and unit that a thread computes the cell of, for all steps.
+struct Element {
+  int row, unit;   // within the block
+  int64_t b, j;    // in the batch, in the layer
+  bool in_block;   // there is such a row and unit in the block
+  bool exists;     // and in the problem
+  int64_t length;  // steps of row b
+  int64_t last;    // steps of the longest row that the team runs
+
+  __device__ Element(const Persistent& p, int rank, int64_t slice) {
+    const int units = p.shape.units, rows = p.shape.rows, i = int(threadIdx.x);
+    row = i / units, unit = i % units;
+    b = slice * rows + row, j = int64_t(rank) * units + unit;
+    in_block = row < rows;
+    exists = in_block && b < p.batch && j < p.hidden_size;
+    last = 0;
+    for (int r = 0; r < rows; r++) {
+      const int64_t other = slice * rows + r;
+      if (other < p.batch) last = max(last, length_of(p, other));
+    }
+    length = exists ? length_of(p, b) : 0;
+  }
+
+  static __device__ int64_t length_of(const Persistent& p, int64_t b) {
+    if (!p.lengths) return p.steps;
+    const int64_t n = p.lengths[b];
+    return n < 0 ? 0 : n < p.steps ? n : p.steps;
+  }
+  static __device__ int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+};
+
+// The token of row b at step t.
+__device__ inline int64_t token_of(const Persistent& p, int64_t t, int64_t b) {
+  return (p.offsets ? p.offsets[t] : t * p.batch) + b;
+}
+
+// Element `at` of an array of type T; null reads as zero and is not written.
+template <class T>
+__device__ inline float read(const void* array, int64_t at) {
+  return array ? to_compute(static_cast<const T*>(array)[at]) : 0.f;
+}
+template <class T>
+__device__ inline void write(void* array, int64_t at, float value) {
+  if (array) static_cast<T*>(array)[at] = from_compute<T>(value);
+}
+
+// Calls f with the cell's type.
+template <class F>
+__device__ inline void with_cell_type(Cell cell, F f) {
+  switch (cell) {
+#define CELL(mode, type) \
+  case Cell::k##type:    \
+    f(type{});           \
+    break;
+#include "cells/cells.inc"
+#undef CELL
+    default:
+      break;
+  }
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,140 @@
+// How the persistent kernels divide a layer among blocks, and how a block divides its shared
+// memory: pure functions of sizes.
+//
+// A team of `team` blocks runs one layer in one direction for `rows` rows of the batch. Each block
+// owns `units` hidden units with all their gates and keeps their weights in shared memory for all
+// steps.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "plan/problem.h"
+
+namespace fusedrnn {
+
+// What multiplies: float32 by FFMA, for 8 rows of the batch at a time or for 2, and by tensor cores
+// for the rest.
+enum class Engine : int { kFfma, kFfmaNarrow, kTf32, kHalf, kCount };
+
+// A tile of weights is 512 bytes, 16 of each lane: `rows` of the matrix, `depth` columns. It is
+// multiplied with `columns` rows of the batch.
+struct EngineTile {
+  int rows, depth, columns, operand_bytes;
+};
+FUSEDRNN_HD constexpr EngineTile tile_of(Engine e) {
+  return e == Engine::kFfma         ? EngineTile{32, 4, 8, 4}
+         : e == Engine::kFfmaNarrow ? EngineTile{32, 4, 2, 4}
+         : e == Engine::kTf32       ? EngineTile{16, 8, 8, 4}
+                                    : EngineTile{16, 16, 8, 2};
+}
+
+constexpr int kPersistentThreads = 512, kPersistentWarps = kPersistentThreads / 32;
+constexpr int kTileBytes = 512;
+constexpr int kTilesAtOnce = 2;  // rows of tiles that a warp multiplies with what it loads of x
+
+// Weights [rows, depth] times x [depth, batch rows] in shared memory: warps share out the rows of
+// tiles and, `split` ways, the depth; the sums of each part stand in `partial` on their own.
+struct ProductShape {
+  int row_tiles, depth_tiles, split;
+  int weights, partial;  // where they begin, in bytes
+  int partial_row;       // floats from one row of the batch to the next
+};
+
+struct PersistentShape {
+  int team, units, rows;
+  int x_row;                      // operands from one row of the batch to the next
+  int input_row;                  // the same of the input of a chained layer
+  ProductShape recurrent, input;  // the second of chained layers only
+  int x, input_x, staging;        // where they begin, in bytes
+  int inbox;                      // backward, of clusters
+  int shared_bytes;
+};
+
+constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return divide_up(a, b) * b; }
+
+// Four words more than a multiple of 32: lanes that read neighbouring rows hit other banks.
+constexpr int padded_row(int elements, int bytes) {
+  return (round_up(elements * bytes, 128) + 16) / bytes;
+}
+
+inline ProductShape product_shape(const EngineTile& tile, int rows, int depth) {
+  ProductShape s{};
+  s.row_tiles = divide_up(rows, tile.rows), s.depth_tiles = divide_up(depth, tile.depth);
+  // As few parts of the depth as keep every warp busy: each costs a sum to store and to add.
+  int groups = 1;
+  while (groups * 2 <= std::min(divide_up(s.row_tiles, kTilesAtOnce), kPersistentWarps))
+    groups *= 2;
+  s.split = kPersistentWarps / groups;
+  while (s.split > s.depth_tiles) s.split /= 2;
+  s.partial_row = s.row_tiles * tile.rows + 4;
+  return s;
+}
+
+// `chained`: the layer's input is the output of the layer below in the same launch, of as many
+// features as it has units itself.
+inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int hidden_size,
+                                     int units, int rows, bool chained) {
+  const EngineTile tile = tile_of(engine);
+  PersistentShape s{};
+  s.units = units, s.rows = round_up(rows, tile.columns), s.team = divide_up(hidden_size, units);
+  const int gate_rows = traits(cell).gates * units;
+  s.recurrent = product_shape(tile, gate_rows, hidden_size);
+  s.input = s.recurrent;
+  const int width = std::max(s.team * units, s.recurrent.depth_tiles * tile.depth);
+  s.x_row = s.input_row = padded_row(width, tile.operand_bytes);
+  int at = 0;
+  auto take = [&](int bytes) {
+    const int begin = at;
+    at += round_up(bytes, 128);
+    return begin;
+  };
+  const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
+  s.recurrent.weights = take(weights);
+  s.input.weights = chained ? take(weights) : 0;
+  s.x = take((cluster ? 2 : 1) * s.rows * s.x_row * tile.operand_bytes);
+  s.input_x = chained ? take(s.rows * s.x_row * tile.operand_bytes) : 0;
+  s.recurrent.partial = s.input.partial =
+      take(s.recurrent.split * s.rows * s.recurrent.partial_row * 4);
+  s.staging = take(s.rows * units * tile.operand_bytes);
+  s.shared_bytes = at;
+  return s;
+}
+
+// What a block gets in a backward step from all blocks of its team: sums for its own units and,
+// where a layer below is chained, for those of that layer.
+FUSEDRNN_HD constexpr int inbox_floats(const PersistentShape& s, bool chained) {
+  return (chained ? 2 : 1) * s.team * s.rows * s.units;
+}
+
+// The transposed products: from the gradients of a block's own gates to partial sums for every unit
+// of the layer and, where a layer below is chained, of that layer.
+inline PersistentShape backward_shape(Cell cell, Engine engine, bool cluster, int hidden_size,
+                                      int units, int rows, bool chained) {
+  const EngineTile tile = tile_of(engine);
+  PersistentShape s{};
+  s.units = units, s.rows = round_up(rows, tile.columns), s.team = divide_up(hidden_size, units);
+  s.recurrent = product_shape(tile, s.team * units, traits(cell).gates * units);
+  s.input = s.recurrent;
+  // Slots before the recurrent ones come on top of a depth that is a whole number of tiles.
+  const int first = (traits(cell).slots - traits(cell).gates) * units;
+  s.x_row = padded_row(first + s.recurrent.depth_tiles * tile.depth, tile.operand_bytes);
+  int at = 0;
+  auto take = [&](int bytes) {
+    const int begin = at;
+    at += round_up(bytes, 128);
+    return begin;
+  };
+  const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
+  const int partial = s.recurrent.split * s.rows * s.recurrent.partial_row * 4;
+  s.recurrent.weights = take(weights);
+  s.input.weights = chained ? take(weights) : 0;
+  s.x = take(s.rows * s.x_row * tile.operand_bytes);
+  s.recurrent.partial = take(partial);
+  s.input.partial = chained ? take(partial) : 0;
+  s.inbox = take(cluster ? 2 * inbox_floats(s, chained) * 4 : 0);
+  s.shared_bytes = at;
+  return s;
+}
+
+}  // namespace fusedrnn
