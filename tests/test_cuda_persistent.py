@@ -59,6 +59,7 @@ class Stack:
         self.units, self.rows, self.stages = units, rows, stages
         self.bidirectional, self.packed, self.dropout = bidirectional, packed, dropout
         self.emulation, self.seed = emulation, seed
+        self.ways: list[int] = []  # of the launches
         self.lstm = mode == "LSTM"
         self.lengths = None if lengths is None else torch.tensor(lengths)
         scale = 1 / math.sqrt(H)
@@ -111,6 +112,7 @@ class Stack:
             hidden_size=self.H,
             steps=self.T,
             mask_scale=1 / (1 - self.dropout),
+            slices=-(-self.B // self.rows),
         )
         params.shape.units, params.shape.rows = self.units, self.rows
         arrays: dict[str | int, Tensor | None] = {"lengths": self.lengths, "offsets": self.offsets}
@@ -121,7 +123,9 @@ class Stack:
                 elif value is not None:
                     setattr(params.stage[i], name, value)
         name = "planned_forward" if kind is PersistentForward else "planned_backward"
-        run(name, params, arrays, self.emulation, self.seed).check()
+        result = run(name, params, arrays, self.emulation, self.seed)
+        result.check()
+        self.ways.append(result.way)
 
     def reverse(self, stage: int) -> bool:
         return self.bidirectional and stage == 1
@@ -164,7 +168,7 @@ class Stack:
         H, n = self.H, len(self.tokens(self.x))
         S = number_of_slots(self.mode)
         order = list(range(self.stages)) if self.bidirectional else list(range(self.stages))[::-1]
-        dh, dc = [d.clone() for d in dhn], [d.clone() for d in dcn]
+        dh, dc = [torch.full_like(d, NAN) for d in dhn], [torch.full_like(d, NAN) for d in dcn]
         dgates = [poison(n, S, H, like=self.dtype) for _ in order]
         dx = [poison(n, H) for _ in order]
         stages = []
@@ -180,7 +184,8 @@ class Stack:
                     "dy_mask": self.tokens(self.mask[i + 1])
                     if chained and self.mask is not None else None,
                     "w_ih": self.weights[i][0] if feeds else None, "dx": dx[i] if feeds else None,
-                    "dgates": dgates[i], "dh": dh[i], "dc": dc[i] if self.lstm else None,
+                    "dgates": dgates[i], "dhn": dhn[i], "dcn": dcn[i],
+                    "dh0": dh[i], "dc0": dc[i] if self.lstm else None,
                     "y_stride": self.y[i].stride(0), "dy_stride": H, "reverse": self.reverse(i),
                 }
             )  # fmt: skip
@@ -198,7 +203,7 @@ class Stack:
         return grads
 
 
-def check(mode: str, engine: str, dtype: torch.dtype, cluster: bool, *args, **kwargs) -> None:
+def check(mode: str, engine: str, dtype: torch.dtype, cluster: bool, *args, **kwargs) -> Stack:
     torch.manual_seed(0)
     stack = Stack(mode, engine, dtype, cluster, *args, **kwargs)
     few = KINDS[engine, dtype]
@@ -253,6 +258,7 @@ def check(mode: str, engine: str, dtype: torch.dtype, cluster: bool, *args, **kw
         expected = torch.autograd.grad(loss, [own[n] for n in names], retain_graph=True)
         for name, value in zip(names, expected, strict=True):
             assert_near(f"grad {name} of {i}", grads[i][name], value, 4 * few)
+    return stack
 
 
 TEAMS = pytest.mark.parametrize("cluster", [True, False], ids=["cluster", "grid"])
@@ -291,6 +297,19 @@ def test_a_chain_of_rows_that_end(packed, cluster):
         "LSTM", "half", torch.bfloat16, cluster, (4, 5, 10), 8, 8, stages=2, lengths=lengths,
         packed=packed, seed=4,
     )  # fmt: skip
+
+
+@TEAMS
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_layers_overlap(layers, cluster):
+    """Blocks wait for each other as often as T + L - 1 steps take, and not T * L.
+
+    Backward a layer hands down sums that its own team has to exchange first: two waits a layer.
+    """
+    T = 7
+    stack = check("GRU", "ffma", torch.float32, cluster, (T, 3, 8), 4, 8, stages=layers, seed=8)
+    begin = 1 if cluster else 0
+    assert stack.ways == [begin + T + layers - 2, begin + T + 2 * (layers - 1)]
 
 
 @pytest.mark.parametrize("emulation", ["address", "thread"])

@@ -43,9 +43,6 @@ __device__ inline float to_compute(Float16 x) { return __half2float(x); }
 __device__ inline uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 __device__ inline float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 
-// Ends the launch with an error.
-__device__ inline void trap() { __trap(); }
-
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -114,6 +111,13 @@ __device__ inline void store_release(int* p, int value) {
 }
 __device__ inline void add_release(int* p, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+
+// Acquires a flag once it has come to `value`. One that never does ends the launch with an error:
+// this many looks take longer than any kernel does.
+__device__ inline void wait_until(const int* p, int value) {
+  for (int looks = 0; load_acquire(p) < value; looks++)
+    if (looks == 1 << 28) __trap();
 }
 
 // ---- copies of a thread from global to shared memory ----

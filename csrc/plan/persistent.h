@@ -28,7 +28,7 @@ FUSEDRNN_HD constexpr EngineTile tile_of(Engine e) {
                                     : EngineTile{16, 16, 8, 2};
 }
 
-constexpr int kPersistentThreads = 512, kPersistentWarps = kPersistentThreads / 32;
+constexpr int kPersistentThreads = 256, kPersistentWarps = kPersistentThreads / 32;
 constexpr int kTileBytes = 512;
 constexpr int kTilesAtOnce = 2;  // rows of tiles that a warp multiplies with what it loads of x
 

@@ -94,6 +94,7 @@ class Result(NamedTuple):
     error: int  # what the launch returned; 0: success
     status: int  # of the program; not 0: it crashed, or a sanitizer stopped it
     log: str  # what the runtime and the sanitizers wrote
+    way: int  # the longest chain of waits of one block for another: see simt.h
 
     def check(self) -> None:
         assert self.status == 0 and self.error == 0 and not self.log, self
@@ -141,12 +142,12 @@ def run(
         env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
         done = subprocess.run([program, file], capture_output=True, text=True, env=env, timeout=600)
         if done.returncode:
-            return Result(-1, done.returncode, done.stderr)
+            return Result(-1, done.returncode, done.stderr, 0)
         data = bytearray(file.read_bytes())
-    (error,) = struct.unpack_from("=q", data)
-    at = 8
+    error, way = struct.unpack_from("=2q", data)
+    at = 16
     for view in views:
         if len(view):
             view.copy_(torch.frombuffer(data, dtype=torch.uint8, count=len(view), offset=at))
         at += len(view)
-    return Result(error, done.returncode, done.stderr)
+    return Result(error, done.returncode, done.stderr, way)

@@ -8,7 +8,7 @@ from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_void_p
 from . import ROOT
 
 ENGINES = ["ffma", "ffma narrow", "tf32", "half"]
-HEADER = (ROOT / "csrc/cuda/persistent/persistent.h").read_text()
+HEADER = (ROOT / "csrc/plan/cuda_plan.h").read_text()
 MAX_STAGES = int(re.findall(r"kMaxStages = (\d+)", HEADER)[0])
 
 
@@ -26,7 +26,7 @@ class ForwardStage(Structure):
 
 class BackwardStage(Structure):
     _fields_ = (
-        *pointers("w_hh saved saved_c y h0 c0 dy dy_mask w_ih dx dgates dh dc"),
+        *pointers("w_hh saved saved_c y h0 c0 dy dy_mask w_ih dx dgates dhn dcn dh0 dc0"),
         ("y_stride", c_int64),
         ("dy_stride", c_int64),
         ("reverse", c_bool),
@@ -59,6 +59,8 @@ class Persistent(Structure):
         ("offsets", c_void_p),
         ("mask_scale", c_float),
         ("shape", Shape),
+        ("first_slice", c_int),
+        ("slices", c_int),
         ("flags", c_void_p),
         ("workspace", c_void_p),
     )

@@ -59,8 +59,6 @@ inline float to_compute(Float16 x) {
 inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 
-[[noreturn]] inline void trap() { __builtin_trap(); }
-
 // ---- barriers and the cluster ----
 
 inline void sync_named(int id, int threads, FUSEDRNN_AT) { simt::sync_named(id, threads, at); }
@@ -83,11 +81,15 @@ inline int load_acquire(const int* p, FUSEDRNN_AT) {
 }
 inline void store_release(int* p, int value) {
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
-  simt::progress();
+  simt::progress(p, value);
 }
 inline void add_release(int* p, int value) {
-  __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
-  simt::progress();
+  simt::progress(p, __atomic_fetch_add(p, value, __ATOMIC_RELEASE) + value);
+}
+inline void wait_until(const int* p, int value, FUSEDRNN_AT) {
+  while (load_acquire(p, at) < value) {
+  }
+  simt::reached(p, value);
 }
 
 // ---- copies and mbarriers ----

@@ -114,7 +114,9 @@ int main(int argc, char** argv) {
   const int64_t error = entry->launch(params.data());
 
   FILE* out = fopen(argv[1], "wb");
+  const int64_t way = simt::longest_way();
   fwrite(&error, 1, sizeof error, out);
+  fwrite(&way, 1, sizeof way, out);
   for (auto& [data, bytes] : arrays) fwrite(data, 1, bytes, out);
   fclose(out);
   for (auto& [data, bytes] : arrays) free(data);

@@ -17,6 +17,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(SIMT_ADDRESS)
@@ -92,9 +93,10 @@ struct Barrier {
   int expected = 0, arrived = 0;
   uint64_t phase = 0;
   std::vector<Fiber*> waiting;
-  Where first{};  // of this phase to arrive
-  char sync[2];   // what ThreadSanitizer orders by: phases take turns, as one may begin before all
-                  // have left the last
+  Where first{};                         // of this phase to arrive
+  int64_t distance = 0, met_at[2] = {};  // of this phase so far; of the last two when they ended
+  char sync[2];  // what ThreadSanitizer orders by: phases take turns, as one may begin before all
+                 // have left the last
 };
 
 struct Exchange : Barrier {
@@ -147,6 +149,7 @@ struct Fiber : simt::Thread {
   Where waits_at{};
   uint64_t cluster_phase = 0;
   bool cluster_arrived = false;
+  int64_t distance = 0;
   std::vector<std::vector<Copy>> groups;  // committed
   std::vector<Copy> copies;               // not yet
   char* stack = nullptr;
@@ -169,7 +172,9 @@ struct State {
   size_t shared_used = 0, shared_size = 0;
   std::map<void*, Mbarrier> mbarriers;
   std::vector<Copy> in_flight;
-  int64_t polls = 0;  // since anything happened
+  std::map<const void*, std::map<int, int64_t>> raised;  // of a flag: how far away each value was
+  int64_t distance = 0;                                  // the longest of threads that have ended
+  int64_t polls = 0;                                     // since anything happened
   std::string failure;
   char begin_sync, end_sync;
 };
@@ -177,6 +182,7 @@ struct State {
 Fiber main_fiber;
 State* state = nullptr;
 bool random_order = false;
+int64_t way = 0;  // of the last launch
 std::mt19937_64 generator;
 
 Fiber* self() { return static_cast<Fiber*>(const_cast<simt::Thread*>(simt::current)); }
@@ -361,6 +367,7 @@ void entry() {
     poison(block.shared, state->shared_size);
   }
   f.done = true;
+  state->distance = std::max(state->distance, f.distance);
   state->polls = 0;
   release(&state->end_sync);
   switch_to(next());
@@ -369,13 +376,15 @@ void entry() {
 
 // ---- barriers ----
 
-// Returns the phase to wait for.
-uint64_t arrive(Barrier& b, bool orders) {
+// Returns the phase to wait for. `far`: among blocks.
+uint64_t arrive(Barrier& b, bool orders, bool far = false) {
   const uint64_t phase = b.phase;
   if (orders) release(&b.sync[phase & 1]);
   const Unseen unseen;
   state->polls = 0;
+  b.distance = std::max(b.distance, self()->distance + far);
   if (++b.arrived == b.expected) {
+    b.met_at[phase & 1] = std::exchange(b.distance, 0);
     b.arrived = 0;
     b.phase++;
     wake(b.waiting);
@@ -396,6 +405,7 @@ void wait(Barrier& b, uint64_t phase, const char* what, const Where& at, bool or
   } else if (random_order) {
     let_others_run();  // the last to come is not always the first to go on
   }
+  self()->distance = std::max(self()->distance, b.met_at[phase & 1]);
   if (orders) acquire(&b.sync[phase & 1]);
 }
 
@@ -671,6 +681,7 @@ int run(const Launch& launch, const std::function<void()>& body) {
                         static_cast<char*>(stacks));
   unpoison(stacks, bytes);
   munmap(stacks, bytes);
+  way = s.distance;
   state = nullptr;
   return good ? kSuccess : kLaunchFailure;
 }
@@ -695,7 +706,7 @@ void arrive_cluster(Where at) {
   Fiber& f = *self();
   if (f.cluster_arrived) fail(text("a second cluster arrive at %s", name(at).c_str()));
   f.cluster_arrived = true;
-  f.cluster_phase = arrive(f.owner->cluster->all, true);
+  f.cluster_phase = arrive(f.owner->cluster->all, true, true);
 }
 void wait_cluster(Where at) {
   Fiber& f = *self();
@@ -751,7 +762,19 @@ void poll(Where at) {
   if (++state->polls > kPollsInVain) fail(text("a flag that no one sets at %s", name(at).c_str()));
   let_others_run();
 }
-void progress() { state->polls = 0; }
+void progress(const void* flag, int value) {
+  state->polls = 0;
+  const Unseen unseen;
+  state->raised[flag].emplace(value, self()->distance + 1);
+}
+void reached(const void* flag, int value) {
+  const Unseen unseen;
+  const auto& raised = state->raised[flag];
+  // The first value that was enough, whatever it is by now.
+  const auto it = raised.lower_bound(value);
+  if (it != raised.end()) self()->distance = std::max(self()->distance, it->second);
+}
+int64_t longest_way() { return way; }
 
 void copy_async(void* to, const void* from, size_t bytes, Where) {
   touch(to, bytes);

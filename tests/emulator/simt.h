@@ -54,6 +54,9 @@ int run(const Launch&, const std::function<void()>& body);
 // Draw the order of threads, and when copies land, from a seed; negative: always the same order,
 // and copies land as late as they may.
 void set_seed(int64_t seed);
+// How long the last launch had to take where all that counts is how often one block waits for
+// another, at a cluster's barrier or at a flag: the longest chain of those.
+int64_t longest_way();
 
 // ---- what a thread can ask for ----
 
@@ -83,7 +86,8 @@ void* map_shared(const void* mine, int rank, Where);
 
 // A thread looks at a flag that others set: they run before it looks again.
 void poll(Where);
-void progress();  // a flag was set or counted up
+void progress(const void* flag, int value);  // a flag has this value now
+void reached(const void* flag, int value);   // a thread has found it, or more
 
 // cp.async, in groups that are waited for.
 void copy_async(void* to, const void* from, size_t bytes, Where);

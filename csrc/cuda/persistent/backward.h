@@ -114,8 +114,8 @@ struct BackwardBlock {
     S* gates = reinterpret_cast<S*>(shared + s.x);
     float dh = 0, dc = 0, dx = 0;
     if (me.exists) {
-      dh = read<float>(stage.dh, at);
-      if constexpr (Cell::kHasCell) dc = read<float>(stage.dc, at);
+      dh = read<float>(stage.dhn, at);
+      if constexpr (Cell::kHasCell) dc = read<float>(stage.dcn, at);
     }
     set_up<Cell>();
 
@@ -171,8 +171,8 @@ struct BackwardBlock {
       if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, me.last) : 0.f);
     }
     if (me.exists) {
-      write<float>(stage.dh, at, dh);
-      if constexpr (Cell::kHasCell) write<float>(stage.dc, at, dc);
+      write<float>(stage.dh0, at, dh);
+      if constexpr (Cell::kHasCell) write<float>(stage.dc0, at, dc);
       if (!p.offsets)  // steps that no row of the team has
         for (int64_t t = me.last; t < p.steps; t++)
           for (int k = 0; k < kSlots; k++)

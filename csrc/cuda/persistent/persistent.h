@@ -6,11 +6,9 @@
 #pragma once
 #include <cstdint>
 
-#include "plan/persistent.h"
+#include "plan/cuda_plan.h"
 
 namespace fusedrnn {
-
-constexpr int kMaxStages = 16;  // layers and directions of a launch
 
 // One layer and direction, forward.
 struct ForwardStage {
@@ -38,7 +36,8 @@ struct BackwardStage {
   const void* w_ih;                 // storage type, where a stage that follows is chained
   void* dx;                         // compute type [tokens, hidden], of such a stage: its dy
   void* dgates;                     // storage type [tokens, slots * hidden]
-  void *dh, *dc;  // compute type [batch, hidden]: of h_n and c_n, then of h_0, c_0
+  const void *dhn, *dcn;            // compute type [batch, hidden], or null: zeros
+  void *dh0, *dc0;                  // compute type [batch, hidden]
   int64_t y_stride, dy_stride;
   bool reverse;
 };
@@ -52,16 +51,18 @@ struct Persistent {
   bool chained;
   int stages;
   int64_t batch, hidden_size, steps;
-  const int64_t* lengths;  // [batch] on the device, null: every row has `steps` steps
-  const int64_t*
-      offsets;  // [steps] on the device: the first token of a step, of packed data; or null
+  // On the device. The first token of a step stands in `offsets` for packed data, which has lengths
+  // too; they are null where every row has `steps` steps.
+  const int64_t* lengths;  // [batch], each in [0, steps]
+  const int64_t* offsets;  // [steps], or null
   float mask_scale;
   PersistentShape shape;
+  // Which of the slices of shape.rows rows this launch runs.
+  int first_slice, slices;
   int* flags;       // flag_count() zeros
-  void* workspace;  // workspace_bytes() that start as zeros, where teams are not clusters
+  void* workspace;  // workspace_bytes() of anything
 
-  int64_t slices() const { return (batch + shape.rows - 1) / shape.rows; }
-  int64_t blocks() const { return slices() * stages * shape.team; }
+  int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
   // Two for each block: of its team's exchange, and for the stage that follows.
   int64_t flag_count() const { return 2 * blocks(); }
 };
@@ -70,7 +71,7 @@ struct PersistentForward : Persistent {
   ForwardStage stage[kMaxStages];
   int64_t workspace_bytes() const {
     const int64_t row = shape.x_row * tile_of(engine).operand_bytes;
-    return cluster ? 0 : slices() * stages * 2 * shape.rows * row;
+    return cluster ? 0 : int64_t(slices) * stages * 2 * shape.rows * row;
   }
 };
 

@@ -11,12 +11,7 @@ namespace fusedrnn {
 // Waits until all `count` flags have reached `value`. All threads of the block; what the flags'
 // owners wrote before they raised them is seen by all of them afterwards.
 __device__ inline void wait_for(const int* flags, int count, int64_t value) {
-  for (int i = threadIdx.x; i < count; i += kPersistentThreads) {
-    // Longer than any step takes: an error then, and not a program that hangs.
-    constexpr int kMostPolls = 1 << 26;
-    for (int polls = 0; load_acquire(flags + i) < value; polls++)
-      if (polls == kMostPolls) trap();
-  }
+  for (int i = threadIdx.x; i < count; i += kPersistentThreads) wait_until(flags + i, int(value));
   __syncthreads();
 }
 
@@ -37,12 +32,11 @@ struct Team {
 
   __device__ explicit Team(const Persistent& p) : size(p.shape.team) {
     index = int64_t(blockIdx.x) / size, rank = int(blockIdx.x % size);
-    const int64_t slices = (p.batch + p.shape.rows - 1) / p.shape.rows;
-    stage = int(index / slices), slice = index % slices;
+    stage = int(index / p.slices), slice = p.first_slice + index % p.slices;
     flags = p.flags + index * size;
-    int* done = p.flags + slices * p.stages * size;
+    int* done = p.flags + int64_t(p.slices) * p.stages * size;
     own_done = done + blockIdx.x;
-    before_done = done + (index - slices) * size;  // read by stages that have one before them
+    before_done = done + (index - p.slices) * size;  // of stages that have one before them
   }
 
   // Before the first exchange: every block runs, and has set up its shared memory.
@@ -95,9 +89,7 @@ struct Element {
   }
 
   static __device__ int64_t length_of(const Persistent& p, int64_t b) {
-    if (!p.lengths) return p.steps;
-    const int64_t n = p.lengths[b];
-    return n < 0 ? 0 : n < p.steps ? n : p.steps;
+    return p.lengths ? p.lengths[b] : p.steps;
   }
   static __device__ int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 };

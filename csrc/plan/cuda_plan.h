@@ -1,0 +1,53 @@
+// Which kernels run the recurrence of a call on a GPU, and how they divide it: a pure function of
+// its shape and of the device.
+#pragma once
+#include <string>
+
+#include "plan/persistent.h"
+
+namespace fusedrnn {
+
+enum class CudaBackend : int { kStepwise, kGrid, kCluster, kCount };
+// What FUSEDRNN_PLAN calls them.
+inline constexpr const char* kCudaBackendNames[] = {"stepwise", "grid", "cluster"};
+
+constexpr int kLargestCluster = 16;
+constexpr int kMaxStages = 16;  // layers and directions of a persistent launch
+
+struct DeviceSpec {
+  int capability;  // 90 for 9.0
+  int processors;
+  int shared_bytes;  // that a block may ask for
+  // How many clusters of so many blocks run at once, a block a processor; 0: none can.
+  int clusters[kLargestCluster + 1];
+};
+
+struct CudaRequest {
+  int64_t steps, batch;
+  bool backward;
+  bool tf32;  // float32 may be multiplied in TF32
+};
+
+struct CudaPlan {
+  CudaBackend backend;
+  int layers;  // that run in one go: several are stages of one persistent launch
+  // Of persistent backends:
+  Engine engine;
+  PersistentShape shape;
+  int slices;           // of the batch, all in all
+  int at_once;          // of one launch
+  double microseconds;  // what the choice was made by; an estimate
+
+  int launches() const { return (slices + at_once - 1) / at_once; }
+};
+
+// `forced` is the value of FUSEDRNN_PLAN: the name of a backend, and after commas what else is not
+// to be chosen, of units=, rows= and layers=. Null or empty: all is chosen. False, with a reason,
+// where nothing that was asked for can run.
+bool plan_cuda(const Problem&, const CudaRequest&, const DeviceSpec&, const char* forced, CudaPlan*,
+               std::string* reason);
+
+// The plan in words.
+std::string describe(const CudaPlan&);
+
+}  // namespace fusedrnn
