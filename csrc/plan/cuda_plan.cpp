@@ -17,11 +17,22 @@ constexpr double kSharedBytes = 128;      // a cycle, of a block's own shared me
 constexpr double kExchangeBytes = 32;     // a cycle, to and from other blocks
 constexpr double kLaunch = 5 * kCyclesPerMicrosecond;
 constexpr double kStepwiseStep = 10 * kCyclesPerMicrosecond;  // two launches and a product
-constexpr double kStepwiseMacs = 64;  // a cycle and processor, of a product of few rows
+
+// Multiply-adds a cycle and processor, of a library's product of few rows: a part of the peak.
+double product_macs(const Problem& p, bool tf32) {
+  return p.dtype == DType::kFloat64 ? 16 : p.dtype == DType::kFloat32 ? (tf32 ? 200 : 64) : 400;
+}
 
 // Cycles to multiply a tile of weights with `columns` rows: the longer of reading and computing.
 double tile_cycles(Engine e) {
   return e == Engine::kFfma ? 8 : 5;  // 1024 multiply-adds at 128 a cycle; 512 bytes and x
+}
+
+// The product of a layer's input and its weights, for all steps at once, outside the recurrence.
+double input_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec& device) {
+  const double macs = double(r.steps * r.batch) * double(p.gate_rows()) * double(p.hidden_size);
+  return double(p.num_directions) *
+         (kLaunch + macs / (product_macs(p, r.tf32) * device.processors));
 }
 
 struct Forced {
@@ -111,18 +122,17 @@ struct Candidate {
         cluster() && plan.layers == 1 ? divide_up(plan.slices * stages, teams) : plan.launches();
     const int groups = divide_up(int(p.num_layers), plan.layers);
     const double weights = tiles * kTileBytes / kExchangeBytes;
-    // What a group of one layer costs beside its recurrence: a product with the input's weights.
-    const double outside = 2 * kLaunch + double(r.steps * r.batch) * traits(p.cell).gates *
-                                             double(p.hidden_size) * double(p.hidden_size) /
-                                             (kStepwiseMacs * device.processors);
-    return groups * (outside + runs * (kLaunch + weights + (double(r.steps) + depth) * step));
+    const double steps = double(r.steps) + depth;
+    return groups * (input_cycles(p, r, device) + runs * (kLaunch + weights + steps * step));
   }
 };
 
-double stepwise_microseconds(const Problem& p, const CudaRequest& r, const DeviceSpec& d) {
+double stepwise_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec& d) {
   const double macs = double(r.batch) * double(p.gate_rows()) * double(p.out_size());
-  const double step = std::max(kStepwiseStep, macs / (kStepwiseMacs * d.processors));
-  return double(p.num_layers * p.num_directions) * double(r.steps) * step / kCyclesPerMicrosecond;
+  const double product = macs / (product_macs(p, r.tf32) * d.processors);
+  const double layer =
+      double(p.num_directions) * double(r.steps) * std::max(kStepwiseStep, product);
+  return double(p.num_layers) * (input_cycles(p, r, d) + layer);
 }
 
 }  // namespace
@@ -136,7 +146,7 @@ bool plan_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
   if (wanted(CudaBackend::kStepwise) && !forced.units && !forced.rows && forced.layers <= 1) {
     *best = CudaPlan{};
     best->backend = CudaBackend::kStepwise, best->layers = 1;
-    best->microseconds = stepwise_microseconds(p, r, device);
+    best->microseconds = stepwise_cycles(p, r, device) / kCyclesPerMicrosecond;
     found = true;
   }
   const bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&

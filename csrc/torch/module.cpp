@@ -6,6 +6,7 @@
 
 #include "cpu/stack.h"
 #include "plan/cpu_plan.h"
+#include "plan/cuda_plan.h"
 #include "torch/cpu.h"
 
 namespace {
@@ -49,6 +50,19 @@ PyObject* guarded(F f) {
   }
 }
 
+Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden, int64_t proj,
+                      int64_t layers, bool bidirectional) {
+  Problem p{};
+  p.cell = cell_of(mode);
+  p.dtype = dtype == "float64"    ? DType::kFloat64
+            : dtype == "float32"  ? DType::kFloat32
+            : dtype == "bfloat16" ? DType::kBFloat16
+                                  : DType::kFloat16;
+  p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
+  p.num_directions = bidirectional ? 2 : 1;
+  return p;
+}
+
 PyObject* reserve_bytes(PyObject*, PyObject* args) {
   const char *mode, *dtype;
   long long hidden, proj, layers;
@@ -56,15 +70,38 @@ PyObject* reserve_bytes(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "ssLLLp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional))
     return nullptr;
   return guarded([&] {
-    Problem p{};
-    p.cell = cell_of(mode);
-    const std::string name = dtype;
-    p.dtype = name == "float64"   ? DType::kFloat64
-              : name == "float32" ? DType::kFloat32
-                                  : DType::kBFloat16;
-    p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
-    p.num_directions = bidirectional ? 2 : 1;
+    const Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
     return PyLong_FromLongLong(Reserve(p).bytes_per_token());
+  });
+}
+
+PyObject* cuda_plan(PyObject*, PyObject* args) {
+  const char *mode, *dtype, *forced;
+  long long hidden, proj, layers, steps, batch;
+  int bidirectional, backward, tf32;
+  DeviceSpec device{};
+  PyObject* clusters;
+  if (!PyArg_ParseTuple(args, "ssLLLpLLppiiiO!s", &mode, &dtype, &hidden, &proj, &layers,
+                        &bidirectional, &steps, &batch, &backward, &tf32, &device.capability,
+                        &device.processors, &device.shared_bytes, &PyTuple_Type, &clusters,
+                        &forced))
+    return nullptr;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(clusters) && i < kLargestCluster; i++) {
+    device.clusters[i + 1] = int(PyLong_AsLong(PyTuple_GetItem(clusters, i)));
+    if (PyErr_Occurred()) return nullptr;
+  }
+  return guarded([&] {
+    const Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
+    CudaPlan plan;
+    std::string reason;
+    if (!plan_cuda(p, {steps, batch, backward != 0, tf32 != 0}, device, forced, &plan, &reason)) {
+      PyErr_SetString(PyExc_ValueError, reason.c_str());
+      return static_cast<PyObject*>(nullptr);
+    }
+    return Py_BuildValue("(siiiiiiids)", kCudaBackendNames[int(plan.backend)], plan.layers,
+                         plan.shape.team, plan.shape.units, plan.shape.rows, plan.slices,
+                         plan.at_once, plan.shape.shared_bytes, plan.microseconds,
+                         describe(plan).c_str());
   });
 }
 
@@ -108,6 +145,10 @@ PyMethodDef methods[] = {
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
     {"cpu_plan", cpu_plan, METH_VARARGS, "cpu_plan(batch, threads) -> (rows a task, tasks)"},
+    {"cuda_plan", cuda_plan, METH_VARARGS,
+     "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
+     "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "
+     "team, units, rows, slices, at_once, shared_bytes, microseconds, text)"},
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -6,4 +6,22 @@ def reserve_bytes(
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
 def cpu_plan(batch: int, threads: int) -> tuple[int, int]: ...
+def cuda_plan(
+    mode: str,
+    dtype: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    steps: int,
+    batch: int,
+    backward: bool,
+    tf32: bool,
+    capability: int,
+    processors: int,
+    shared_bytes: int,
+    clusters: tuple[int, ...],
+    forced: str,
+    /,
+) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
 def cuda_archs() -> str: ...

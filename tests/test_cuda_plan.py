@@ -1,0 +1,111 @@
+"""What a GPU would be asked to run, as far as that follows from shape and device."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from emulator import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import plans
+from fusedrnn import _C
+
+CELLS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
+
+
+def plan(
+    mode="LSTM", dtype="float32", hidden=256, proj=0, layers=1, bidirectional=False, steps=35,
+    batch=32, backward=False, tf32=False, device="H200", forced="",
+):  # fmt: skip
+    spec = plans.DEVICES[device] if isinstance(device, str) else device
+    names = "backend layers team units rows slices at_once shared_bytes microseconds text".split()
+    shape = (mode, dtype, hidden, proj, layers, bidirectional, steps, batch)
+    values = _C.cuda_plan(*shape, backward, tf32, *spec, forced)
+    return dict(zip(names, values, strict=True))
+
+
+@given(
+    mode=st.sampled_from(CELLS),
+    dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
+    hidden=st.integers(1, 3000),
+    layers=st.integers(1, 20),
+    bidirectional=st.booleans(),
+    steps=st.integers(1, 100_000),
+    batch=st.integers(1, 5000),
+    backward=st.booleans(),
+    tf32=st.booleans(),
+    device=st.sampled_from(sorted(plans.DEVICES)),
+)
+def test_every_shape_has_a_plan_that_fits(device, **shape):
+    spec = plans.DEVICES[device]
+    p = plan(device=device, **shape)
+    if p["backend"] == "stepwise":
+        return
+    stages = p["layers"] * (2 if shape["bidirectional"] else 1)
+    assert shape["dtype"] != "float64"
+    assert p["shared_bytes"] <= spec.shared_bytes
+    assert p["units"] * p["rows"] <= 256 and p["units"] * p["team"] >= shape["hidden"]
+    assert p["units"] * (p["team"] - 1) < shape["hidden"], "a block without units"
+    assert p["rows"] * p["slices"] >= shape["batch"] and 1 <= p["at_once"] <= p["slices"]
+    assert stages <= 16 and p["layers"] <= shape["layers"]
+    if p["backend"] == "cluster":
+        assert spec.capability >= 90 and p["team"] <= 16
+        if p["layers"] > 1:
+            assert p["at_once"] * stages <= spec.clusters[p["team"] - 1]
+    else:
+        assert p["at_once"] * stages * p["team"] <= spec.processors
+
+
+def test_layers_in_both_directions_do_not_chain():
+    assert plan(layers=4, bidirectional=True)["layers"] == 1
+    assert plan(layers=4)["layers"] == 4
+
+
+def test_what_has_no_persistent_kernel():
+    assert plan(dtype="float64")["backend"] == "stepwise"
+    assert plan(proj=64)["backend"] == "stepwise"
+    old = plans.Device(75, 40, 65536)
+    assert plan(device=old)["backend"] == "stepwise"
+    assert plan(device="A100")["backend"] == "grid"
+
+
+def test_a_gpu_without_room_for_clusters():
+    """As many as the driver says run at once, 0 where none of a size can."""
+    none = plans.DEVICES["H200"]._replace(clusters=(0,) * 16)
+    assert plan(device=none)["backend"] == "grid"
+    few = plans.DEVICES["H200"]._replace(clusters=(132, 66, *(0,) * 14))
+    assert plan(device=few)["team"] <= 2 or plan(device=few)["backend"] == "grid"
+
+
+def test_a_plan_can_be_forced():
+    p = plan(forced="grid,units=8,rows=8,layers=1", layers=3)
+    assert (p["backend"], p["units"], p["rows"], p["layers"]) == ("grid", 8, 8, 1)
+    assert plan(forced="stepwise")["backend"] == "stepwise"
+    assert plan(forced="cluster")["backend"] == "cluster"
+
+
+@pytest.mark.parametrize(
+    "forced, message",
+    [
+        ("clutser", "has 'clutser'; it takes one of stepwise, grid and cluster"),
+        ("grid,units", "has 'units'"),
+        ("grid,units=-8", "has 'units=-8'"),
+        ("rows=8x", "has 'rows=8x'"),
+        ("grid,units=6", "cannot run this shape on this device"),
+        ("cluster,rows=4000", "cannot run this shape"),
+    ],
+)
+def test_a_plan_that_cannot_be(forced, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(forced=forced)
+
+
+def test_cluster_cannot_be_forced_where_there_are_none():
+    with pytest.raises(ValueError, match="FUSEDRNN_PLAN=cluster cannot run"):
+        plan(device="A100", forced="cluster")
+
+
+def test_the_table_in_the_docs_is_of_these_plans():
+    assert (ROOT / "docs/plans.md").read_text() == plans.table()
