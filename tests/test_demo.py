@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedrnn
+
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
@@ -122,6 +124,18 @@ def test_generate_is_deterministic_and_keeps_the_mode():
     assert drawn.pop().startswith("bad")
     assert net.training
     assert model.generate(net, vocabulary, "bad", 0) == "bad"
+
+
+def test_integers_are_the_same_model():
+    models = [
+        model.build(fusedrnn, "gru", 9, hidden=8, layers=2, dropout=0.0, integers=integers)
+        for integers in (False, True)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    tokens, seen = torch.randint(0, 9, (5, 3)), []
+    models[1].rnn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert torch.equal(models[0](tokens)[0], models[1](tokens)[0])
+    assert torch.equal(seen[0], tokens)
 
 
 # Figures

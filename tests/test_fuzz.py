@@ -30,6 +30,7 @@ DTYPES = [torch.float32] * 6 + [
     torch.complex64,
     torch.float8_e5m2,
 ]
+INTEGERS = [torch.int64, torch.int64, torch.int32, torch.uint8]
 NUMBERS = [-(2**63), -(2**31), -3, -1, 0, 1, 2, 3, 4, 7, 2**16, 2**31, 2**32, 2**61, 2**63 - 1]
 
 
@@ -137,6 +138,7 @@ def fuzz_module(rng):
             lambda: tensor(rng, [T, B, width], torch.float32),
             lambda: tensor(rng, [T, B, width], torch.float32),
             lambda: tensor(rng, [T, width], torch.float32),
+            lambda: tensor(rng, rng.choice([[T], [T, B]]), rng.choice(INTEGERS)) % (width + 1),
             lambda: packed(rng, width),
             lambda: packed(rng, width),
             lambda: junk(rng),
@@ -145,7 +147,8 @@ def fuzz_module(rng):
     rows = T if kwargs["batch_first"] else B
     if isinstance(x, PackedSequence):
         rows = max(x.batch_sizes.tolist(), default=0) % 9
-    each = [rows] if not isinstance(x, torch.Tensor) or x.dim() == 3 else []
+    batched = not isinstance(x, torch.Tensor) or x.dim() + (x.dtype in INTEGERS) == 3
+    each = [rows] if batched else []
     state = [
         tensor(rng, [layers * (1 + kwargs["bidirectional"]), *each, w], torch.float32)
         for w in (module.proj_size or hidden, hidden)
@@ -208,6 +211,12 @@ def call_of(rng):
         B, batch_sizes = counts[0], torch.tensor(counts)
         x = make(sum(counts), width)
     tokens = len(x) if x is not None else T * B
+    if rng.random() < 0.2:  # integers, of which few are out of range
+        ids = torch.randint(0, min(width, 2**40), [1] if huge else [tokens])
+        if rng.random() < 0.2:
+            ids = ids + rng.choice([width, -1, 2**62])
+        x = ids.expand(tokens) if x is not None else ids.view([1] * 2 if huge else [T, B])
+        x = x.expand(T, B) if huge else x
     return {
         "x": make(T, B, width) if x is None else x,
         "hx": make(layers * directions, B, out) if states else None,

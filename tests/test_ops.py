@@ -189,7 +189,17 @@ WRONG = {
     "input 2-D, not packed": ({}, {"x": zeros(7, 2)}, "input of 3 dimensions, got 2"),
     "input 3-D, packed": ({"kind": "packed"}, {"x": zeros(3, 4, 2)}, "2 dimensions, got 3"),
     "input width": ({}, {"x": zeros(3, 4, 5)}, "weight_ih of shape [12, 5], got [12, 2]"),
-    "input integer": ({}, {"x": zeros(3, 4, 2, dtype=torch.int64)}, "expected float64, float32"),
+    "input integer, 3-D": (
+        {},
+        {"x": zeros(3, 4, 2, dtype=torch.int64)},
+        "integer input of 1 (packed) or 2 dimensions, got 3",
+    ),
+    "input integer, packed": (
+        {"kind": "packed"},
+        {"x": zeros(7, 2, dtype=torch.int64)},
+        "packed integer input has 1 dimension, got 2",
+    ),
+    "input bool": ({}, {"x": zeros(3, 4, 2, dtype=torch.bool)}, "expected float64, float32"),
     "input complex": ({}, {"x": zeros(3, 4, 2, dtype=torch.cfloat)}, "expected float64, float32"),
     "input float32": (
         {},

@@ -20,7 +20,7 @@ struct BackwardBuffers {
         ld_gates(p.slot_columns() + kRowPad),
         ld_dh(p.out_size()),
         ld_proj(p.out_size() + kRowPad),
-        ld_input(max(p.input_size, p.num_directions * p.out_size())) {
+        ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
     gates = s.take<C>(tokens * ld_gates);
     dh = s.take<C>(rows * ld_dh);
     dc = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);

@@ -17,7 +17,7 @@ struct ForwardBuffers {
   C *input, *gates, *h[2], *c, *hidden;  // h of the last step and of this one take turns
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& s)
-      : ld_input(max(p.input_size, p.num_directions * p.out_size()) + kRowPad),
+      : ld_input(max(p.product_input(0), p.num_directions * p.out_size()) + kRowPad),
         ld_gates(traits(p.cell).slots * Panels<C>::padded(p.hidden_size) + kRowPad),
         ld_h(p.out_size() + kRowPad),
         ld_hidden(p.hidden_size + kRowPad) {
@@ -85,7 +85,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   const void* below = nullptr;
 
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
-    const PackedOffsets at = forward_offsets<C>(p, layer);
+    const PackedOffsets at = forward_offsets<C>(a, layer);
     const LayerInput<S> input(a, layer, below);
     S* const out =
         static_cast<S*>(layer == p.num_layers - 1 ? a.y
@@ -111,6 +111,10 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
         if (a.cx) convert_row(c, static_cast<const S*>(a.cx) + (state + b) * H, H);
       }
 
+      const int64_t columns = G::gate_columns(H);
+      auto at_value = [&](int64_t token) {
+        return packed + at.w_ih + a.one_hot.which[token] * columns;
+      };
       const int64_t steps = chunk_steps(rows);
       for (int64_t chunk = 0; chunk < longest; chunk += steps) {
         const int64_t chunk_end = min(longest, chunk + steps);
@@ -118,19 +122,26 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
         for (int64_t i = chunk; i < chunk_end; i++) {
           const int64_t t = dir == 0 ? i : longest - 1 - i;
           const int64_t n = active_rows(seq, first, end, t);
-          for (int64_t r = 0; r < n; r++, q++)
-            input.read(buf.input + q * buf.ld_input, t, seq.order[first + r]);
+          for (int64_t r = 0; r < n; r++, q++) {
+            const int64_t b = seq.order[first + r];
+            if (p.indexed(layer))
+              convert_row(buf.gates + q * buf.ld_gates, at_value(seq.token(t, b)), columns);
+            else
+              input.read(buf.input + q * buf.ld_input, t, b);
+          }
         }
-        G::each(H, [&](int64_t block, int64_t blocks) {
-          const int64_t column = block * Cell::kSlots * G::kWidth;
-          gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
-               packed + at.w_ih + block * Cell::kGates * G::kWidth * input.width,
-               buf.gates + column, buf.ld_gates, {packed + at.bias + column, 0});
-          for (int k = Cell::kGates; k < Cell::kSlots; k++)  // slots that the input does not reach
-            for (int64_t i = 0; i < q; i++)
-              store(buf.gates + i * buf.ld_gates + column + k * G::kWidth,
-                    load(packed + at.bias + column + k * G::kWidth));
-        });
+        if (!p.indexed(layer))
+          G::each(H, [&](int64_t block, int64_t blocks) {
+            const int64_t column = block * Cell::kSlots * G::kWidth;
+            gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
+                 packed + at.w_ih + block * Cell::kGates * G::kWidth * input.width,
+                 buf.gates + column, buf.ld_gates, {packed + at.bias + column, 0});
+            for (int k = Cell::kGates; k < Cell::kSlots;
+                 k++)  // slots that the input does not reach
+              for (int64_t i = 0; i < q; i++)
+                store(buf.gates + i * buf.ld_gates + column + k * G::kWidth,
+                      load(packed + at.bias + column + k * G::kWidth));
+          });
 
         C* gates = buf.gates;
         for (int64_t i = chunk; i < chunk_end; i++) {

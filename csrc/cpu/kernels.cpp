@@ -45,18 +45,17 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
       p.cell, [&](auto cell) { return with_dtype(p.dtype, [&](auto s) { return f(cell, s); }); });
 }
 
-PackedOffsets forward_offsets_of(const Problem& p, int64_t layer) {
-  return with_dtype(p.dtype,
-                    [&](auto s) { return forward_offsets<Compute<decltype(s)>>(p, layer); });
+PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {
+  return with_dtype(a.problem.dtype,
+                    [&](auto s) { return forward_offsets<Compute<decltype(s)>>(a, layer); });
 }
 PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
                     [&](auto s) { return backward_offsets<Compute<decltype(s)>>(p, layer); });
 }
-void pack_forward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part,
-                     int64_t parts) {
-  with_both(p, [&](auto cell, auto s) {
-    pack_forward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts);
+void pack_forward_of(const Common& a, int64_t which, void* to, int64_t part, int64_t parts) {
+  with_both(a.problem, [&](auto cell, auto s) {
+    pack_forward<decltype(cell), decltype(s)>(a, which, to, part, parts);
   });
 }
 void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part,

@@ -39,11 +39,12 @@ struct Groups {
 };
 
 template <class C>
-PackedOffsets forward_offsets(const Problem& p, int64_t layer) {
+PackedOffsets forward_offsets(const Common& a, int64_t layer) {
+  const Problem& p = a.problem;
   const int64_t columns = Panels<C>::padded(p.hidden_size), gates = traits(p.cell).gates * columns;
   PackedOffsets o{};
   o.w_ih = traits(p.cell).slots * columns;
-  o.w_hh = o.w_ih + p.layer_input(layer) * gates;
+  o.w_hh = o.w_ih + (p.indexed(layer) ? a.one_hot.distinct * o.w_ih : p.layer_input(layer) * gates);
   o.w_hr = o.w_hh + p.out_size() * gates;
   o.total = o.w_hr + Panels<C>::size(p.hidden_size, p.proj_size);
   return o;
@@ -53,7 +54,7 @@ template <class C>
 PackedOffsets backward_offsets(const Problem& p, int64_t layer) {
   PackedOffsets o{};
   o.w_ih = Panels<C>::size(p.gate_rows(), p.out_size());
-  o.w_hr = o.w_ih + Panels<C>::size(p.gate_rows(), p.layer_input(layer));
+  o.w_hr = o.w_ih + Panels<C>::size(p.gate_rows(), p.product_input(layer));
   o.total = o.w_hr + Panels<C>::size(p.proj_size, p.hidden_size);
   return o;
 }
@@ -92,11 +93,41 @@ void pack_plain(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t 
   pack_panels(dst, w + row0 * N, K, N, begin, end);
 }
 
+// Integer input: for each distinct value a row of gates, as its one-hot vector makes them.
 template <class Cell, class S>
-void pack_forward(const Problem& p, const Weights& w, int64_t layer, void* packed, int64_t part,
-                  int64_t parts) {
+void pack_values(Compute<S>* dst, const OneHot& x, const Weights& w, int64_t H, int64_t width,
+                 int64_t part, int64_t parts) {
   using C = Compute<S>;
-  const PackedOffsets o = forward_offsets<C>(p, layer);
+  using G = Groups<Cell, C>;
+  for (int64_t block = part; block < G::blocks(H); block += parts) {
+    const int64_t unit = block * G::kWidth, n = min(G::kWidth, H - unit);
+    for (int slot = 0; slot < Cell::kSlots; slot++) {
+      const int gate_x = gate_of(Cell::x_runs(), slot), gate_h = gate_of(Cell::h_runs(), slot);
+      auto rows = [&](const void* at, int gate, int64_t row) {
+        return at && gate >= 0 ? static_cast<const S*>(at) + (gate * H + unit) * row : nullptr;
+      };
+      const S *from = rows(w.w_ih, gate_x, width), *b_ih = rows(w.b_ih, gate_x, 1),
+              *b_hh = rows(w.b_hh, gate_h, 1);
+      Vec<C> bias{};
+      if (b_ih) bias += load(b_ih, n);
+      if (b_hh) bias += load(b_hh, n);
+      C* to = dst + (block * Cell::kSlots + slot) * G::kWidth;
+      for (int64_t i = 0; i < x.distinct; i++, to += G::gate_columns(H)) {
+        Vec<C> v{};
+        for (int64_t j = 0; from && j < n; j++) v[j] = to_compute(from[j * width + x.value[i]]);
+        store(to, bias + v);
+      }
+    }
+  }
+}
+
+template <class Cell, class S>
+void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, int64_t parts) {
+  using C = Compute<S>;
+  const Problem& p = a.problem;
+  const Weights& w = a.weights[which];
+  const int64_t layer = which / p.num_directions;
+  const PackedOffsets o = forward_offsets<C>(a, layer);
   C* to = static_cast<C*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
   if (part == 0) {
@@ -112,8 +143,11 @@ void pack_forward(const Problem& p, const Weights& w, int64_t layer, void* packe
                        value(w.b_hh, gate_of(Cell::h_runs(), slot));
     }
   }
-  pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
-                    Cell::x_runs(), 0, part, parts);
+  if (p.indexed(layer))
+    pack_values<Cell, S>(to + o.w_ih, a.one_hot, w, H, p.input_size, part, parts);
+  else
+    pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
+                      Cell::x_runs(), 0, part, parts);
   pack_groups<Cell>(to + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(),
                     Cell::kSlots - Cell::kGates, part, parts);
   if (p.proj_size && part == parts - 1)
@@ -136,7 +170,7 @@ void pack_backward(const Problem& p, const Weights& w, int64_t layer, void* pack
     pack_plain(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, P, run.count * H, part, parts);
     w_hh += Panels<C>::size(run.count * H, P);
   }
-  const int64_t in = p.layer_input(layer);
+  const int64_t in = p.product_input(layer);
   C* w_ih = to + o.w_ih;
   for (const Run& run : Cell::x_runs().run) {
     pack_plain(w_ih, static_cast<const S*>(w.w_ih), run.gate * H, in, run.count * H, part, parts);
@@ -157,7 +191,7 @@ struct LayerInput {
   const Sequence& seq;
 
   LayerInput(const Common& a, int64_t layer, const void* below)
-      : width(a.problem.layer_input(layer)), mask(nullptr), scale(C(a.mask_scale)), seq(a.seq) {
+      : width(a.problem.product_input(layer)), mask(nullptr), scale(C(a.mask_scale)), seq(a.seq) {
     if (layer == 0) {
       base = static_cast<const S*>(a.x), offset = a.x_offset, row = a.x_row;
     } else {

@@ -26,8 +26,18 @@ struct Sequence {
   }
 };
 
+// Integer input: what distinct values it has, and the tokens of each. Without a value: other input.
+struct OneHot {
+  int64_t distinct;
+  const int64_t* value;  // [distinct], rising
+  const int64_t* which;  // [tokens] which of them a token has
+  // The tokens that have value i lie from token[begin[i]] to token[begin[i + 1]], in storage order.
+  const int64_t *begin, *token;  // [distinct + 1], [valid]
+};
+
 // Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots,
-// then W_ih and W_hh group by group (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
+// then W_ih (of integer input: the gates that each distinct value makes) and W_hh group by group
+// (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
 struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
@@ -42,6 +52,7 @@ struct Common {
   const void* x;  // storage type; token (t, b) at x + x_offset[t] + b * x_row elements
   const int64_t* x_offset;
   int64_t x_row;
+  OneHot one_hot;       // in place of x
   const void *hx, *cx;  // storage type [layers * directions, batch, ...], null: zeros
   const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out], null: none
   double mask_scale;
@@ -74,10 +85,10 @@ struct Backward : Common {
 struct Kernels {
   const char* name;
   int vector_bytes;
-  PackedOffsets (*forward_offsets)(const Problem&, int64_t layer);
+  PackedOffsets (*forward_offsets)(const Common&, int64_t layer);
   PackedOffsets (*backward_offsets)(const Problem&, int64_t layer);
-  void (*pack_forward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
-                       int64_t parts);
+  // `which`: of the layers and directions
+  void (*pack_forward)(const Common&, int64_t which, void* packed, int64_t part, int64_t parts);
   void (*pack_backward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
                         int64_t parts);
   int64_t (*rows_scratch)(const Problem&, int64_t rows);  // bytes, for forward and backward

@@ -98,6 +98,28 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
   }
 }
 
+// The same for one-hot rows: dst[m, value] is the sum of a[token, m] over the tokens of that value,
+// in blocks as those of bias gradients.
+template <class C>
+void scatter_add(const OneHot& x, int64_t M, int64_t N, const C* a, int64_t lda, C* dst) {
+  constexpr int w = Lanes<C>::kWidth;
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < N; n++) dst[m * N + n] = 0;
+  for (int64_t i = 0; i < x.distinct; i++) {
+    for (int64_t m = 0; m < M; m += w) {
+      const int64_t lanes = min(w, M - m);
+      Vec<C> total{}, block{}, sum{};
+      for (int64_t k = x.begin[i], n = 1; k < x.begin[i + 1]; k++, n++) {
+        sum += load(a + x.token[k] * lda + m, lanes);
+        if (n % kBiasBlock == 0) block += sum, sum = Vec<C>{};
+        if (n % kTokenBlock == 0) total += block, block = Vec<C>{};
+      }
+      total += block + sum;
+      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = total[j];
+    }
+  }
+}
+
 template <class Cell, class C>
 void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, const C* dgates,
                int64_t ld, C* db_ih, C* db_hh) {
@@ -197,19 +219,26 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   };
 
   // Rows [begin, begin + rows) of the weight, run by run.
-  auto each_run = [&](const auto& runs, int64_t N, auto row) {
+  auto each_run = [&](const auto& runs, int64_t N, auto product) {
     for (const Run& run : runs.run) {
       const int64_t m0 = max(begin, run.gate * H),
                     m1 = min(begin + rows, (run.gate + run.count) * H);
-      if (m0 < m1)
-        outer_product(seq, m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, p.slot_columns(),
-                      row, dst + m0 * N, scratch);
+      if (m0 < m1) product(m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, dst + m0 * N);
     }
   };
-  if (matrix == kIH) {
-    each_run(Cell::x_runs(), input.width, input_row);
+  auto with_rows = [&](auto row) {
+    return [&, row](int64_t M, int64_t N, const C* from, C* to) {
+      outer_product(seq, M, N, from, p.slot_columns(), row, to, scratch);
+    };
+  };
+  if (matrix == kHH) {
+    each_run(Cell::h_runs(), P, with_rows(state_row));
+  } else if (!p.indexed(layer)) {
+    each_run(Cell::x_runs(), input.width, with_rows(input_row));
   } else {
-    each_run(Cell::h_runs(), P, state_row);
+    each_run(Cell::x_runs(), p.input_size, [&](int64_t M, int64_t N, const C* from, C* to) {
+      scatter_add(a.one_hot, M, N, from, p.slot_columns(), to);
+    });
   }
 }
 

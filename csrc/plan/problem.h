@@ -19,6 +19,7 @@ struct Problem {
   Cell cell;
   DType dtype;
   int64_t input_size, hidden_size;
+  bool one_hot;       // the input is integers, which mean one-hot vectors of input_size
   int64_t proj_size;  // 0: no projection
   int64_t num_layers, num_directions;
   bool bias;
@@ -28,6 +29,11 @@ struct Problem {
   FUSEDRNN_HD constexpr int64_t layer_input(int64_t layer) const {
     return layer == 0 ? input_size : num_directions * out_size();
   }
+  // Width of the vectors that are multiplied with W_ih; integers have none.
+  FUSEDRNN_HD constexpr int64_t product_input(int64_t layer) const {
+    return indexed(layer) ? 0 : layer_input(layer);
+  }
+  FUSEDRNN_HD constexpr bool indexed(int64_t layer) const { return one_hot && layer == 0; }
   FUSEDRNN_HD constexpr int64_t gate_rows() const { return traits(cell).gates * hidden_size; }
   FUSEDRNN_HD constexpr int64_t slot_columns() const { return traits(cell).slots * hidden_size; }
   FUSEDRNN_HD constexpr int weights_per_direction() const {

@@ -52,6 +52,11 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return out;
 }
 
+inline bool is_integer(ScalarType t) {
+  return t == ScalarType::Long || t == ScalarType::Int || t == ScalarType::Short ||
+         t == ScalarType::Char || t == ScalarType::Byte;
+}
+
 inline DType dtype_of(ScalarType t) {
   switch (t) {
     case ScalarType::Double:
@@ -79,14 +84,34 @@ inline Cell cell_of(const std::string& mode) {
   return Cell::kCount;
 }
 
+// The tensor that has the dtype of all that is computed: not the input where it is integers.
+inline const Tensor& typed(const Tensor& x, const std::vector<Tensor>& weights) {
+  if (!is_integer(x.scalar_type())) return x;
+  STD_TORCH_CHECK(!weights.empty(), "fusedrnn: expected weights, got none");
+  return weights[0];
+}
+
 // Weights in torch.nn's order: per layer and direction w_ih, w_hh, [b_ih, b_hh], [w_hr].
 inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Tensor>& weights) {
   Problem p{};
   p.cell = cell_of(c.mode);
-  p.dtype = dtype_of(x.scalar_type());
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3,
-                  "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
-  p.input_size = x.size(x.dim() - 1);
+  p.one_hot = is_integer(x.scalar_type());
+  const Tensor& like = typed(x, weights);
+  p.dtype = dtype_of(like.scalar_type());
+  if (p.one_hot) {
+    STD_TORCH_CHECK(x.dim() == 1 || x.dim() == 2,
+                    "fusedrnn: expected integer input of 1 (packed) or 2 dimensions, got ",
+                    x.dim());
+    STD_TORCH_CHECK(like.dim() == 2, "fusedrnn: expected weight_ih of 2 dimensions, got ",
+                    like.dim());
+    STD_TORCH_CHECK(x.device() == like.device(),
+                    "fusedrnn: the weights are on another device than the input");
+    p.input_size = like.size(1);
+  } else {
+    STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3,
+                    "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
+    p.input_size = x.size(x.dim() - 1);
+  }
   p.hidden_size = c.hidden_size;
   p.proj_size = c.proj_size;
   p.num_layers = c.num_layers;
@@ -107,7 +132,7 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
   for (int64_t layer = 0; layer < p.num_layers; layer++)
     for (int64_t dir = 0; dir < p.num_directions; dir++) {
       auto next = [&](const char* name, const std::vector<int64_t>& sizes) {
-        check_like(name, weights[i], x);
+        check_like(name, weights[i], like);
         check_shape(name, weights[i++], sizes);
       };
       next("weight_ih", {gate_rows, p.layer_input(layer)});

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <stdexcept>
 
 #include "cpu/stack.h"
 #include "plan/cpu_plan.h"
@@ -46,16 +47,15 @@ Tensor as(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 1, "fusedrnn: expected ", name, " of 1 dimension, got ", t.dim());
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int ||
-                      type == ScalarType::Short || type == ScalarType::Char ||
-                      type == ScalarType::Byte,
-                  "fusedrnn: expected ", name, " of integers");
-  const Tensor host = torch::stable::contiguous(
+Tensor as_int64(const Tensor& t) {
+  return torch::stable::contiguous(
       torch::stable::to(t, ScalarType::Long, std::nullopt,
                         torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+}
+std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 1, "fusedrnn: expected ", name, " of 1 dimension, got ", t.dim());
+  STD_TORCH_CHECK(is_integer(t.scalar_type()), "fusedrnn: expected ", name, " of integers");
+  const Tensor host = as_int64(t);
   const int64_t* at = static_cast<const int64_t*>(host.const_data_ptr());
   return std::vector<int64_t>(at, at + host.numel());
 }
@@ -63,25 +63,31 @@ std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
 // The tensors of a call, kept alive, beside the pointers to them.
 struct Call {
   Tensor x;
+  Tensor like;  // what is computed has its dtype
   OptionalTensor hx, cx, mask;
   std::vector<Tensor> weight_tensors;
   std::vector<Weights> weights;
   std::vector<int64_t> offset, length, order, x_offset, valid_step, valid_row;
+  std::vector<int64_t> value, which, begin, token;  // OneHot
+  bool packed = false;
   bool padded_rows = false;  // some tokens do not exist: what lies there must be zeroed
 
-  Call(const Inputs& in, const Config& config, Common& a) : x(in.x) {
+  Call(const Inputs& in, const Config& config, Common& a) : x(in.x), like(typed(in.x, in.weights)) {
     a.problem = problem_of(config, in.x, in.weights);
     const Problem& p = a.problem;
     STD_TORCH_CHECK(x.is_cpu(), "fusedrnn: expected CPU tensors");
-    if (x.stride(x.dim() - 1) != 1 && x.size(x.dim() - 1) > 1) x = torch::stable::contiguous(x);
+    if (p.one_hot)
+      x = as_int64(x);
+    else if (x.stride(x.dim() - 1) != 1 && x.size(x.dim() - 1) > 1)
+      x = torch::stable::contiguous(x);
     read_sequence(in, a);
 
     const int64_t directions = p.num_layers * p.num_directions, batch = a.seq.batch;
     hx = contiguous(in.hx), cx = contiguous(in.cx), mask = contiguous(in.mask);
-    if (hx) check_like("hx", *hx, x), check_shape("hx", *hx, {directions, batch, p.out_size()});
+    if (hx) check_like("hx", *hx, like), check_shape("hx", *hx, {directions, batch, p.out_size()});
     if (cx) {
       STD_TORCH_CHECK(traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
-      check_like("cx", *cx, x), check_shape("cx", *cx, {directions, batch, p.hidden_size});
+      check_like("cx", *cx, like), check_shape("cx", *cx, {directions, batch, p.hidden_size});
     }
     if (mask) {
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->is_cpu(),
@@ -104,15 +110,19 @@ struct Call {
       weights.push_back(w);
     }
     a.weights = weights.data();
+    if (p.one_hot) sort_tokens(a);
   }
 
   void read_sequence(const Inputs& in, Common& a) {
     Sequence& s = a.seq;
+    const bool one_hot = a.problem.one_hot;
     if (in.batch_sizes) {
-      STD_TORCH_CHECK(x.dim() == 2, "fusedrnn: packed input has 2 dimensions, got ", x.dim());
+      STD_TORCH_CHECK(x.dim() == 2 - one_hot, "fusedrnn: packed ",
+                      one_hot ? "integer input has 1 dimension" : "input has 2 dimensions",
+                      ", got ", x.dim());
       STD_TORCH_CHECK(!in.lengths, "fusedrnn: packed input takes no lengths");
       const std::vector<int64_t> sizes = int64_values("batch_sizes", *in.batch_sizes);
-      s.steps = sizes.size(), s.tokens = x.size(0);
+      s.steps = sizes.size(), s.tokens = x.size(0), packed = true;
       STD_TORCH_CHECK(s.steps > 0, "fusedrnn: batch_sizes is empty");
       s.batch = sizes[0];
       int64_t sum = 0;
@@ -133,7 +143,8 @@ struct Call {
       for (int64_t& o : x_offset) o *= x.stride(0);
       a.x_row = x.stride(0);
     } else {
-      STD_TORCH_CHECK(x.dim() == 3, "fusedrnn: expected input of 3 dimensions, got ", x.dim());
+      STD_TORCH_CHECK(x.dim() == 3 - one_hot, "fusedrnn: expected input of ", 3 - one_hot,
+                      " dimensions, got ", x.dim());
       s.steps = x.size(0), s.batch = x.size(1), s.tokens = checked_product(s.steps, s.batch);
       const int64_t steps = s.batch ? s.steps : 0;  // of an empty batch any number, at no cost
       offset.resize(steps), x_offset.resize(steps);
@@ -160,6 +171,38 @@ struct Call {
     a.x = x.const_data_ptr(), a.x_offset = x_offset.data();
   }
 
+  // Integer input: finds the distinct values, and sorts the tokens that exist by theirs.
+  void sort_tokens(Common& a) {
+    const Sequence& s = a.seq;
+    const int64_t* values = static_cast<const int64_t*>(x.const_data_ptr());
+    std::vector<int64_t> place(a.problem.input_size + 1);  // first how many tokens have a value
+    auto each_token = [&](auto f) {
+      for (size_t t = 0; t < offset.size(); t++)
+        for (int64_t b = 0; b < s.batch; b++)
+          if (int64_t(t) < length[b]) f(s.token(t, b));
+    };
+    each_token([&](int64_t i) {
+      if (values[i] < 0 || values[i] >= a.problem.input_size)
+        throw std::out_of_range(  // Python's IndexError, which torch.nn.Embedding raises
+            "fusedrnn: index " + std::to_string(values[i]) + " is out of range for input_size " +
+            std::to_string(a.problem.input_size));
+      place[values[i]]++;
+    });
+    begin.push_back(0);
+    for (int64_t v = 0; v < a.problem.input_size; v++) {
+      if (!place[v]) continue;
+      begin.push_back(begin.back() + place[v]);
+      place[v] = value.size(), value.push_back(v);
+    }
+    which.resize(s.tokens), token.resize(begin.back());
+    std::vector<int64_t> next(begin);
+    each_token([&](int64_t i) {
+      which[i] = place[values[i]];
+      token[next[which[i]]++] = i;
+    });
+    a.one_hot = {int64_t(value.size()), value.data(), which.data(), begin.data(), token.data()};
+  }
+
   // The list of tokens that exist, which only weight gradients need.
   void list_tokens(Sequence& s) {
     for (size_t t = 0; t < offset.size(); t++)
@@ -169,7 +212,7 @@ struct Call {
   }
 
   std::vector<int64_t> token_sizes(const Sequence& s, int64_t width) const {
-    if (x.dim() == 2) return {s.tokens, width};
+    if (packed) return {s.tokens, width};
     return {s.steps, s.batch, width};
   }
 };
@@ -186,9 +229,9 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   const int64_t D = p.num_directions, out = D * p.out_size(), tokens = a.seq.tokens;
   const Reserve layout(p);
   auto empty = [&](const std::vector<int64_t>& sizes, ScalarType type) {
-    return torch::stable::new_empty(call.x, sizes, type);
+    return torch::stable::new_empty(call.like, sizes, type);
   };
-  const ScalarType type = call.x.scalar_type(), compute = compute_type(p.dtype);
+  const ScalarType type = call.like.scalar_type(), compute = compute_type(p.dtype);
 
   checked_product(tokens, std::max(layout.bytes_per_token(), 8 * out));
   Tensor y = empty(call.token_sizes(a.seq, out), type);
@@ -213,15 +256,14 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
 
   std::vector<int64_t> at{0};
   for (int64_t i = 0; i < p.num_layers * D; i++)
-    at.push_back(at.back() + k.forward_offsets(p, i / D).total);
+    at.push_back(at.back() + k.forward_offsets(a, i / D).total);
   const Tensor packed = empty({at.back()}, compute);
   const int64_t size = compute_bytes(p.dtype);
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   a.packed = to;
   run_tasks(call.x, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
     const int64_t which = i / kPackParts;
-    k.pack_forward(p, a.weights[which], which / D, to + at[which] * size, i % kPackParts,
-                   kPackParts);
+    k.pack_forward(a, which, to + at[which] * size, i % kPackParts, kPackParts);
   });
 
   const auto [rows, tasks] = plan_cpu(a.seq.batch, torch::stable::get_num_threads());
@@ -243,15 +285,15 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
   const int64_t D = p.num_directions, out = D * p.out_size(), tokens = a.seq.tokens,
                 B = a.seq.batch;
   const int64_t each = p.weights_per_direction(), directions = p.num_layers * D;
-  const ScalarType type = call.x.scalar_type(), compute = compute_type(p.dtype);
+  const ScalarType type = call.like.scalar_type(), compute = compute_type(p.dtype);
   const bool has_cell = traits(p.cell).has_cell;
   auto empty = [&](const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(call.x, sizes, compute);
+    return torch::stable::new_empty(call.like, sizes, compute);
   };
 
   STD_TORCH_CHECK(needs.size() == 3 + in.weights.size(), "fusedrnn: expected ",
                   3 + in.weights.size(), " needs, got ", needs.size());
-  check_like("the output", y, call.x);
+  check_like("the output", y, call.like);
   check_shape("the output", y, call.token_sizes(a.seq, out));
   check_shape("the reserve", reserve, {tokens, Reserve(p).bytes_per_token()});
   STD_TORCH_CHECK(y.is_contiguous() && reserve.is_contiguous() && reserve.is_cpu() &&
@@ -271,8 +313,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Optio
   a.grad_hn = pointer(dhn), a.grad_cn = pointer(dcn);
   const OptionalTensor dy =
       gradient("the gradient of the output", grad_y, call.token_sizes(a.seq, out));
-  Tensor grad_out = dy ? *dy : torch::stable::new_zeros(call.x, {tokens, out}, compute);
+  Tensor grad_out = dy ? *dy : torch::stable::new_zeros(call.like, {tokens, out}, compute);
 
+  STD_TORCH_CHECK(!needs[0] || !p.one_hot, "fusedrnn: integer input has no gradient");
   const bool need_x = needs[0], need_hx = needs[1], need_cx = needs[2] && has_cell;
   Tensor dx = need_x ? empty(call.token_sizes(a.seq, p.input_size)) : empty({0});
   if (need_x && call.padded_rows) torch::stable::zero_(dx);

@@ -7,7 +7,8 @@
 namespace fusedrnn {
 
 struct Inputs {
-  Tensor x;  // (T, B, input) with any strides over T and B, or packed (tokens, input)
+  Tensor x;  // (T, B, input) with any strides over T and B, or packed (tokens, input); or integers
+             // (T, B), (tokens) that mean one-hot vectors
   OptionalTensor hx, cx;
   std::vector<Tensor> weights;
   OptionalTensor batch_sizes;  // of packed input

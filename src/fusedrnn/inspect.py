@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _C
 from fusedrnn._version import __version__
-from fusedrnn.modules import _Fused, fallback_reason
+from fusedrnn.modules import _Fused, fallback_reason, is_one_hot
 
 
 def info() -> dict[str, str]:
@@ -44,12 +44,15 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     if not isinstance(module, _Fused):
         return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
     reason = fallback_reason(module, data)
+    packed = isinstance(input, PackedSequence)
+    one_hot = is_one_hot(data, packed)
     if reason:
-        return f"{head} torch.nn's own kernels, because {reason}"
+        what = "plain PyTorch" if one_hot else "torch.nn's own kernels"
+        return f"{head} {what}, because {reason}"
     if isinstance(input, PackedSequence):
         batch = int(input.batch_sizes[0])
     else:
-        batch = 1 if data.dim() == 2 else data.shape[0 if module.batch_first else 1]
+        batch = 1 if data.dim() + one_hot == 2 else data.shape[0 if module.batch_first else 1]
     threads = torch.get_num_threads()
     rows, tasks = _C.cpu_plan(batch, threads)
     lines = [
@@ -57,6 +60,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} threads, "
         "each through all layers and steps without a barrier",
     ]
+    if one_hot:
+        lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
     if tasks < threads:
         lines.append(f"{threads - tasks} threads idle: the batch has too few rows to divide")
     if data.dtype in (torch.bfloat16, torch.float16):

@@ -16,13 +16,19 @@ from fusedrnn import ops, reference
 
 # What the CPU kernels compute in; any other dtype or device is torch.nn's own business.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_one_hot(data: Tensor, packed: bool) -> bool:
+    """Whether `data` is integers that stand for one-hot vectors: torch.nn takes none."""
+    return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
 
 
 def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
     """Why `input` would be left to torch.nn's own kernels, None where ours run."""
     if input.device.type != "cpu":
         return f"there is no kernel for {input.device.type} tensors yet"
-    if input.dtype not in DTYPES:
+    if input.dtype not in (*DTYPES, *INTEGERS):
         return f"there is no kernel for {input.dtype}"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace records torch.nn's operators"
@@ -50,7 +56,9 @@ class _Fused(nn.RNNBase):
 
         Args:
             input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size)
-                unbatched, or a PackedSequence.
+                unbatched, or a PackedSequence. Integers without the last dimension stand for
+                one-hot vectors of input_size: results are those of torch.nn.functional.one_hot,
+                at none of its cost.
             hx: the initial state, zeros when not given: h_0 (L * D, B, P), for an LSTM a tuple of
                 that and c_0 (L * D, B, H); without B for unbatched input.
             lengths: integers (B,) in [0, T] on any device and in any order: row b has lengths[b]
@@ -62,20 +70,24 @@ class _Fused(nn.RNNBase):
 
         Raises:
             ValueError, RuntimeError: torch.nn's, for the same wrong arguments.
+            IndexError: an integer of the input is negative or not below input_size. Those behind
+                a length are not looked at.
         """
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
-        if lengths is None and fallback_reason(self, data):
+        one_hot = is_one_hot(data, packed)
+        if lengths is None and not one_hot and fallback_reason(self, data):
             return super().forward(input, hx)
         x, hx, cx, unsort, lengths = self._canonical(input, hx, lengths)
         batch_sizes = input.batch_sizes if packed else None
         weights = [getattr(self, name) for name in self._flat_weights_names]
         dtypes = None
         device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = weights[0].dtype if one_hot else x.dtype
+        if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
             low = torch.get_autocast_dtype(device)
-            dtypes = self._autocast_dtypes((x if hx is None else hx).dtype, low, packed)
-            x, weights = x.to(low), [w.to(low) for w in weights]
+            dtypes = self._autocast_dtypes(dtype if hx is None else hx.dtype, low, packed)
+            x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
         config = self._config()
@@ -98,7 +110,7 @@ class _Fused(nn.RNNBase):
             output = PackedSequence(y, batch_sizes, input.sorted_indices, input.unsorted_indices)
             if unsort is not None:
                 states = tuple(s.index_select(1, unsort) for s in states)
-        elif input.dim() == 2:
+        elif input.dim() + one_hot == 2:
             output, states = y.squeeze(1), tuple(s.squeeze(1) for s in states)
         elif self.batch_first:
             output = y.transpose(0, 1)
@@ -120,25 +132,29 @@ class _Fused(nn.RNNBase):
             if input.sorted_indices is not None and hx is not None:
                 states = tuple(s.index_select(1, input.sorted_indices) for s in states)
             unsort = input.unsorted_indices
-            self.check_input(x, batch_sizes)
+            one_hot = is_one_hot(x, packed=True)
+            if not one_hot:
+                self.check_input(x, batch_sizes)
             batch = int(batch_sizes[0])
         else:
             x, batch_sizes = input, None
-            if x.dim() not in (2, 3):
+            one_hot = is_one_hot(x, packed=False)
+            dim = x.dim() + one_hot  # as if the one-hot vectors were there
+            if dim not in (2, 3):
                 raise ValueError(self._dim_error.format(self._get_name(), x.dim()))
-            batched = x.dim() == 3
+            batched = dim == 3
             if hx is not None:
                 dims = [s.dim() for s in states]
-                if dims != [x.dim()] * len(dims):
+                if dims != [dim] * len(dims):
                     kind = "batched" if batched else "unbatched"
                     wrong = ", ".join(f"{d}-D" for d in dims)
                     if lstm:
                         raise RuntimeError(
-                            f"For {kind} {x.dim()}-D input, hx and cx should "
-                            f"also be {x.dim()}-D but got ({wrong}) tensors"
+                            f"For {kind} {dim}-D input, hx and cx should "
+                            f"also be {dim}-D but got ({wrong}) tensors"
                         )
                     raise RuntimeError(
-                        f"For {kind} {x.dim()}-D input, hx should also be {x.dim()}-D "
+                        f"For {kind} {dim}-D input, hx should also be {dim}-D "
                         f"but got {wrong} tensor"
                     )
                 if not batched:
@@ -147,19 +163,22 @@ class _Fused(nn.RNNBase):
                 x = x.unsqueeze(1)
             elif self.batch_first:
                 x = x.transpose(0, 1)
-            self.check_input(x, None)
+            if not one_hot:
+                self.check_input(x, None)
             batch = x.size(1)
         if hx is not None:
+            weight = self._flat_weights[0]
+            dtype = weight.dtype if one_hot and weight is not None else x.dtype
             for i, (state, width) in enumerate(
                 zip(states, (self.proj_size or self.hidden_size, self.hidden_size), strict=False)
             ):
                 expected = (self.num_layers * (2 if self.bidirectional else 1), batch, width)
                 message = f"Expected hidden[{i}] size {{}}, got {{}}" if lstm else None
                 self.check_hidden_size(state, expected, *[message] if message else [])
-                if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+                if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
                     raise RuntimeError(
                         f"RNN hidden state dtype ({state.dtype}) does not match input dtype "
-                        f"({x.dtype}). Convert it: hx.to({x.dtype})"
+                        f"({dtype}). Convert it: hx.to({dtype})"
                     )
             if lstm and len(hx) != 2:
                 raise RuntimeError("lstm expects two hidden states")
@@ -202,7 +221,7 @@ class _Fused(nn.RNNBase):
         """The masks between layers (L - 1, tokens, D * P), drawn in torch.nn's order."""
         if not (self.training and self.dropout > 0 and self.num_layers > 1):
             return None
-        tokens = x.shape[:-1].numel()
+        tokens = ops.tokens_shape(x).numel()
         mask = x.new_empty(
             (self.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
         )

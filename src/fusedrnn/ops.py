@@ -4,7 +4,8 @@
 back-propagation through time; both are defined in csrc/torch. Arguments, with T steps, B rows of
 the batch, D directions, H hidden units, P = proj_size or H, L layers:
 
-    x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed)
+    x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed); or integers
+                 (T, B), (tokens,), which stand for one-hot vectors as wide as the first w_ih
     hx, cx       (L * D, B, P), (L * D, B, H) or None for zeros; cx of an LSTM only
     weights      torch.nn's, per layer and direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]
     batch_sizes  int64 (T,), of a PackedSequence
@@ -61,6 +62,11 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
             )
 
 
+def tokens_shape(x: Tensor) -> torch.Size:
+    """(T, B) or (tokens,), also where x is integers."""
+    return x.shape[:-1] if x.is_floating_point() else x.shape
+
+
 @torch.library.register_fake("fusedrnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
     x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *rest
@@ -68,25 +74,26 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     _check_devices(x, hx, cx, mask, *weights)
     _check_devices(x, *(t for t in (batch_sizes, lengths) if t is not None and t.is_meta))
     config, save = Config(*rest[:-1]), rest[-1]
+    like, shape = x if x.is_floating_point() else weights[0], tokens_shape(x)
     if batch_sizes is not None:
-        tokens = x.shape[0]
+        tokens = shape[0]
         # The batch of packed input is a value, not a shape: hx knows it, or nothing does.
         batch = hx.shape[1] if hx is not None else torch.library.get_ctx().new_dynamic_size()
     else:
-        tokens, batch = x.shape[0] * x.shape[1], x.shape[1]
+        tokens, batch = shape[0] * shape[1], shape[1]
     states = config.num_layers * config.directions
-    y = x.new_empty((*x.shape[:-1], config.directions * config.out_size))
-    hn = x.new_empty((states, batch, config.out_size))
-    cn = x.new_empty((states, batch, config.hidden_size) if config.mode == "LSTM" else (0,))
+    y = like.new_empty((*shape, config.directions * config.out_size))
+    hn = like.new_empty((states, batch, config.out_size))
+    cn = like.new_empty((states, batch, config.hidden_size) if config.mode == "LSTM" else (0,))
     row = _C.reserve_bytes(
         config.mode,
-        str(x.dtype).removeprefix("torch."),
+        str(like.dtype).removeprefix("torch."),
         config.hidden_size,
         config.proj_size,
         config.num_layers,
         config.bidirectional,
     )
-    return y, hn, cn, x.new_empty((tokens if save else 0, row), dtype=torch.uint8)
+    return y, hn, cn, like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
 
 
 @torch.library.register_fake("fusedrnn::backward")
@@ -94,7 +101,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     grad_y, grad_hn, grad_cn, y, reserve, needs, x, hx, cx, weights, *rest
 ):
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return x.new_empty(tensor.shape if needed and tensor is not None else (0,))
+        return y.new_empty(tensor.shape if needed and tensor is not None else (0,))
 
     batch_sizes, lengths, mask = rest[:3]
     _check_devices(x, grad_y, grad_hn, grad_cn, y, reserve, hx, cx, mask, *weights)
@@ -104,7 +111,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     if hx is None and needs[1]:
         packed = batch_sizes is not None
         batch = torch.library.get_ctx().new_dynamic_size() if packed else x.shape[1]
-        hidden = x.new_empty((config.num_layers * config.directions, batch, config.out_size))
+        hidden = y.new_empty((config.num_layers * config.directions, batch, config.out_size))
     grads = [like(w, needed) for w, needed in zip(weights, needs[3:], strict=True)]
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), grads
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 # (x W_ih^T + b_ih, h W_hh^T + b_hh, h, c) -> (h, c); c is None but for an LSTM
@@ -59,11 +59,17 @@ def layer(
     lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n."""
+    """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n.
+
+    x may be integers (T, B), which stand for one-hot vectors: a column of W_ih each.
+    """
     w_ih, w_hh, *more = weights
     b_ih, b_hh = more[:2] if bias else (None, None)
     w_hr = more[2 * bias] if len(more) > 2 * bias else None
-    gx = linear(x, w_ih, b_ih)
+    if x.is_floating_point():
+        gx = linear(x, w_ih, b_ih)
+    else:
+        gx = embedding(x, w_ih.t()) + (0 if b_ih is None else b_ih)
     steps = range(len(x))
     outputs: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
@@ -81,7 +87,7 @@ def layer(
         outputs.append(out)
     if reverse:
         outputs.reverse()
-    y = torch.stack(outputs) if outputs else x.new_empty((0, *h.shape))
+    y = torch.stack(outputs) if outputs else h.new_empty((0, *h.shape))
     return y, h, c
 
 
@@ -107,11 +113,16 @@ def forward(
     if lengths is not None:
         lengths = lengths.to(x.device)
         valid = torch.arange(len(x), device=x.device)[:, None] < lengths
+    like = x
+    if not x.is_floating_point():
+        # What lies behind a length is not looked at: it need not be an index.
+        x = (x if lengths is None else torch.where(valid, x, 0)).long()
+        like = weights[0]
     states = num_layers * (2 if bidirectional else 1)
     if hx is None:
-        hx = x.new_zeros(states, x.shape[1], proj_size or hidden_size)
+        hx = like.new_zeros(states, x.shape[1], proj_size or hidden_size)
     if cx is None and mode == "LSTM":
-        cx = x.new_zeros(states, x.shape[1], hidden_size)
+        cx = like.new_zeros(states, x.shape[1], hidden_size)
     each = len(weights) // states
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
@@ -134,4 +145,4 @@ def forward(
         x = torch.cat(outputs, -1)
     if batch_sizes is not None:
         x = x[valid]
-    return x, torch.stack(h_n), torch.stack(c_n) if c_n else x.new_empty(0)
+    return x, torch.stack(h_n), torch.stack(c_n) if c_n else hx.new_empty(0)

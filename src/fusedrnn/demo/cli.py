@@ -109,7 +109,13 @@ def _equal_models(
     torch.manual_seed(options.seed)
     models = [
         model.build(
-            library, options.cell, vocabulary, options.hidden, options.layers, options.dropout
+            library,
+            options.cell,
+            vocabulary,
+            options.hidden,
+            options.layers,
+            options.dropout,
+            integers=options.integers and library is fusedrnn,
         ).to(device, dtype)
         for library in (torch.nn, fusedrnn)
     ]

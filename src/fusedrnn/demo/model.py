@@ -22,12 +22,16 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class CharModel(nn.Module):
-    """Predicts the next character at every step."""
+    """Predicts the next character at every step.
+
+    With ``integers`` the layer, which must be fusedrnn's, is given the characters' numbers.
+    """
 
     one_hot: Tensor
 
-    def __init__(self, rnn: nn.RNNBase) -> None:
+    def __init__(self, rnn: nn.RNNBase, integers: bool = False) -> None:
         super().__init__()
+        self.integers = integers
         vocabulary = rnn.input_size
         self.rnn = rnn
         self.linear = nn.Linear(rnn.hidden_size, vocabulary)
@@ -36,17 +40,24 @@ class CharModel(nn.Module):
 
     def forward(self, tokens: Tensor, state: State = None) -> tuple[Tensor, State]:
         """tokens (T, B) int64 -> logits (T*B, V) and the state after the last step."""
-        hidden, state = self.rnn(self.one_hot[tokens], state)
+        hidden, state = self.rnn(tokens if self.integers else self.one_hot[tokens], state)
         return self.linear(hidden.flatten(0, 1)), state
 
 
 def build(
-    library: ModuleType, cell: str, vocabulary: int, hidden: int, layers: int, dropout: float
+    library: ModuleType,
+    cell: str,
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    dropout: float,
+    integers: bool = False,
 ) -> CharModel:
     """A model whose recurrent layer is ``library``'s: torch.nn or fusedrnn."""
     name, extra = CELLS[cell]
     layer = getattr(library, name)
-    return CharModel(layer(vocabulary, hidden, num_layers=layers, dropout=dropout, **extra))
+    rnn = layer(vocabulary, hidden, num_layers=layers, dropout=dropout, **extra)
+    return CharModel(rnn, integers)
 
 
 def detach(state: State) -> State:

@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=positive, default=2, metavar="N", help="default: %(default)s")
     add("--hidden", type=positive, default=256, metavar="N", help="default: %(default)s")
     add("--dropout", type=probability, default=0.0, metavar="P", help="default: %(default)s")
+    add(
+        "--integers",
+        action="store_true",
+        help="fusedrnn's layer reads the characters as integers, which torch.nn's cannot, in place "
+        "of one-hot vectors",
+    )
 
     training = parser.add_argument_group("training")
     add = training.add_argument

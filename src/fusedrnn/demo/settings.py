@@ -35,8 +35,9 @@ def title_of(settings: dict[str, Any]) -> str:
     """One line for the terminal and the figure."""
     s = settings
     where = s["gpu"] or f"{s['device']} with {s['threads']} thread{'s' * (s['threads'] > 1)}"
+    integers = ", fusedrnn reads integers" if s["integers"] else ""
     processes = f", {s['processes']} processes" if s["processes"] > 1 else ""
     return (
         f"{s['cell']} {s['vocabulary']}->{s['hidden']} x{s['layers']}, {s['dtype']}, "
-        f"{s['steps']} steps of {s['batch']}, {where}{processes}"
+        f"{s['steps']} steps of {s['batch']}, {where}{processes}{integers}"
     )
