@@ -6,13 +6,14 @@ They add no state, so parameters, checkpoints, hooks and `isinstance` are torch.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import ops, reference
+from fusedrnn import dynamo, ops, reference
 
 # What the CPU kernels compute in; any other dtype or device is torch.nn's own business.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,7 +36,30 @@ def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
     return None
 
 
-class _Fused(nn.RNNBase):
+class _DropIn(nn.Module):
+    """How tools that know torch.nn's classes by name are to treat ours."""
+
+    def _fx_leaf(self, input: fx.Proxy, hx: Any, **kwargs: Any) -> fx.Proxy:
+        """What torch.fx records of a call: the module itself, as of torch.nn's layers."""
+        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return input.tracer.create_proxy("call_module", path, (input, hx), kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles, and leaves in the model: torch.nn's own class."""
+        plain: type[nn.Module] = next(
+            c for c in type(self).__mro__ if c.__module__ == nn.RNNBase.__module__
+        )
+        warnings.warn(
+            f"torch.jit.script puts torch.nn.{plain.__name__} in the place of fusedrnn's, also in "
+            "the model that it is given: fusedrnn.swap undoes that",
+            stacklevel=2,
+        )
+        twin = nn.Module.__new__(plain)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+
+class _Fused(_DropIn, nn.RNNBase):
     """What the three modules share: torch.nn's checks, then one op for the whole stack."""
 
     # torch.nn words this error differently from class to class.
@@ -73,6 +97,8 @@ class _Fused(nn.RNNBase):
             IndexError: an integer of the input is negative or not below input_size. Those behind
                 a length are not looked at.
         """
+        if isinstance(input, fx.Proxy):
+            return self._fx_leaf(input, hx, **({} if lengths is None else {"lengths": lengths}))
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = is_one_hot(data, packed)
@@ -92,8 +118,10 @@ class _Fused(nn.RNNBase):
 
         config = self._config()
         mask = self._dropout_mask(x, config)
-        call = (x, hx, cx, weights, batch_sizes, lengths, mask, self.dropout, *config)
-        if device != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
+        # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
+        dropout = 0.0 if mask is None else self.dropout
+        call = (x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *config)
+        if device != "cpu" or torch._C._are_functorch_transforms_active():
             # `lengths` on a device without kernels, and torch.func's transforms.
             y, hn, cn = reference.forward(*call)
         else:
@@ -135,7 +163,11 @@ class _Fused(nn.RNNBase):
             one_hot = is_one_hot(x, packed=True)
             if not one_hot:
                 self.check_input(x, batch_sizes)
-            batch = int(batch_sizes[0])
+            if torch.compiler.is_compiling():
+                # A value, and no guard may be set on one: the op compares it with the states.
+                batch = states[0].size(1) if hx is not None else 0
+            else:
+                batch = int(batch_sizes[0])
         else:
             x, batch_sizes = input, None
             one_hot = is_one_hot(x, packed=False)
@@ -232,6 +264,9 @@ class _Fused(nn.RNNBase):
         return mask
 
 
+dynamo.allow(_Fused)
+
+
 class RNN(_Fused, nn.RNN):
     __doc__ = nn.RNN.__doc__
     _dim_error = "{}: Expected input to be 2D or 3D, got {}D tensor instead"
@@ -245,13 +280,20 @@ class LSTM(_Fused, nn.LSTM):
     __doc__ = nn.LSTM.__doc__
 
 
-class RNNCell(nn.RNNCell):
+class _SingleStep(_DropIn):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if isinstance(input, fx.Proxy):
+            return self._fx_leaf(input, hx)
+        return super().forward(input, hx)
+
+
+class RNNCell(_SingleStep, nn.RNNCell):
     __doc__ = nn.RNNCell.__doc__
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(_SingleStep, nn.GRUCell):
     __doc__ = nn.GRUCell.__doc__
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(_SingleStep, nn.LSTMCell):
     __doc__ = nn.LSTMCell.__doc__
