@@ -334,11 +334,43 @@ int launch(void (*kernel)(P...), const Grid& grid, void* stream, const A&... arg
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
+
+// How many clusters of `size` blocks of the kernel the current device has room for; 0: none.
+template <class... P>
+int at_once(void (*kernel)(P...), int size, dim3 threads, size_t shared_bytes) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(size));
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int count = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error == cudaSuccess && size > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  if (error != cudaSuccess) cudaGetLastError(), count = 0;
+  return count;
+}
+inline int set_zero(void* data, int64_t bytes, void* stream) {
+  return cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(stream));
+}
 #else
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Grid& grid, void*, const A&... args) {
   return simt::run({grid.blocks, grid.threads, grid.cluster, grid.shared_bytes, grid.cooperative},
                    [&] { kernel(P(args)...); });
+}
+template <class... P>
+int at_once(void (*)(P...), int size, dim3, size_t) {
+  return simt::kProcessors / size;
+}
+inline int set_zero(void* data, int64_t bytes, void*) {
+  memset(data, 0, size_t(bytes));
+  return 0;
 }
 #endif
 

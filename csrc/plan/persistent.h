@@ -35,9 +35,9 @@ constexpr int kTilesAtOnce = 2;  // rows of tiles that a warp multiplies with wh
 // Weights [rows, depth] times x [depth, batch rows] in shared memory: warps share out the rows of
 // tiles and, `split` ways, the depth; the sums of each part stand in `partial` on their own.
 struct ProductShape {
-  int row_tiles, depth_tiles, split;
-  int weights, partial;  // where they begin, in bytes
-  int partial_row;       // floats from one row of the batch to the next
+  int row_tiles, depth_tiles, split, split_bits;  // split = 1 << split_bits
+  int weights, partial;                           // where they begin, in bytes
+  int partial_row;                                // floats from one row of the batch to the next
 };
 
 struct PersistentShape {
@@ -67,6 +67,7 @@ inline ProductShape product_shape(const EngineTile& tile, int rows, int depth) {
     groups *= 2;
   s.split = kPersistentWarps / groups;
   while (s.split > s.depth_tiles) s.split /= 2;
+  while (1 << s.split_bits < s.split) s.split_bits++;
   s.partial_row = s.row_tiles * tile.rows + 4;
   return s;
 }

@@ -26,6 +26,7 @@ struct BackwardBlock {
   const PersistentShape& s;
   const Team<kCluster> team;
   const Element me;
+  const Piece piece;
   char* const shared;
 
   __device__ BackwardBlock(const PersistentBackward& p, char* shared)
@@ -34,6 +35,7 @@ struct BackwardBlock {
         s(p.shape),
         team(p),
         me(p, team.rank, team.slice),
+        piece(s, 4),
         shared(shared) {}
 
   __device__ bool feeds_next() const { return p.chained && team.stage + 1 < p.stages; }
@@ -53,20 +55,19 @@ struct BackwardBlock {
   }
   // Sends everyone the sums over this block's gates for the units that are theirs.
   __device__ void send(Kind kind, const ProductShape& product, int64_t step) const {
-    const int quads = team.size * s.units / 4;
-    const float* partial = reinterpret_cast<const float*>(shared + product.partial);
-    for (int i = threadIdx.x; i < s.rows * quads; i += kPersistentThreads) {
-      const int unit = i % quads * 4, row = i / quads;
+    const float* partial = reinterpret_cast<const float*>(shared + product.partial) +
+                           piece.row * product.partial_row + piece.unit;
+    for (int to = piece.first; to < team.size; to += piece.every) {
       float sums[4] = {};
       for (int part = 0; part < product.split; part++) {
         const Words w = *reinterpret_cast<const Words*>(
-            partial + (part * s.rows + row) * product.partial_row + unit);
+            partial + part * s.rows * product.partial_row + to * s.units);
         for (int k = 0; k < 4; k++) sums[k] += bits_to_float(w.word[k]);
       }
-      float* to = inbox(unit / s.units, kind, step, team.rank) + row * s.units + unit % s.units;
       Words w;
       for (int k = 0; k < 4; k++) w.word[k] = float_to_bits(sums[k]);
-      *reinterpret_cast<Words*>(to) = w;
+      *reinterpret_cast<Words*>(inbox(to, kind, step, team.rank) + piece.row * s.units +
+                                piece.unit) = w;
     }
   }
   __device__ float received(Kind kind, int64_t step) const {

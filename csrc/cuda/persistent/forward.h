@@ -26,6 +26,7 @@ struct ForwardBlock {
   const PersistentShape& s;
   const Team<kCluster> team;
   const Element me;
+  const Piece piece;
   char* const shared;
 
   __device__ ForwardBlock(const PersistentForward& p, char* shared)
@@ -34,6 +35,7 @@ struct ForwardBlock {
         s(p.shape),
         team(p),
         me(p, team.rank, team.slice),
+        piece(s, 16 / sizeof(S)),
         shared(shared) {}
 
   __device__ bool chained() const { return p.chained && team.stage > 0; }
@@ -93,16 +95,16 @@ struct ForwardBlock {
     wait_for(team.before_done, team.size, step + 1);
     const ForwardStage& below = p.stage[team.stage - 1];
     S* input = reinterpret_cast<S*>(shared + s.input_x);
-    for (int i = threadIdx.x; i < s.rows * int(H); i += kPersistentThreads) {
-      const int row = i / int(H), column = i % int(H);
+    const Share mine(s.rows);
+    for (int row = mine.row; row < s.rows; row += mine.rows) {
       const int64_t b = team.slice * s.rows + row;
-      float value = 0;
-      if (b < p.batch && t < Element::length_of(p, b)) {
-        const int64_t token = token_of(p, t, b);
-        value = read<S>(below.y, token * below.y_stride + column);
-        if (stage.mask) value *= stage.mask[token * H + column] ? p.mask_scale : 0.f;
+      const bool runs = b < p.batch && t < Element::length_of(p, b);
+      const int64_t token = runs ? token_of(p, t, b) : 0;
+      for (int column = mine.lane; column < H; column += mine.lanes) {
+        float value = runs ? read<S>(below.y, token * below.y_stride + column) : 0.f;
+        if (runs && stage.mask) value *= stage.mask[token * H + column] ? p.mask_scale : 0.f;
+        input[row * s.x_row + column] = E::operand(value);
       }
-      input[row * s.x_row + column] = E::operand(value);
     }
     __syncthreads();
     multiply<E>(shared, s.input, s.rows, input, s.x_row);
@@ -115,16 +117,14 @@ struct ForwardBlock {
 
   // Hands the team what stands in the staging buffer, this block's part of x of `step`.
   __device__ void publish(int64_t step) const {
-    constexpr int kElements = 16 / sizeof(S);
-    const int parts = s.units / kElements;  // of a row
     const S* staging = reinterpret_cast<const S*>(shared + s.staging);
-    for (int i = threadIdx.x; i < (kCluster ? team.size : 1) * s.rows * parts;
-         i += kPersistentThreads) {
-      const int part = i % parts, row = i / parts % s.rows, to = i / parts / s.rows;
-      const int at = row * s.x_row + team.rank * s.units + part * kElements;
-      S* target = kCluster ? cluster_map(x(step), to) : outside(step);
-      *reinterpret_cast<Words*>(target + at) =
-          *reinterpret_cast<const Words*>(staging + row * s.units + part * kElements);
+    const Words words = *reinterpret_cast<const Words*>(staging + piece.row * s.units + piece.unit);
+    const int at = piece.row * s.x_row + team.rank * s.units + piece.unit;
+    if constexpr (kCluster) {
+      for (int to = piece.first; to < team.size; to += piece.every)
+        *reinterpret_cast<Words*>(cluster_map(x(step) + at, to)) = words;
+    } else {
+      if (piece.first == 0) *reinterpret_cast<Words*>(outside(step) + at) = words;
     }
     team.arrive(step);
   }
@@ -133,12 +133,11 @@ struct ForwardBlock {
     team.wait(step);
     if constexpr (!kCluster) {
       constexpr int kElements = 16 / sizeof(S);
-      const int parts = team.size * s.units / kElements;
-      for (int i = threadIdx.x; i < s.rows * parts; i += kPersistentThreads) {
-        const int at = i / parts * s.x_row + i % parts * kElements;
-        *reinterpret_cast<Words*>(x(step) + at) =
-            *reinterpret_cast<const Words*>(outside(step) + at);
-      }
+      const Share mine(s.rows);
+      for (int row = mine.row; row < s.rows; row += mine.rows)
+        for (int i = mine.lane * kElements; i < team.size * s.units; i += mine.lanes * kElements)
+          *reinterpret_cast<Words*>(x(step) + row * s.x_row + i) =
+              *reinterpret_cast<const Words*>(outside(step) + row * s.x_row + i);
       __syncthreads();
     }
   }

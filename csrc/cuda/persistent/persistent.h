@@ -86,4 +86,8 @@ struct PersistentBackward : Persistent {
 int persistent_forward(const PersistentForward&, void* stream);
 int persistent_backward(const PersistentBackward&, void* stream);
 
+// How many clusters of `size` blocks, of so much shared memory each, run at once on the current
+// device; 0: none can.
+int clusters_at_once(int size, int shared_bytes);
+
 }  // namespace fusedrnn

@@ -117,13 +117,16 @@ __device__ inline void multiply(char* shared, const ProductShape& s, int rows,
   const Words* tiles = reinterpret_cast<const Words*>(shared + s.weights);
   float* partial = reinterpret_cast<float*>(shared + s.partial);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int part = warp % s.split, group = warp / s.split, groups = kPersistentWarps / s.split;
-  const int begin = s.depth_tiles * part / s.split, end = s.depth_tiles * (part + 1) / s.split;
+  const int part = warp & (s.split - 1), group = warp >> s.split_bits;
+  const int groups = kPersistentWarps >> s.split_bits;
+  const int begin = s.depth_tiles * part >> s.split_bits;
+  const int end = s.depth_tiles * (part + 1) >> s.split_bits;
   for (int n = 0; n < rows; n += E::kTile.columns) {
     float* to = partial + (part * rows + n) * s.partial_row;
     for (int r = group * kTilesAtOnce; r < s.row_tiles; r += groups * kTilesAtOnce) {
       float sums[kTilesAtOnce][E::kSums] = {};
       const bool both = r + 1 < s.row_tiles;
+#pragma unroll 2
       for (int k = begin; k < end; k++) {
         const Words* from = tiles + (k * s.row_tiles + r) * 32 + lane;
         // Past the last row of tiles the first is taken once more, and its sums are left.

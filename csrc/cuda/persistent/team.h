@@ -94,6 +94,34 @@ struct Element {
   static __device__ int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
+// What a thread copies of a block's part, [rows, units], of what a team exchanges: 16 bytes for
+// every block `first`, first + every, ... There are at least four times as many threads as such
+// pieces.
+struct Piece {
+  int row, unit;  // of its first element
+  int first, every;
+
+  __device__ Piece(const PersistentShape& s, int elements) {
+    const int in_row = s.units / elements, pieces = s.rows * in_row, i = int(threadIdx.x);
+    row = i % pieces / in_row, unit = i % in_row * elements;
+    every = kPersistentThreads / pieces;
+    first = i < every * pieces ? i / pieces : s.team;  // too few are left for another block
+  }
+};
+
+// How threads share out rows that are read whole: a warp takes every so many, or, where there are
+// more warps than rows, a part of one.
+struct Share {
+  int row, rows, lane, lanes;
+
+  __device__ explicit Share(int all_rows) {
+    const int warp = int(threadIdx.x) / 32, sharing = max(1, kPersistentWarps / all_rows);
+    row = warp / sharing, rows = kPersistentWarps / sharing;
+    lane = warp % sharing * 32 + int(threadIdx.x) % 32, lanes = 32 * sharing;
+  }
+  static __device__ int max(int a, int b) { return a > b ? a : b; }
+};
+
 // The token of row b at step t.
 __device__ inline int64_t token_of(const Persistent& p, int64_t t, int64_t b) {
   return (p.offsets ? p.offsets[t] : t * p.batch) + b;
