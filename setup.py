@@ -195,6 +195,7 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     linker = compiler = words(*cxx)
     rules = {"cxx": f"{compiler} {CXX_FLAGS} -Icsrc $flags {user('CXXFLAGS')} {OUTPUTS}"}
     cuda = sources("cuda/**/*.cu") if nvcc else []
+    cuda_host = sources("cuda/**/*.cpp") if nvcc else []
     if nvcc and cuda:
         listing = ask_nvcc(nvcc, "--list-gpu-arch")
         archs = select_archs(listing, os.environ.get("FUSEDRNN_CUDA_ARCHS", ""))
@@ -214,8 +215,10 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     # Only csrc/torch may include torch: nothing else is told where it is.
     system = words("-isystem", torch / "include", "-isystem", sysconfig.get_path("include"))
     for source in sources("torch/*.cpp"):
+        if source.name.startswith("cuda") and not cuda:
+            continue
         steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines)} {system}"))
-    for source in sources("plan/*.cpp") + sources("cpu/*.cpp"):
+    for source in sources("plan/*.cpp") + sources("cpu/*.cpp") + cuda_host:
         if source != KERNELS:
             steps.append(("cxx", source, "", words(*defines)))
     for isa, isa_flags in ISAS.items():

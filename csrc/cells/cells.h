@@ -20,14 +20,16 @@ struct CellTraits {
   bool has_cell;
 };
 
-inline constexpr CellTraits kCellTraits[] = {
-#define CELL(mode, type) {mode, type::kGates, type::kSlots, type::kSaved, type::kHasCell},
+FUSEDRNN_HD constexpr CellTraits traits(Cell cell) {
+  switch (cell) {
+#define CELL(mode, type) \
+  case Cell::k##type:    \
+    return {mode, type::kGates, type::kSlots, type::kSaved, type::kHasCell};
 #include "cells/cells.inc"
 #undef CELL
-};
-
-FUSEDRNN_HD constexpr const CellTraits& traits(Cell cell) {
-  return kCellTraits[static_cast<int>(cell)];
+    default:
+      return {};
+  }
 }
 
 }  // namespace fusedrnn

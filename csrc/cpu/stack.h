@@ -42,10 +42,6 @@ struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
 
-struct Weights {  // of one layer and direction, in torch.nn's layout; biases and w_hr may be null
-  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
-};
-
 struct Common {
   Problem problem;
   Sequence seq;

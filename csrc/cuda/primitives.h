@@ -303,6 +303,8 @@ struct Grid {
 };
 
 #if defined(__CUDACC__)
+inline const char* error_name(int error) { return cudaGetErrorString(cudaError_t(error)); }
+
 // Enqueues `kernel`; returns a cudaError_t, and leaves none behind for whoever asks next.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Grid& grid, void* stream, const A&... args) {
@@ -359,6 +361,8 @@ inline int set_zero(void* data, int64_t bytes, void* stream) {
   return cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(stream));
 }
 #else
+inline const char* error_name(int) { return "emulated launch failure"; }
+
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Grid& grid, void*, const A&... args) {
   return simt::run({grid.blocks, grid.threads, grid.cluster, grid.shared_bytes, grid.cooperative},

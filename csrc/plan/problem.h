@@ -41,6 +41,10 @@ struct Problem {
   }
 };
 
+struct Weights {  // of one layer and direction, in torch.nn's layout; biases and w_hr may be null
+  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+
 // The reserve holds, for every layer and direction, one row per token (a row of the batch at a
 // step): first all cell states (compute type), then all saved slots (storage type), then the
 // outputs of all layers but the last (storage type). Offsets are bytes for `tokens` tokens.

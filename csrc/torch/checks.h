@@ -79,7 +79,7 @@ inline ScalarType compute_type(DType t) {
 
 inline Cell cell_of(const std::string& mode) {
   for (int i = 0; i < int(Cell::kCount); i++)
-    if (mode == kCellTraits[i].mode) return Cell(i);
+    if (mode == traits(Cell(i)).mode) return Cell(i);
   STD_TORCH_CHECK(false, "fusedrnn: unknown mode ", mode);
   return Cell::kCount;
 }

@@ -7,37 +7,11 @@
 #include "cpu/stack.h"
 #include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
-#include "torch/cpu.h"
+#include "torch/ops.h"
 
 namespace {
 
 using namespace fusedrnn;
-
-// src/fusedrnn/ops.py documents the arguments.
-#define INPUTS                                                                                 \
-  "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
-  "Tensor? mask, float dropout"
-#define CONFIG \
-  "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
-
-ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
-                       OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
-                       double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
-                       int64_t num_layers, bool bias, bool bidirectional, bool save) {
-  return forward_cpu({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
-                     {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, save);
-}
-
-BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, OptionalTensor grad_cn,
-                         Tensor y, Tensor reserve, std::vector<bool> needs, Tensor x,
-                         OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
-                         OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
-                         double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
-                         int64_t num_layers, bool bias, bool bidirectional) {
-  return backward_cpu({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
-                      {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, grad_y,
-                      grad_hn, grad_cn, y, reserve, needs);
-}
 
 // Runs f, turning a C++ exception into a Python one.
 template <class F>
@@ -156,16 +130,21 @@ PyMethodDef methods[] = {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
-  m.def("forward(" INPUTS ", " CONFIG ", bool save) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor y, Tensor reserve, bool[] "
-      "needs, " INPUTS ", " CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])");
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("forward", TORCH_BOX(&forward<forward_cpu>));
+  m.impl("backward", TORCH_BOX(&backward<backward_cpu>));
 }
+
+#ifdef FUSEDRNN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
+  m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
+}
+#endif
 
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef def = {

@@ -2,6 +2,8 @@
 
 The kernels' own sources are compiled by the C++ compiler, once plain and once for each sanitizer,
 into a program that runs one launch (replay.cpp). `run` hands it a launch and takes the results.
+Together with the ops' C++ side they become a library (op.cpp) in which the ops run on CPU tensors
+as they would on CUDA tensors: see ops.py.
 
 For a new launch: a line in replay.cpp, and its structure as a ctypes.Structure, as in cell_step.py.
 What the kernel uses beyond CUDA C++ is wrapped in csrc/cuda/primitives.h and has a twin here.
@@ -16,6 +18,7 @@ import importlib.util
 import os
 import struct
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +29,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/emulator"
-SOURCES = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu", "csrc/cuda/**/*.cu")
+KERNELS = ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/plan/*.cpp")
 RUNTIME = "tests/emulator/simt.cpp"
+REPLAY = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu")
+OP = (
+    "tests/emulator/op.cpp",
+    *(f"csrc/torch/{name}.cpp" for name in ("call", "cuda", "cuda_call", "switches")),
+)
 
 # Frames larger than a page are probed, so that none skips the guard below its stack.
-FLAGS = "-std=c++20 -g -fstack-clash-protection -Icsrc -Itests -Wall -Wextra -Wno-unknown-pragmas"
+FLAGS = (
+    "-std=c++20 -g -fPIC -fvisibility=hidden -fstack-clash-protection -Icsrc -Itests"
+    " -Wall -Wextra -Wno-unknown-pragmas"
+)
 # mode -> (flags of the kernels, flags of the runtime)
 MODES = {
     "plain": ("-O2", "-O2"),
@@ -53,6 +64,11 @@ def setup_script() -> ModuleType:
 
 
 def ninja_file(cxx: str) -> str:
+    setup = setup_script()
+    torch_folder = setup.find_torch()
+    include = sysconfig.get_path("include")
+    system = f"-DFUSEDRNN_EMULATED {setup.ABI_FLAGS} -isystem {torch_folder}/include"
+    libraries = f"-L{torch_folder}/lib -ltorch_cpu -lc10"
     lines = [
         "builddir = build/emulator",
         "rule cxx",
@@ -60,34 +76,44 @@ def ninja_file(cxx: str) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {cxx} $flags $in -o $out",
+        f"  command = {cxx} $in -o $out $flags",
     ]
-    sources = [path.relative_to(ROOT) for name in SOURCES for path in sorted(ROOT.glob(name))]
+
+    def sources(*patterns: str) -> list[str]:
+        found = [path for name in patterns for path in sorted(ROOT.glob(name))]
+        return [path.relative_to(ROOT).as_posix() for path in found]
+
     for mode, (kernels, runtime) in MODES.items():
-        objects = []
-        for source in [*sources, Path(RUNTIME)]:
-            objects.append(f"build/emulator/{mode}/{source}.o")
-            flags = runtime if source == Path(RUNTIME) else kernels
-            lines += [f"build {objects[-1]}: cxx {source}", f"  flags = {flags}"]
-        lines += [f"build {mode}: phony build/emulator/{mode}/replay"]
-        lines += [f"build build/emulator/{mode}/replay: link {' '.join(objects)}"]
-        lines += [f"  flags = {kernels}"]
+        folder = f"build/emulator/{mode}"
+        for source in sources(*KERNELS, RUNTIME, *REPLAY, *OP):
+            flags = runtime if source == RUNTIME else kernels
+            if source in OP:
+                flags += f" {system} -isystem {include}"
+            lines += [f"build {folder}/{source}.o: cxx {source}", f"  flags = {flags}"]
+        shared = sources(*KERNELS, RUNTIME)
+        for target, parts, flags in (
+            ("replay", sources(*REPLAY), kernels),
+            ("op.so", sources(*OP), f"{kernels} -shared {libraries}"),
+        ):
+            objects = " ".join(f"{folder}/{source}.o" for source in [*shared, *parts])
+            lines += [f"build {folder}/{target}: link {objects}", f"  flags = {flags}"]
     return "\n".join([*lines, ""])
 
 
 @functools.cache
-def build(mode: str) -> Path:
-    """The program of a mode, built if it is not up to date."""
+def build(mode: str, target: str = "replay") -> Path:
+    """A mode's program `replay` or library `op.so`, built if it is not up to date."""
     setup = setup_script()
     BUILD.mkdir(parents=True, exist_ok=True)
     file = BUILD / "build.ninja"
-    command = [setup.find_ninja(), "-f", str(file), mode]
+    output = BUILD / mode / target
+    command = [setup.find_ninja(), "-f", str(file), str(output.relative_to(ROOT))]
     with open(BUILD / "lock", "w") as lock:  # tests may run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         file.write_text(ninja_file(" ".join(setup.find_cxx())))
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    return BUILD / mode / "replay"
+    return output
 
 
 class Result(NamedTuple):

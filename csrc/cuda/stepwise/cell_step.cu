@@ -3,6 +3,7 @@
 // thread's: nothing is shared and nothing waits. A warp holds 32 units side by side, so that what
 // it loads and stores is contiguous.
 #include "cells/cells.h"
+#include "cuda/dispatch.h"
 #include "cuda/primitives.h"
 #include "cuda/stepwise/cell_step.h"
 
@@ -115,34 +116,6 @@ __global__ void __launch_bounds__(kUnits* kRows)
     write<C>(p.dh, at, Cell::template backward<ScalarMath>(s, h_prev, h, c_prev, c, dh, dc));
     if constexpr (Cell::kHasCell) write<C>(p.dc, at, dc);
     for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, s[k]);
-  }
-}
-
-// Calls f with a value of the storage type.
-template <class F>
-int with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-  }
-  return kInvalidValue;
-}
-template <class F>
-int with_cell(Cell cell, F f) {
-  switch (cell) {
-#define CELL(mode, type) \
-  case Cell::k##type:    \
-    return f(type{});
-#include "cells/cells.inc"
-#undef CELL
-    default:
-      return kInvalidValue;
   }
 }
 

@@ -1,0 +1,191 @@
+#include <cmath>
+
+#include "cuda/dispatch.h"
+#include "cuda/elementwise.h"
+#include "cuda/primitives.h"
+
+namespace fusedrnn {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMostBlocks = 1 << 16;
+
+// A grid whose threads share `count` elements, `rows` times over.
+Grid grid_for(int64_t count, int64_t rows = 1) {
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  return {dim3(unsigned(blocks < kMostBlocks ? blocks : kMostBlocks),
+               unsigned(rows < 65535 ? rows : 65535)),
+          dim3(kThreads)};
+}
+__device__ inline int64_t first_index() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
+__device__ inline int64_t index_stride() { return int64_t(gridDim.x) * kThreads; }
+
+// The step is at all, and within row b's length.
+__device__ inline bool runs_at(const Tokens& p, int64_t b, int64_t step) {
+  return step >= 0 && step < (p.lengths ? p.lengths[b] : p.steps);
+}
+
+template <class From, class To>
+__global__ void convert_kernel(const From* from, To* to, int64_t count) {
+  for (int64_t i = first_index(); i < count; i += index_stride())
+    to[i] = from_compute<To>(from ? to_compute(from[i]) : Compute<To>(0));
+}
+
+struct HostValues {
+  static constexpr int kMost = 496;  // parameters take up to 4 KiB
+  int64_t* to;
+  int64_t count, value[kMost];
+};
+__global__ void store_kernel(const __grid_constant__ HostValues p) {
+  for (int64_t i = first_index(); i < p.count; i += index_stride()) p.to[i] = p.value[i];
+}
+
+__global__ void clamp_kernel(const int64_t* given, int64_t* lengths, int64_t batch, int64_t steps) {
+  for (int64_t b = first_index(); b < batch; b += index_stride()) {
+    const int64_t n = given[b];
+    lengths[b] = n < 0 ? 0 : n < steps ? n : steps;
+  }
+}
+
+template <class S>
+__global__ void layer_input_kernel(const __grid_constant__ LayerInput p) {
+  using C = Compute<S>;
+  const Tokens& t = p.tokens;
+  for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
+    const int64_t token = i / p.width;
+    C value = 0;
+    // Packed tokens all exist.
+    if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
+      value = to_compute(static_cast<const S*>(p.in)[i]);
+      if (p.mask) value *= C(p.mask[i]) * C(p.scale);
+    }
+    static_cast<S*>(p.out)[i] = from_compute<S>(value);
+  }
+}
+
+template <class S>
+__global__ void one_hot_kernel(const __grid_constant__ OneHotVectors p) {
+  using C = Compute<S>;
+  const Tokens& t = p.tokens;
+  for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
+    const int64_t token = i / p.width;
+    C value = 0;
+    if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
+      const int64_t hot = p.values[token];
+      value = hot < 0 || hot >= p.width ? C(NAN) : C(hot == i % p.width);
+    }
+    static_cast<S*>(p.out)[i] = from_compute<S>(value);
+  }
+}
+
+template <class C>
+__global__ void input_gradient_kernel(const __grid_constant__ InputGradient p) {
+  for (int64_t i = first_index(); i < p.count; i += index_stride()) {
+    C value = static_cast<const C*>(p.a)[i];
+    if (p.b) value += static_cast<const C*>(p.b)[i];
+    if (p.mask) value *= C(p.mask[i]) * C(p.scale);
+    static_cast<C*>(p.out)[i] = value;
+  }
+}
+
+struct PreviousStates {
+  Layer layer;
+  const void* y;
+  void* out;
+};
+template <class S>
+__global__ void previous_kernel(const __grid_constant__ PreviousStates p) {
+  const Tokens& tokens = p.layer.tokens;
+  const int64_t width = p.layer.out_size(), steps = tokens.steps, batch = tokens.batch;
+  auto first = [&](int64_t t) {
+    return !tokens.offsets ? t * batch : t < steps ? tokens.offsets[t] : tokens.tokens;
+  };
+  for (int64_t t = blockIdx.y; t < steps; t += gridDim.y) {
+    const int64_t from = first(t), rows = first(t + 1) - from;
+    const int64_t before = p.layer.reverse ? t + 1 : t - 1;
+    const int64_t before_from = before >= 0 && before < steps ? first(before) : 0;
+    for (int64_t i = first_index(); i < rows * width; i += index_stride()) {
+      const int64_t b = i / width, j = i % width;
+      S value = from_compute<S>(0);
+      if (runs_at(tokens, b, t)) {
+        if (runs_at(tokens, b, before)) {
+          value = static_cast<const S*>(p.y)[(before_from + b) * p.layer.y_stride + j];
+        } else if (p.layer.h0) {
+          value = static_cast<const S*>(p.layer.h0)[i];
+        }
+      }
+      static_cast<S*>(p.out)[from * width + i] = value;
+    }
+  }
+}
+
+}  // namespace
+
+const char* error_text(int error) { return error_name(error); }
+
+int to_compute_type(DType dtype, const void* from, void* to, int64_t count, void* stream) {
+  if (count == 0) return 0;
+  return with_dtype(dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(convert_kernel<S, Compute<S>>, grid_for(count), stream,
+                  static_cast<const S*>(from), static_cast<Compute<S>*>(to), count);
+  });
+}
+int to_storage_type(DType dtype, const void* from, void* to, int64_t count, void* stream) {
+  if (count == 0) return 0;
+  return with_dtype(dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(convert_kernel<Compute<S>, S>, grid_for(count), stream,
+                  static_cast<const Compute<S>*>(from), static_cast<S*>(to), count);
+  });
+}
+
+int copy_to_device(const int64_t* host, int64_t* device, int64_t count, void* stream) {
+  int error = 0;
+  for (int64_t at = 0; at < count && error == 0; at += HostValues::kMost) {
+    HostValues p{device + at, count - at < HostValues::kMost ? count - at : HostValues::kMost, {}};
+    for (int64_t i = 0; i < p.count; i++) p.value[i] = host[at + i];
+    error = launch(store_kernel, grid_for(p.count), stream, p);
+  }
+  return error;
+}
+
+int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t steps,
+                  void* stream) {
+  if (batch == 0) return 0;
+  return launch(clamp_kernel, grid_for(batch), stream, given, lengths, batch, steps);
+}
+
+int layer_input(const LayerInput& p, void* stream) {
+  const int64_t count = p.tokens.tokens * p.width;
+  if (count == 0) return 0;
+  return with_dtype(p.dtype, [&](auto s) {
+    return launch(layer_input_kernel<decltype(s)>, grid_for(count), stream, p);
+  });
+}
+
+int one_hot_vectors(const OneHotVectors& p, void* stream) {
+  const int64_t count = p.tokens.tokens * p.width;
+  if (count == 0) return 0;
+  return with_dtype(p.dtype, [&](auto s) {
+    return launch(one_hot_kernel<decltype(s)>, grid_for(count), stream, p);
+  });
+}
+
+int input_gradient(const InputGradient& p, void* stream) {
+  if (p.count == 0) return 0;
+  return p.dtype == DType::kFloat64
+             ? launch(input_gradient_kernel<double>, grid_for(p.count), stream, p)
+             : launch(input_gradient_kernel<float>, grid_for(p.count), stream, p);
+}
+
+int previous_states(const Layer& layer, const void* y, void* out, void* stream) {
+  if (layer.tokens.tokens == 0) return 0;
+  const PreviousStates p{layer, y, out};
+  return with_dtype(layer.dtype, [&](auto s) {
+    return launch(previous_kernel<decltype(s)>,
+                  grid_for(layer.tokens.batch * layer.out_size(), layer.tokens.steps), stream, p);
+  });
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,62 @@
+// Small kernels between the products and the recurrences. Each enqueues on `stream`, a CUDA stream,
+// and returns a cudaError_t, 0 for success. Storage and compute type: see stack.h.
+#pragma once
+#include <cstdint>
+
+#include "cuda/stack.h"
+
+namespace fusedrnn {
+
+const char* error_text(int error);
+
+// count values from one type to the other; `from` null: zeros.
+int to_compute_type(DType, const void* from, void* to, int64_t count, void* stream);
+int to_storage_type(DType, const void* from, void* to, int64_t count, void* stream);
+
+// int64 values of the host, by way of the kernel's parameters: nothing waits, and a CUDA graph may
+// capture it.
+int copy_to_device(const int64_t* host, int64_t* device, int64_t count, void* stream);
+// lengths[b] = min(max(given[b], 0), steps): what lies on the device cannot be checked without
+// waiting for it.
+int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t steps,
+                  void* stream);
+
+// out = in times the dropout mask, zeros where a row has no step; storage type [tokens, width].
+struct LayerInput {
+  DType dtype;
+  Tokens tokens;
+  const void* in;
+  const uint8_t* mask;  // [tokens, width], null: none
+  double scale;
+  int64_t width;
+  void* out;
+};
+int layer_input(const LayerInput&, void* stream);
+
+// The one-hot vectors that integers stand for, zeros where a row has no step; storage type
+// [tokens, width]. A value without one becomes NaN, for the host cannot look at it without waiting.
+struct OneHotVectors {
+  DType dtype;
+  Tokens tokens;
+  const int64_t* values;  // [tokens]
+  int64_t width;
+  void* out;
+};
+int one_hot_vectors(const OneHotVectors&, void* stream);
+
+// out = (a + b) times the dropout mask: its gradient. Compute type, `count` elements; out may be a.
+struct InputGradient {
+  DType dtype;
+  const void *a, *b;    // b null: zeros
+  const uint8_t* mask;  // null: none
+  double scale;
+  int64_t count;
+  void* out;
+};
+int input_gradient(const InputGradient&, void* stream);
+
+// out = for each token h of the step before in its direction, h0 at a row's first step, zeros where
+// a row has no step; storage type [tokens, out].
+int previous_states(const Layer&, const void* y, void* out, void* stream);
+
+}  // namespace fusedrnn

@@ -1,0 +1,61 @@
+// What the recurrence of a layer is given on a GPU, whichever kernels run it. The torch side fills
+// these in; products over all steps at once (the input's, and every weight gradient) are its
+// business, before and after.
+//
+// Pointers are to the device unless said otherwise. Arrays are of the storage type (the problem's
+// dtype) or of the compute type (float64 for float64, float32 for the rest). Those with a row per
+// token have the token (t, b), row b of the batch at step t, at row `first(t) + b`. Strides are in
+// elements; an array without one has rows that follow each other.
+#pragma once
+#include "plan/problem.h"
+
+namespace fusedrnn {
+
+// Padded rows, all of the same number of steps or as many as `lengths` says; or packed ones, which
+// fall in length.
+struct Tokens {
+  int64_t steps, batch, tokens;
+  const int64_t* lengths;      // [batch], each in [0, steps]; null: all rows have `steps` steps
+  const int64_t* offsets;      // [steps]: first(t) of packed rows; null: padded
+  const int64_t* batch_sizes;  // [steps] on the host: rows that packed data has at a step
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+};
+
+struct Layer {  // of one direction
+  Cell cell;
+  DType dtype;
+  int64_t hidden_size, proj_size;
+  bool reverse;
+  Tokens tokens;
+  Weights weights;      // contiguous
+  const void *h0, *c0;  // storage type [batch, out], [batch, hidden]; null: zeros
+  int64_t y_stride;     // of y
+
+  FUSEDRNN_HD constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
+  FUSEDRNN_HD constexpr int64_t gate_columns() const { return traits(cell).gates * hidden_size; }
+  FUSEDRNN_HD constexpr int64_t slot_columns() const { return traits(cell).slots * hidden_size; }
+};
+
+struct LayerForward : Layer {
+  const void* gates_x;  // compute type [tokens, gates * hidden], x W_ih^T
+  void* y;              // storage type [tokens, out], zeros where a row has no step
+  void *hn, *cn;        // storage type [batch, out], [batch, hidden]; cn null without a cell state
+  void *saved, *saved_c;  // the reserve's slots and cell states; null: nothing is kept
+};
+
+struct LayerBackward : Layer {
+  const void* y;  // as forward left them
+  const void *saved, *saved_c;
+  const void* dy;  // compute type [tokens, out], null: zeros
+  int64_t dy_stride;
+  const void *dhn, *dcn;  // compute type [batch, out], [batch, hidden]; null: zeros
+  void *dh0, *dc0;        // the same of the initial states, written in any case
+  void* dgates;  // storage type [tokens, slots * hidden], gradients of the pre-activations, zeros
+                 // where a row has no step
+  // With a projection, likewise: the gradients of its result [tokens, out], and its operand
+  // [tokens, hidden].
+  void *dproj, *hidden;
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,216 @@
+#include "cuda/stepwise/layer.h"
+
+#include "cuda/elementwise.h"
+#include "cuda/stepwise/cell_step.h"
+
+namespace fusedrnn {
+namespace {
+
+// The product with W_hh fills, and is differentiated through, the last slots in the order of gates.
+#define CELL(mode, type)                                                         \
+  static_assert(type::h_runs().kCount == 1 && type::h_runs().run[0].gate == 0 && \
+                type::h_runs().run[0].slot == type::kSlots - type::kGates);
+#include "cells/cells.inc"
+#undef CELL
+
+// Hands out consecutive arrays of the workspace; with null it only adds up their size.
+struct Arrays {
+  char* base;
+  int64_t used = 0;
+
+  void* take(int64_t bytes) {
+    void* at = base ? base + used : nullptr;
+    used += (bytes + 255) / 256 * 256;
+    return at;
+  }
+};
+
+struct ForwardArrays {
+  void *h, *c, *gates_h;     // compute type
+  void* operand;             // storage type: h as the product reads it
+  void *hidden, *projected;  // with a projection: what goes into its product and comes out
+  int64_t bytes;
+
+  ForwardArrays(const LayerForward& a, void* workspace) {
+    Arrays arrays{static_cast<char*>(workspace)};
+    const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
+    const int64_t size = fusedrnn::bytes(a.dtype), wide = compute_bytes(a.dtype);
+    h = arrays.take(B * P * wide);
+    c = traits(a.cell).has_cell ? arrays.take(B * H * wide) : nullptr;
+    gates_h = arrays.take(B * a.gate_columns() * wide);
+    operand = size == wide ? h : arrays.take(B * P * size);
+    hidden = a.proj_size ? arrays.take(B * H * size) : nullptr;
+    projected = a.proj_size ? arrays.take(B * P * wide) : nullptr;
+    bytes = arrays.used;
+  }
+};
+
+struct BackwardArrays {
+  void* product;  // compute type: dgates W_hh
+  void* dhidden;  // compute type, with a projection: the gradient of its operand
+  int64_t bytes;
+
+  BackwardArrays(const LayerBackward& a, void* workspace) {
+    Arrays arrays{static_cast<char*>(workspace)};
+    const int64_t B = a.tokens.batch, wide = compute_bytes(a.dtype);
+    product = arrays.take(B * a.out_size() * wide);
+    dhidden = a.proj_size ? arrays.take(B * a.hidden_size * wide) : nullptr;
+    bytes = arrays.used;
+  }
+};
+
+// Element i of an array of elements of `size` bytes.
+void* at(void* array, int64_t i, int64_t size) {
+  return array ? static_cast<char*>(array) + i * size : nullptr;
+}
+const void* at(const void* array, int64_t i, int64_t size) {
+  return array ? static_cast<const char*>(array) + i * size : nullptr;
+}
+
+template <class Step>
+Step step_of(const Layer& a) {
+  Step p{};
+  p.cell = a.cell, p.dtype = a.dtype;
+  p.hidden_size = a.hidden_size;
+  p.steps = a.tokens.steps, p.lengths = a.tokens.lengths;
+  p.reverse = a.reverse;
+  return p;
+}
+
+// Where a step of packed or padded rows begins, found by walking through them.
+struct Walk {
+  const Tokens& tokens;
+  int64_t t, first;
+
+  Walk(const Tokens& tokens, bool from_end)
+      : tokens(tokens), t(from_end ? tokens.steps - 1 : 0), first(0) {
+    if (from_end) first = tokens.tokens - rows();
+  }
+  int64_t rows() const { return tokens.rows(t); }
+  void move(bool up) {
+    if (up) {
+      first += rows(), t++;
+    } else if (--t >= 0) {
+      first -= rows();
+    }
+  }
+};
+
+}  // namespace
+
+int64_t stepwise_workspace(const LayerForward& a) { return ForwardArrays(a, nullptr).bytes; }
+int64_t stepwise_workspace(const LayerBackward& a) { return BackwardArrays(a, nullptr).bytes; }
+
+int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& multiply,
+                     void* stream) {
+  const ForwardArrays w(a, workspace);
+  const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
+  const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
+  const int64_t saved_columns = traits(a.cell).saved * H;
+
+  int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
+  if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
+  if (!error && w.operand != w.h) error = to_storage_type(a.dtype, w.h, w.operand, B * P, stream);
+
+  Walk walk(a.tokens, a.reverse);
+  for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
+    const int64_t first = walk.first, rows = walk.rows();
+    multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G});
+    CellForward p = step_of<CellForward>(a);
+    p.batch = rows, p.step = walk.t;
+    p.gates_x = at(a.gates_x, first * G, wide), p.gates_x_stride = G;
+    p.gates_h = w.gates_h, p.gates_h_stride = G;
+    p.b_ih = a.weights.b_ih, p.b_hh = a.weights.b_hh;
+    p.c = w.c;
+    p.saved = at(a.saved, first * saved_columns, size);
+    p.saved_c = at(a.saved_c, first * H, wide);
+
+    CellForward result{};  // of the kernel that ends the step
+    if (a.proj_size) {
+      p.operand = w.hidden;
+      if ((error = cell_forward(p, stream))) break;
+      multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P});
+      result = step_of<CellForward>(a);
+      result.batch = rows, result.step = walk.t, result.hidden_size = P;
+      result.gates_x = w.projected, result.gates_x_stride = P;
+    } else {
+      result = p;
+    }
+    result.h = w.h;
+    result.operand = w.operand == w.h ? nullptr : w.operand;
+    result.y = at(a.y, first * a.y_stride, size), result.y_stride = a.y_stride;
+    error = a.proj_size ? projection_forward(result, stream) : cell_forward(result, stream);
+  }
+  if (!error) error = to_storage_type(a.dtype, w.h, a.hn, B * P, stream);
+  if (!error && w.c) error = to_storage_type(a.dtype, w.c, a.cn, B * H, stream);
+  return error;
+}
+
+int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& multiply,
+                      void* stream) {
+  const BackwardArrays w(a, workspace);
+  const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
+  const int64_t G = a.gate_columns(), S = a.slot_columns();
+  const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
+  const int64_t saved_columns = traits(a.cell).saved * H;
+  const bool has_cell = traits(a.cell).has_cell;
+
+  // Compute to compute: gradients carried from step to step, in place.
+  const DType carried = a.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  int error = to_compute_type(carried, a.dhn, a.dh0, B * P, stream);
+  if (!error && has_cell) error = to_compute_type(carried, a.dcn, a.dc0, B * H, stream);
+
+  Walk walk(a.tokens, !a.reverse);
+  const void* product = nullptr;  // of the step that came before this one, in the walk
+  for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(a.reverse)) {
+    const int64_t t = walk.t, first = walk.first, rows = walk.rows();
+    // The step that forward took before this one.
+    const int64_t before = a.reverse ? t + 1 : t - 1;
+    const bool inside = before >= 0 && before < a.tokens.steps;
+    const int64_t before_first = !inside     ? 0
+                                 : a.reverse ? first + rows
+                                             : first - a.tokens.rows(before);
+
+    CellBackward outer = step_of<CellBackward>(a);  // takes dL/dy
+    outer.batch = rows, outer.step = t;
+    outer.dy = at(a.dy, first * a.dy_stride, wide), outer.dy_stride = a.dy_stride;
+    outer.dh_product = product, outer.dh = a.dh0;
+    CellBackward p = outer;
+    if (a.proj_size) {
+      void* const dproj = at(a.dproj, first * P, size);
+      outer.hidden_size = P, outer.dgates = dproj;
+      if ((error = projection_backward(outer, stream))) break;
+      multiply({dproj, P, rows, P, a.weights.w_hr, false, w.dhidden, H});
+      p = step_of<CellBackward>(a);
+      p.batch = rows, p.step = t;
+      p.dy = w.dhidden, p.dy_stride = H;
+      p.hidden = at(a.hidden, first * H, size);
+    } else {
+      p.h = at(a.y, first * a.y_stride, size), p.h_stride = a.y_stride;
+      p.h_prev = inside ? at(a.y, before_first * a.y_stride, size) : nullptr;
+      p.h0 = a.h0;
+    }
+    p.saved = at(a.saved, first * saved_columns, size);
+    if (has_cell) {
+      p.c = at(a.saved_c, first * H, wide);
+      p.c_prev = inside ? at(a.saved_c, before_first * H, wide) : nullptr;
+      p.c0 = a.c0;
+      p.dc = a.dc0;
+    }
+    p.dgates = at(a.dgates, first * S, size);
+    if ((error = cell_backward(p, stream))) break;
+    // W_hh reaches the last slots.
+    multiply({at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P});
+    product = w.product;
+  }
+  if (error || !product) return error;
+
+  CellBackward last = step_of<CellBackward>(a);  // folds in the product of the first step
+  last.batch = B, last.hidden_size = P;
+  last.step = a.reverse ? a.tokens.steps : -1;
+  if (a.tokens.batch_sizes) last.lengths = nullptr;  // each packed row has one to be folded in
+  last.dh_product = w.product, last.dh = a.dh0;
+  return a.proj_size ? projection_backward(last, stream) : cell_backward(last, stream);
+}
+
+}  // namespace fusedrnn

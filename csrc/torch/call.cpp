@@ -1,0 +1,173 @@
+#include "torch/call.h"
+
+#include <algorithm>
+
+namespace fusedrnn {
+namespace {
+
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+void check_integers(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 1, "fusedrnn: expected ", name, " of 1 dimension, got ", t.dim());
+  STD_TORCH_CHECK(is_integer(t.scalar_type()), "fusedrnn: expected ", name, " of integers");
+}
+
+}  // namespace
+
+Tensor as_int64(const Tensor& t, torch::stable::Device device) {
+  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Long, std::nullopt, device));
+}
+
+std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
+  check_integers(name, t);
+  const Tensor host = as_int64(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const int64_t* at = static_cast<const int64_t*>(host.const_data_ptr());
+  return std::vector<int64_t>(at, at + host.numel());
+}
+
+Call::Call(const Inputs& in, const Config& config)
+    : problem(problem_of(config, in.x, in.weights)), x(in.x), like(typed(in.x, in.weights)) {
+  const Problem& p = problem;
+  const bool one_hot = p.one_hot;
+  if (one_hot) {
+    x = as_int64(x, x.device());
+  } else if (x.stride(x.dim() - 1) != 1 && x.size(x.dim() - 1) > 1) {
+    x = torch::stable::contiguous(x);
+  }
+  if (in.batch_sizes) {
+    STD_TORCH_CHECK(x.dim() == 2 - one_hot, "fusedrnn: packed ",
+                    one_hot ? "integer input has 1 dimension" : "input has 2 dimensions", ", got ",
+                    x.dim());
+    STD_TORCH_CHECK(!in.lengths, "fusedrnn: packed input takes no lengths");
+    read_batch_sizes(*in.batch_sizes);
+  } else {
+    STD_TORCH_CHECK(x.dim() == 3 - one_hot, "fusedrnn: expected input of ", 3 - one_hot,
+                    " dimensions, got ", x.dim());
+    steps = x.size(0), batch = x.size(1), tokens = checked_product(steps, batch);
+    if (in.lengths) {
+      check_integers("lengths", *in.lengths);
+      STD_TORCH_CHECK(in.lengths->size(0) == batch, "fusedrnn: expected ", batch, " lengths, got ",
+                      in.lengths->size(0));
+      lengths = in.lengths;
+    }
+  }
+
+  hx = contiguous(in.hx), cx = contiguous(in.cx), mask = contiguous(in.mask);
+  if (hx) check_like("hx", *hx, like), check_shape("hx", *hx, {directions(), batch, p.out_size()});
+  if (cx) {
+    STD_TORCH_CHECK(traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
+    check_like("cx", *cx, like), check_shape("cx", *cx, {directions(), batch, p.hidden_size});
+  }
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->device() == x.device(),
+                    "fusedrnn: expected the dropout mask as uint8 on the device of the input");
+    check_shape("the dropout mask", *mask, {p.num_layers - 1, tokens, out_width()});
+  }
+  STD_TORCH_CHECK(in.dropout >= 0 && in.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
+  mask_scale = in.dropout < 1 ? 1 / (1 - in.dropout) : 0;
+  for (const Tensor& w : in.weights) weights.push_back(torch::stable::contiguous(w));
+}
+
+void Call::read_batch_sizes(const Tensor& given) {
+  batch_sizes = int64_values("batch_sizes", given);
+  steps = batch_sizes.size(), tokens = x.size(0);
+  STD_TORCH_CHECK(steps > 0, "fusedrnn: batch_sizes is empty");
+  batch = batch_sizes[0];
+  int64_t sum = 0;
+  for (int64_t t = 0; t < steps; t++) {
+    const int64_t rows = batch_sizes[t];
+    STD_TORCH_CHECK(rows > 0 && (t == 0 || rows <= batch_sizes[t - 1]),
+                    "fusedrnn: batch_sizes must be positive and not rise");
+    STD_TORCH_CHECK(rows <= tokens - sum, "fusedrnn: batch_sizes add up to more than ", tokens,
+                    " tokens");
+    sum += rows;
+  }
+  STD_TORCH_CHECK(sum == tokens, "fusedrnn: batch_sizes add up to ", sum, ", not to ", tokens,
+                  " tokens");
+}
+
+std::vector<int64_t> Call::token_sizes(int64_t width) const {
+  if (packed()) return {tokens, width};
+  return {steps, batch, width};
+}
+
+Weights Call::weights_of(int64_t layer, int64_t dir) const {
+  auto next =
+      weights.begin() + (layer * problem.num_directions + dir) * problem.weights_per_direction();
+  Weights w{};
+  w.w_ih = next++->const_data_ptr(), w.w_hh = next++->const_data_ptr();
+  if (problem.bias) w.b_ih = next++->const_data_ptr(), w.b_hh = next++->const_data_ptr();
+  if (problem.proj_size) w.w_hr = next++->const_data_ptr();
+  return w;
+}
+
+ForwardOutputs Call::outputs(bool save) const {
+  const Problem& p = problem;
+  const int64_t reserve_row = Reserve(p).bytes_per_token();
+  checked_product(tokens, std::max(reserve_row, 8 * out_width()));
+  return {empty(token_sizes(out_width()), type()),
+          empty({directions(), batch, p.out_size()}, type()),
+          traits(p.cell).has_cell ? empty({directions(), batch, p.hidden_size}, type())
+                                  : empty({0}, type()),
+          empty({save ? tokens : 0, reserve_row}, ScalarType::Byte)};
+}
+
+GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
+                                 const Tensor& output, const Tensor& reserve,
+                                 const std::vector<bool>& needs) {
+  const Problem& p = call.problem;
+  const bool has_cell = traits(p.cell).has_cell;
+  const std::vector<int64_t> hidden{call.directions(), call.batch, p.out_size()},
+      cells{call.directions(), call.batch, p.hidden_size},
+      outputs = call.token_sizes(call.out_width());
+  STD_TORCH_CHECK(needs.size() == 3 + call.weights.size(), "fusedrnn: expected ",
+                  3 + call.weights.size(), " needs, got ", needs.size());
+  check_like("the output", output, call.like);
+  check_shape("the output", output, outputs);
+  check_shape("the reserve", reserve, {call.tokens, Reserve(p).bytes_per_token()});
+  STD_TORCH_CHECK(output.is_contiguous() && reserve.is_contiguous() &&
+                      reserve.device() == call.x.device() &&
+                      reserve.scalar_type() == ScalarType::Byte,
+                  "fusedrnn: expected output and reserve as forward made them");
+  auto gradient = [&](const char* name, const OptionalTensor& g,
+                      const std::vector<int64_t>& sizes) -> OptionalTensor {
+    if (!g) return std::nullopt;
+    check_shape(name, *g, sizes);
+    STD_TORCH_CHECK(g->device() == call.x.device(), "fusedrnn: ", name,
+                    " is on another device than the input");
+    return torch::stable::contiguous(torch::stable::to(*g, call.compute()));
+  };
+  hn = gradient("the gradient of h_n", given.hn, hidden);
+  cn = gradient("the gradient of c_n", has_cell ? given.cn : std::nullopt, cells);
+  y = gradient("the gradient of the output", given.y, outputs);
+
+  auto result = [&](bool needed, const std::vector<int64_t>& sizes) {
+    return call.empty(needed ? sizes : std::vector<int64_t>{0}, call.compute());
+  };
+  STD_TORCH_CHECK(!needs[0] || !p.one_hot, "fusedrnn: integer input has no gradient");
+  need_x = needs[0], need_hx = needs[1], need_cx = needs[2] && has_cell;
+  x = result(need_x, call.token_sizes(p.input_size));
+  hx = result(need_hx, hidden);
+  cx = result(need_cx, cells);
+  lowest = need_x || need_hx || need_cx ? 0 : p.num_layers;
+  const int64_t layer_weights = p.num_directions * p.weights_per_direction();
+  for (size_t i = 0; i < call.weights.size(); i++) {
+    const auto sizes = call.weights[i].sizes();
+    weights.push_back(result(needs[3 + i], {sizes.begin(), sizes.end()}));
+    if (call.tokens == 0) torch::stable::zero_(weights.back());
+    if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
+  }
+}
+
+BackwardOutputs GradientTensors::in_type(ScalarType type) const {
+  auto as = [&](const Tensor& t) {
+    return t.scalar_type() == type ? t : torch::stable::to(t, type);
+  };
+  std::vector<Tensor> out;
+  for (const Tensor& w : weights) out.push_back(as(w));
+  return {as(x), as(hx), as(cx), out};
+}
+
+}  // namespace fusedrnn

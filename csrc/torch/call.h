@@ -1,0 +1,59 @@
+// What every backend does alike: checks a call's tensors, makes its results, and decides what of
+// the backward pass is needed.
+#pragma once
+#include "torch/ops.h"
+
+namespace fusedrnn {
+
+// The tensors of a call, checked but for what lies in `lengths`, and kept alive.
+struct Call {
+  Problem problem;
+  Tensor x;     // rows of which the elements follow each other; integers as int64
+  Tensor like;  // what is computed has its dtype
+  OptionalTensor hx, cx, mask, lengths;
+  std::vector<Tensor> weights;
+  int64_t steps, batch, tokens;
+  std::vector<int64_t> batch_sizes;  // of packed input: rows at each step
+  double mask_scale;
+
+  Call(const Inputs&, const Config&);
+
+  bool packed() const { return !batch_sizes.empty(); }
+  int64_t directions() const { return problem.num_layers * problem.num_directions; }
+  int64_t out_width() const { return problem.num_directions * problem.out_size(); }
+  ScalarType type() const { return like.scalar_type(); }
+  ScalarType compute() const { return compute_type(problem.dtype); }
+  std::vector<int64_t> token_sizes(int64_t width) const;
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const {
+    return torch::stable::new_empty(like, sizes, type);
+  }
+  Weights weights_of(int64_t layer, int64_t dir) const;
+
+  // y, hn, cn and the reserve, unwritten.
+  ForwardOutputs outputs(bool save) const;
+
+ private:
+  void read_batch_sizes(const Tensor&);
+};
+
+// The tensors of a backward call beside those of its forward, all in the compute type.
+struct GradientTensors {
+  OptionalTensor y, hn, cn;  // given
+  Tensor x, hx, cx;          // to be written; empty where not wanted
+  std::vector<Tensor> weights;
+  bool need_x, need_hx, need_cx;
+  // The lowest layer that anything asked for depends on; below it nothing is done.
+  int64_t lowest;
+
+  GradientTensors(const Call&, const OutputGradients&, const Tensor& y, const Tensor& reserve,
+                  const std::vector<bool>& needs);
+
+  // Whether the gradient of a layer's input is needed, for the layer below or for itself.
+  bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && need_x); }
+  BackwardOutputs in_type(ScalarType) const;
+};
+
+Tensor as_int64(const Tensor&, torch::stable::Device);  // contiguous
+std::vector<int64_t> int64_values(const char* name, const Tensor&);
+
+}  // namespace fusedrnn

@@ -1,0 +1,270 @@
+// The ops on CUDA tensors. Layers go in groups, as the plan says: the product of the input and
+// W_ih for all steps of a group's lowest layer at once, then the recurrence of its layers by one
+// of the backends; in backward the recurrence first, and then every gradient of a weight or an
+// input as one product over all steps.
+#include "torch/cuda.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "cuda/elementwise.h"
+
+namespace fusedrnn {
+namespace {
+
+using torch::stable::narrow;
+using torch::stable::transpose;
+
+// ---- the backends ----
+
+// Layers of a group, the lowest first and its directions together; all but gates_x of the upper
+// ones is given.
+void run_recurrence(const CudaCall& call, const std::vector<LayerForward>& layers) {
+  switch (call.plan.backend) {
+    default:
+      for (const LayerForward& a : layers) {
+        const Tensor workspace = call.bytes(stepwise_workspace(a));
+        call.check(
+            stepwise_forward(a, workspace.mutable_data_ptr(), call.multiply(), call.stream()),
+            "forward");
+      }
+  }
+}
+
+// dy of the upper layers is given; their dgates are results like the lowest one's.
+void run_recurrence(const CudaCall& call, const std::vector<LayerBackward>& layers) {
+  switch (call.plan.backend) {
+    default:
+      for (const LayerBackward& a : layers) {
+        const Tensor workspace = call.bytes(stepwise_workspace(a));
+        call.check(
+            stepwise_backward(a, workspace.mutable_data_ptr(), call.multiply(), call.stream()),
+            "backward");
+      }
+  }
+}
+
+// ---- gates and slots ----
+
+// Which rows of W_ih go with which slots.
+std::vector<Run> x_runs(Cell cell) {
+  switch (cell) {
+#define CELL(mode, type)                               \
+  case Cell::k##type: {                                \
+    constexpr auto runs = type::x_runs();              \
+    return {std::begin(runs.run), std::end(runs.run)}; \
+  }
+#include "cells/cells.inc"
+#undef CELL
+    default:
+      return {};
+  }
+}
+
+// ---- gradients over all steps ----
+
+// What the recurrence of a layer and direction leaves for them.
+struct Differentials {
+  Tensor dgates;         // storage type [tokens, slots * hidden]
+  Tensor dproj, hidden;  // with a projection: [tokens, out], [tokens, hidden]
+};
+
+void weight_gradients(const CudaCall& call, const Layer& a, const Differentials& d,
+                      const Tensor& input, const Tensor& output, const std::vector<bool>& needs,
+                      int64_t index, GradientTensors& g) {
+  const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
+  auto wanted = [&](int64_t place) { return needs[3 + index + place]; };
+  // Gradients of the pre-activations as rows of a weight's gradient.
+  auto rows = [&](int64_t column, int64_t count) -> Tensor {
+    Tensor slots = d.dgates;
+    return transpose(narrow(slots, 1, column, count), 0, 1);
+  };
+  if (wanted(0))
+    for (const Run& run : x_runs(a.cell))
+      call.multiply(rows(run.slot * H, run.count * H), input,
+                    narrow(g.weights[index], 0, run.gate * H, run.count * H));
+  if (wanted(1)) {
+    const Tensor before = call.empty({call.tokens, a.out_size()}, call.type());
+    call.check(
+        previous_states(a, output.const_data_ptr(), before.mutable_data_ptr(), call.stream()),
+        "gathering states");
+    call.multiply(rows(S - G, G), before, g.weights[index + 1]);
+  }
+  const bool bias = call.problem.bias;
+  if (bias && (wanted(2) || wanted(3))) {
+    const int64_t dim = 0;
+    Tensor sums = torch::stable::sum(d.dgates, {{&dim, 1}}, false, call.compute());
+    if (wanted(2))
+      for (const Run& run : x_runs(a.cell)) {
+        Tensor to = narrow(g.weights[index + 2], 0, run.gate * H, run.count * H);
+        torch::stable::copy_(to, narrow(sums, 0, run.slot * H, run.count * H));
+      }
+    if (wanted(3)) torch::stable::copy_(g.weights[index + 3], narrow(sums, 0, S - G, G));
+  }
+  const int64_t w_hr = bias ? 4 : 2;
+  if (a.proj_size && wanted(w_hr))
+    call.multiply(transpose(d.dproj, 0, 1), d.hidden, g.weights[index + w_hr]);
+}
+
+// dgates W_ih: the rows of W_ih brought into the order of slots, which are the first.
+void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Differentials& d,
+                                Tensor w_ih, const Tensor& out) {
+  const int64_t H = a.hidden_size, G = a.gate_columns();
+  const std::vector<Run> runs = x_runs(a.cell);
+  if (runs.size() > 1) {
+    Tensor ordered = call.empty({G, w_ih.size(1)}, call.type());
+    for (const Run& run : runs) {
+      Tensor to = narrow(ordered, 0, run.slot * H, run.count * H);
+      torch::stable::copy_(to, narrow(w_ih, 0, run.gate * H, run.count * H));
+    }
+    w_ih = ordered;
+  }
+  Tensor slots = d.dgates;
+  call.multiply(narrow(slots, 1, 0, G), w_ih, out);
+}
+
+}  // namespace
+
+ForwardOutputs forward_cuda(const Inputs& in, const Config& config, bool save) {
+  CudaCall call(in, config, false);
+  const Problem& p = call.problem;
+  const int64_t L = p.num_layers, D = p.num_directions, B = call.batch;
+  const int64_t size = bytes(p.dtype), out = p.out_size();
+  auto [y, hn, cn, reserve] = call.outputs(save);
+  if (B == 0) return {y, hn, cn, reserve};
+  char *const hn_at = static_cast<char*>(hn.mutable_data_ptr()),
+              *const cn_at =
+                  traits(p.cell).has_cell ? static_cast<char*>(cn.mutable_data_ptr()) : nullptr;
+
+  std::optional<Tensor> below;
+  for (int64_t first = 0, end; first < L; first = end) {
+    end = std::min(L, first + call.plan.layers);
+    std::vector<Tensor> outputs, gates_x;  // of the group
+    const Tensor input = call.input_of(first, below, false);
+    for (int64_t dir = 0; dir < D; dir++) {
+      gates_x.push_back(call.empty({call.tokens, p.gate_rows()}, call.compute()));
+      Tensor w_ih = call.weights[call.weight_index(first, dir, 0)];
+      call.multiply(input, transpose(w_ih, 0, 1), gates_x.back());
+    }
+    std::vector<LayerForward> layers;
+    for (int64_t layer = first; layer < end; layer++) {
+      outputs.push_back(layer == L - 1 ? torch::stable::reshape(y, {call.tokens, D * out})
+                        : save         ? call.output_in(reserve, layer)
+                                       : call.empty({call.tokens, D * out}, call.type()));
+      for (int64_t dir = 0; dir < D; dir++) {
+        LayerForward a{};
+        static_cast<Layer&>(a) = call.layer_of(layer, dir);
+        if (layer == first) a.gates_x = gates_x[dir].const_data_ptr();
+        a.y = static_cast<char*>(outputs.back().mutable_data_ptr()) + dir * out * size;
+        const int64_t row = (layer * D + dir) * B * size;
+        a.hn = hn_at + row * out;
+        a.cn = cn_at ? cn_at + row * p.hidden_size : nullptr;
+        a.saved = call.slots_in(reserve, layer, dir),
+        a.saved_c = call.cells_in(reserve, layer, dir);
+        layers.push_back(a);
+      }
+    }
+    run_recurrence(call, layers);
+    below = outputs.back();
+  }
+  return {y, hn, cn, reserve};
+}
+
+BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
+                              const Tensor& y, const Tensor& reserve,
+                              const std::vector<bool>& needs) {
+  CudaCall call(in, config, true);
+  const Problem& p = call.problem;
+  const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
+  const int64_t H = p.hidden_size, out = p.out_size();
+  const int64_t size = bytes(p.dtype), wide = compute_bytes(p.dtype);
+  GradientTensors g(call, given, y, reserve, needs);
+  if (B == 0) return g.in_type(call.type());
+
+  auto output_of = [&](int64_t layer) {
+    return layer == L - 1 ? torch::stable::reshape(y, {tokens, D * out})
+                          : call.output_in(reserve, layer);
+  };
+  // Of one layer and direction, among those of all; null stays null.
+  auto state_at = [&](void* all, int64_t layer, int64_t dir, int64_t width) -> void* {
+    return all ? static_cast<char*>(all) + (layer * D + dir) * B * width * wide : nullptr;
+  };
+  void *const dhn = g.hn ? g.hn->mutable_data_ptr() : nullptr, *const dcn =
+                                                                   g.cn ? g.cn->mutable_data_ptr()
+                                                                        : nullptr;
+
+  OptionalTensor grad_out = g.y;  // of the output of the layer at hand, null: zeros
+  for (int64_t end = L, first; end > g.lowest; end = first) {
+    first = std::max(g.lowest, (end - 1) / call.plan.layers * call.plan.layers);
+    std::vector<LayerBackward> layers;
+    std::vector<Differentials> differentials;
+    std::vector<Tensor> unwanted;  // gradients that no one asked for
+    for (int64_t layer = first; layer < end; layer++)
+      for (int64_t dir = 0; dir < D; dir++) {
+        Differentials d{call.empty({tokens, p.slot_columns()}, call.type()),
+                        call.empty({p.proj_size ? tokens : 0, out}, call.type()),
+                        call.empty({p.proj_size ? tokens : 0, H}, call.type())};
+        LayerBackward a{};
+        static_cast<Layer&>(a) = call.layer_of(layer, dir);
+        a.y = static_cast<const char*>(output_of(layer).const_data_ptr()) + dir * out * size;
+        a.saved = call.slots_in(reserve, layer, dir),
+        a.saved_c = call.cells_in(reserve, layer, dir);
+        if (layer == end - 1 && grad_out)
+          a.dy = static_cast<const char*>(grad_out->const_data_ptr()) + dir * out * wide;
+        a.dy_stride = D * out;
+        a.dhn = state_at(dhn, layer, dir, out), a.dcn = state_at(dcn, layer, dir, H);
+        auto result = [&](bool needed, Tensor& all, int64_t width) {
+          if (needed) return state_at(all.mutable_data_ptr(), layer, dir, width);
+          unwanted.push_back(call.empty({B, width}, call.compute()));
+          return unwanted.back().mutable_data_ptr();
+        };
+        a.dh0 = result(g.need_hx, g.hx, out);
+        if (traits(p.cell).has_cell) a.dc0 = result(g.need_cx, g.cx, H);
+        a.dgates = d.dgates.mutable_data_ptr();
+        if (p.proj_size)
+          a.dproj = d.dproj.mutable_data_ptr(), a.hidden = d.hidden.mutable_data_ptr();
+        layers.push_back(a);
+        differentials.push_back(d);
+      }
+    run_recurrence(call, layers);
+    if (tokens == 0) continue;
+
+    for (int64_t layer = end - 1; layer >= first; layer--) {
+      const Tensor output = output_of(layer);
+      std::optional<Tensor> below, input;
+      if (layer) below = output_of(layer - 1);
+      for (int64_t dir = 0; dir < D; dir++) {
+        const int64_t index = call.weight_index(layer, dir, 0), at = (layer - first) * D + dir;
+        const auto begin = needs.begin() + 3 + index;
+        if (std::find(begin, begin + p.weights_per_direction(), true) ==
+            begin + p.weights_per_direction())
+          continue;
+        if (!input) input = call.input_of(layer, below, true);
+        Tensor own = narrow(const_cast<Tensor&>(output), 1, dir * out, out);
+        weight_gradients(call, layers[at], differentials[at], *input, own, needs, index, g);
+      }
+    }
+
+    grad_out = std::nullopt;
+    if (!g.wants_input(first)) continue;
+    const int64_t width = p.layer_input(first);
+    const Tensor grad_in = first == 0 ? torch::stable::reshape(g.x, {tokens, width})
+                                      : call.empty({tokens, width}, call.compute());
+    Tensor other = call.empty({D == 2 ? tokens : 0, width}, call.compute());
+    for (int64_t dir = 0; dir < D; dir++)
+      multiply_with_input_weight(call, layers[dir], differentials[dir],
+                                 call.weights[call.weight_index(first, dir, 0)],
+                                 dir == 0 ? grad_in : other);
+    const uint8_t* mask = call.mask_of(first);
+    if (D == 2 || mask)
+      call.check(input_gradient(
+                     {p.dtype, grad_in.const_data_ptr(), D == 2 ? other.const_data_ptr() : nullptr,
+                      mask, call.mask_scale, tokens * width, grad_in.mutable_data_ptr()},
+                     call.stream()),
+                 "the gradient of a layer's input");
+    grad_out = grad_in;
+  }
+  return g.in_type(call.type());
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,51 @@
+// A call on a GPU: its plan, its tensors as the kernels see them, and the products of ATen.
+#pragma once
+#include "cuda/stack.h"
+#include "cuda/stepwise/layer.h"
+#include "plan/cuda_plan.h"
+#include "torch/call.h"
+#include "torch/cuda_device.h"
+
+namespace fusedrnn {
+
+class CudaCall : public Call {
+ public:
+  CudaPlan plan;
+
+  CudaCall(const Inputs&, const Config&, bool backward);
+
+  void* stream() const { return device_.stream(); }
+  // Raises what a launch returned.
+  void check(int error, const char* what) const;
+
+  // out = a b, sums in the compute type; a and b alike, out of theirs or of the compute type.
+  void multiply(const Tensor& a, const Tensor& b, Tensor out) const;
+  // The same on bare memory.
+  Multiply multiply() const;
+
+  Tensor tensor_at(const void* data, const std::vector<int64_t>& sizes, ScalarType) const;
+  Tensor bytes(int64_t count) const { return empty({count}, ScalarType::Byte); }
+
+  Layer layer_of(int64_t layer, int64_t dir) const;
+  // The weight of a layer and direction that comes at `place` in torch.nn's order.
+  size_t weight_index(int64_t layer, int64_t dir, int64_t place) const {
+    return (layer * problem.num_directions + dir) * problem.weights_per_direction() + place;
+  }
+  // The reserve's cell states, slots and, of an inner layer, outputs; null where there are none.
+  char* cells_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
+  char* slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
+  Tensor output_in(const Tensor& reserve, int64_t layer) const;
+
+  // What a layer reads [tokens, width]: x, or the output of the layer below through the mask. With
+  // `exact` rows that have no step are zeros, and not whatever the user left there.
+  Tensor input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const;
+  const uint8_t* mask_of(int64_t layer) const;  // of a layer's input
+
+ private:
+  CurrentDevice device_;
+  bool through_float64_;  // products, because ATen's in float32 would be TF32
+  Tokens tokens_;
+  Tensor lengths_, offsets_;  // what tokens_ points to
+};
+
+}  // namespace fusedrnn

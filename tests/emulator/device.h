@@ -1,0 +1,14 @@
+// The CPU twin of csrc/torch/cuda_device.h.
+#pragma once
+
+namespace fusedrnn {
+
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cpu(), "fusedrnn: expected CUDA tensors, which are emulated on the CPU");
+  }
+  void* stream() const { return nullptr; }
+};
+
+}  // namespace fusedrnn

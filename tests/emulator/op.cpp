@@ -1,0 +1,27 @@
+// The ops as they run on CUDA tensors, for CPU tensors: csrc/torch and csrc/cuda as they are, every
+// launch emulated. What ATen does on the GPU, it does here on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "emulator/simt.h"
+#include "torch/ops.h"
+
+using namespace fusedrnn;
+
+namespace {
+void seed(int64_t value) { simt::set_seed(value); }  // of the order of threads; negative: fixed
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
+  m.def("seed(int value) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
+  m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CompositeExplicitAutograd, m) {
+  m.impl("seed", TORCH_BOX(&seed));
+}

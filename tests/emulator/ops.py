@@ -1,0 +1,53 @@
+"""The ops as they run on CUDA tensors, on CPU tensors: `torch.ops.fusedrnn_emulated`.
+
+`load` builds and loads them. Inside `instead_of_cpu` the package's own ops run them, so that
+modules, autograd and every test of these take the CUDA path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build
+
+
+def _mm_dtype_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """Of 16-bit matrices with the result in float32: ATen has it for CUDA alone."""
+    assert a.dtype == b.dtype in (torch.bfloat16, torch.float16)
+    assert out.dtype == out_dtype == torch.float32
+    assert out.shape == (a.shape[0], b.shape[1])
+    return out.copy_(a.float() @ b.float())
+
+
+@functools.cache
+def load(mode: str = "plain") -> Any:
+    torch.ops.load_library(str(build(mode, "op.so")))
+    aten = torch.library.Library("aten", "IMPL")
+    aten.impl("mm.dtype_out", _mm_dtype_out, "CPU")
+    namespace = torch.ops.fusedrnn_emulated
+    namespace.kept_alive = aten
+    return namespace
+
+
+@contextlib.contextmanager
+def instead_of_cpu(mode: str = "plain", seed: int = -1) -> Iterator[None]:
+    """With a seed the order of the kernels' threads is drawn at random."""
+    emulated = load(mode)
+    emulated.seed(seed)
+    library = torch.library.Library("fusedrnn", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            for name in ("forward", "backward"):
+                library.impl(name, getattr(emulated, name).default, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+        emulated.seed(-1)
