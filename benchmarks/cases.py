@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+CPU = torch.device("cpu")
+MODES = ("training", "inference", "forward")  # forward: what training runs before its backward
 QUICK_STEPS = 20
+QUICK_FLOPS = 4e9  # one training repetition
+CPU_FLOPS = 2e11  # what a CPU takes seconds for is measured there only when it is asked for
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,8 @@ class Data:
     output_grad: Tensor
 
     def double(self) -> Data:
-        """The same values in float64 on the CPU."""
-        return Data(self.input.cpu().double(), self.output_grad.cpu().double())
+        """The same values in float64."""
+        return Data(self.input.double(), self.output_grad.double())
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,38 @@ class Case:
                 total += wanted * from_input + 2 * from_state
         return total * self.directions * self.tokens
 
+    def least_bytes(self, training: bool, itemsize: int) -> int:
+        """What has to move between processor and memory: each input and result once."""
+        states = self.layers * self.directions * self.batch * self.hidden_size
+        states *= 2 if self.cell == "LSTM" else 1
+        x, y = self.tokens * self.input_size, self.tokens * self.hidden_size * self.directions
+        elements = self.weights + x + y + states
+        if training:  # the gradients of y in, of the weights and x out
+            elements += y + self.weights + (x if self.input_grad else 0)
+        return elements * itemsize
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the layers learn."""
+        total, width = 0, self.input_size
+        for _ in range(self.layers):
+            total += (
+                self.directions
+                * GATES[self.cell]
+                * self.hidden_size
+                * (width + self.hidden_size + 2)
+            )
+            width = self.hidden_size * self.directions
+        return total
+
     def shortened(self) -> Case:
         """This case with few steps, for a quick look."""
         steps = min(self.steps, QUICK_STEPS)
         return dataclasses.replace(self, steps=steps, shortest=min(self.shortest, steps // 4))
 
-    def module(self, dtype: torch.dtype) -> nn.RNNBase:
-        """torch.nn's layer on the CPU, the same weights every time."""
-        with torch.random.fork_rng(devices=[]):
+    def module(self, dtype: torch.dtype, device: torch.device = CPU) -> nn.RNNBase:
+        """torch.nn's layer, the same weights every time on the same kind of device."""
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             made: nn.RNNBase = getattr(nn, self.cell)(
                 self.input_size,
@@ -106,16 +135,17 @@ class Case:
                 num_layers=self.layers,
                 bidirectional=self.bidirectional,
                 dtype=dtype,
+                device=device,
             )
         return made
 
     def data(self, dtype: torch.dtype, device: torch.device) -> Data:
-        """Normally distributed, the same values every time."""
-        generator = torch.Generator().manual_seed(1)
+        """Normally distributed, the same values every time on the same kind of device."""
+        generator = torch.Generator(device).manual_seed(1)
         width = self.directions * self.hidden_size
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         x = normal(self.steps, self.batch, self.input_size)
         if not self.shortest:
@@ -129,28 +159,52 @@ def _text(name: str, cell: str, characters: int, hidden: int, layers: int = 1) -
     return Case(name, cell, characters, hidden, layers, 35, 32, input_grad=False)
 
 
+def _for_each_cell(name: str, *arguments: Any, **options: Any) -> tuple[Case, ...]:
+    """``name`` with the cell's in the place of its {}."""
+    return tuple(Case(name.format(c.lower()), c, *arguments, **options) for c in GATES)
+
+
+# A name says where a case comes from: textbook chapters, FlashRNN's paper, ...
 CASES = (
     _text("book-rnn-256", "RNN", 28, 256),
     _text("book-gru-256", "GRU", 28, 256),
     _text("book-lstm-256x2", "LSTM", 28, 256, layers=2),
     _text("book-rnn-512x2", "RNN", 28, 512, layers=2),
     _text("book-rnn-1027-256", "RNN", 1027, 256),
-    Case("stack-lstm-512x3", "LSTM", 512, 512, layers=3, steps=100, batch=32),
-    Case("stack-gru-512x2", "GRU", 512, 512, layers=2, steps=100, batch=64),
-    Case("single-lstm-256x2", "LSTM", 256, 256, layers=2, steps=100, batch=1),
-    Case("tagger-lstm-256", "LSTM", 128, 256, layers=1, steps=40, batch=32, bidirectional=True),
-    Case("packed-lstm-256", "LSTM", 64, 256, layers=1, steps=200, batch=32, shortest=50),
+    *_for_each_cell("flashrnn-{}-768", 768, 768, layers=1, steps=1024, batch=16),
+    *_for_each_cell("stack-{}-512x3", 512, 512, layers=3, steps=100, batch=32),
+    *_for_each_cell("stack-{}-1024x4", 1024, 1024, layers=4, steps=100, batch=64),
+    *_for_each_cell("tagger-{}-256", 128, 256, layers=1, steps=40, batch=32, bidirectional=True),
+    # Recordings of 0.5 to 2 seconds at 100 frames a second.
+    *_for_each_cell("speech-{}-256", 64, 256, layers=1, steps=200, batch=32, shortest=50),
+    *_for_each_cell("streaming-{}-256x2", 256, 256, layers=2, steps=1, batch=1),
+    *_for_each_cell("long-{}-256", 64, 256, layers=1, steps=2000, batch=1),
 )
 
 
-def select(patterns: Sequence[str]) -> list[Case]:
-    """The cases that have any of ``patterns`` in their names, all where there is no pattern.
+def select(
+    names: Sequence[str] = (), cells: Sequence[str] = (), device: str = "cuda", quick: bool = False
+) -> list[Case]:
+    """The cases that have any of ``names`` in their name, of these ``cells``.
+
+    Without ``names`` a CPU is spared the cases that take it seconds. ``quick`` cuts sequences
+    short, and leaves out what is still too much for a quick look.
 
     Raises:
-        ValueError: a pattern fits no case.
+        ValueError: a name fits no case, or nothing is left.
     """
-    for pattern in patterns:
-        if not any(pattern in case.name for case in CASES):
-            names = ", ".join(case.name for case in CASES)
-            raise ValueError(f"no case has '{pattern}' in its name; there are {names}")
-    return [c for c in CASES if not patterns or any(p in c.name for p in patterns)]
+    for name in names:
+        if not any(name in case.name for case in CASES):
+            known = ", ".join(case.name for case in CASES)
+            raise ValueError(f"no case has '{name}' in its name; there are {known}")
+    found = [c for c in CASES if not names or any(name in c.name for name in names)]
+    found = [c for c in found if not cells or c.cell in cells]
+    if not names and device == "cpu":
+        found = [c for c in found if c.flops(training=True) <= CPU_FLOPS]
+    if quick:
+        found = [case.shortened() for case in found]
+        if not names:
+            found = [c for c in found if c.flops(training=True) <= QUICK_FLOPS]
+    if not found:
+        raise ValueError("no case is left")
+    return found

@@ -7,11 +7,14 @@ alternates, and what is reported is the median over the rounds of the ratio with
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from benchmarks.cases import Data
 
-MATMUL_SIZE = 1024
-MATMUL_FLOPS = 2 * MATMUL_SIZE**3
-
-Work = Callable[[], float]  # does a piece of work and returns the seconds it took
+Work = Callable[[int], float]  # does its work so many times, returns the seconds of one
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,36 @@ class Summary:
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, lower, upper, len(values))
 
+    @property
+    def spread(self) -> float:
+        """How far apart the quartiles are, as a ratio of at least 1."""
+        return self.upper / self.lower
+
 
 def speedup(reference: Sequence[float], other: Sequence[float]) -> Summary:
     """How many times as fast as ``reference`` the other is: ratios of times of the same round."""
     return Summary.of([a / b for a, b in zip(reference, other, strict=True)])
 
 
+def verdict(ratio: Summary, noise: Summary) -> str:
+    """ "faster" or "slower"; "tie" where the same thing measured twice gives such a ratio too."""
+    if noise.lower <= ratio.median <= noise.upper or ratio.lower <= 1 <= ratio.upper:
+        return "tie"
+    return "faster" if ratio.median > 1 else "slower"
+
+
 def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
     """Seconds of each of ``works``, round by round; the order turns about from round to round."""
     repeats = []
     for work in works:
-        work()  # the first call allocates, starts threads, fills caches
-        repeats.append(max(1, math.ceil(budget.turn / max(work(), 1e-9))))
+        work(1)  # the first call allocates, starts threads, fills caches
+        repeats.append(max(1, math.ceil(budget.turn / max(work(1), 1e-9))))
     seconds: list[list[float]] = [[] for _ in works]
     order = list(range(len(works)))
     start = time.perf_counter()
     while len(seconds[0]) < budget.rounds or time.perf_counter() - start < budget.seconds:
         for i in order:
-            seconds[i].append(sum(works[i]() for _ in range(repeats[i])) / repeats[i])
+            seconds[i].append(works[i](repeats[i]))
         order.reverse()
     return seconds
 
@@ -80,74 +92,149 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Matmul:
-    """A product of two square matrices: what torch gets out of this machine, as work."""
+def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of one of ``repeats`` calls: the device's own clock on a GPU, else the wall's."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    total = 0.0
+    for _ in range(repeats):
+        start_time = time.perf_counter()
+        kept = call()
+        total += time.perf_counter() - start_time
+        del kept  # freed outside of the time
+    return total / repeats
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (MATMUL_SIZE, MATMUL_SIZE)
-        generator = torch.Generator().manual_seed(0)
-        self._a = torch.randn(shape, generator=generator).to(device, dtype)
-        self._out = torch.empty_like(self._a)
 
-    def __call__(self) -> float:
-        synchronize(self._a.device)
-        start = time.perf_counter()
-        torch.mm(self._a, self._a, out=self._out)
-        synchronize(self._a.device)
-        return time.perf_counter() - start
+Setting = Callable[[], AbstractContextManager[Any]]  # what holds while something is timed
+
+
+@contextlib.contextmanager
+def tf32(permitted: bool) -> Iterator[None]:
+    """Whether float32 may be computed in TF32, in recurrent layers and in matrix products.
+
+    torch permits it to the former and not to the latter. On a CPU this says nothing.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = permitted, permitted
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def no_tf32() -> AbstractContextManager[None]:
+    return tf32(False)
 
 
 class Unit:
     """One repetition of a case by one module: what is checked, and, as work, what is timed.
 
-    Training is forward and backward from a given gradient of the output; gradients of the
-    repetition before are dropped outside of the time. Inference is forward without autograd.
+    Training is forward and backward from a given gradient of the output, forward the same without
+    the backward, and inference forward in eval mode without autograd.
     """
 
-    def __init__(self, module: nn.Module, data: Data, training: bool, input_grad: bool) -> None:
-        self._module = module.train(training)
-        self._training = training
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Data,
+        mode: str,
+        input_grad: bool,
+        setting: Setting = contextlib.nullcontext,
+    ) -> None:
+        self.device = data.output_grad.device
+        self.mode, self.setting = mode, setting
+        self._module = module.train(mode != "inference")
         self._output_grad = data.output_grad
         self._leaves: dict[str, Tensor] = dict(module.named_parameters())
         given = data.input
         x = given.data if isinstance(given, PackedSequence) else given
-        if training and input_grad:
+        if mode != "inference" and input_grad:
             x = x.clone().requires_grad_()
             self._leaves["x"] = x
         self._input = given._replace(data=x) if isinstance(given, PackedSequence) else x
+        self._wanted = {name: t for name, t in self._leaves.items() if t.requires_grad}
 
-    def __call__(self) -> float:
-        device = self._output_grad.device
-        self._drop_grads()
-        synchronize(device)
-        start = time.perf_counter()
-        kept = self._run()
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        del kept  # freed outside of the time
-        return seconds
+    def __call__(self, repeats: int) -> float:
+        with self.setting():
+            return seconds_of(self.run, self.device, repeats)
 
     def results(self) -> dict[str, Tensor]:
         """Everything that a repetition computes, by name."""
-        self._drop_grads()
-        output, state = self._run()
-        found = {"output": output}
-        found |= dict(zip(("h_n", "c_n"), state, strict=False))
-        if self._training:
+        with self.setting():
+            found = self.run()
+        if self.mode == "training":
             for name, leaf in self._leaves.items():
                 # Not computed is as wrong as anything: a NaN says so.
-                grad = torch.full_like(leaf, math.nan) if leaf.grad is None else leaf.grad
-                found[f"grad {name}"] = grad
+                if name not in self._wanted:
+                    found[f"grad {name}"] = torch.full_like(leaf, math.nan)
         return {name: t.detach() for name, t in found.items()}
 
-    def _drop_grads(self) -> None:
-        for leaf in self._leaves.values():
-            leaf.grad = None
-
-    def _run(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with torch.set_grad_enabled(self._training):
+    def run(self) -> dict[str, Tensor]:
+        """One repetition; does not wait for the device."""
+        with torch.set_grad_enabled(self.mode != "inference"):
             output, state = self._module(self._input)
         values = output.data if isinstance(output, PackedSequence) else output
-        if self._training:
-            values.backward(self._output_grad)
-        return values, state if isinstance(state, tuple) else (state,)
+        found = {"output": values}
+        found.update(zip(("h_n", "c_n"), state if isinstance(state, tuple) else (state,)))  # noqa: B905
+        if self.mode == "training":
+            grads = torch.autograd.grad(values, list(self._wanted.values()), self._output_grad)
+            found.update((f"grad {name}", g) for name, g in zip(self._wanted, grads, strict=True))
+        return found
+
+    def saved_bytes(self) -> int:
+        """What forward keeps for backward beside its input, its output and the weights."""
+        theirs = {_storage(leaf) for leaf in self._leaves.values()}
+        x = self._input.data if isinstance(self._input, PackedSequence) else self._input
+        theirs.add(_storage(x))
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with self.setting(), hooks:
+            output, _ = self._module(self._input)
+        theirs.add(_storage(output.data if isinstance(output, PackedSequence) else output))
+        return sum(size for where, size in saved.items() if where not in theirs)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Replay:
+    """A unit's repetition as a CUDA graph, replayed: the kernels without the launching of them."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.device = unit.device
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), unit.setting():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # what is chosen or allocated once must not be captured
+                    unit.run()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                self._kept = unit.run()
+
+    def __call__(self, repeats: int) -> float:
+        return seconds_of(self._graph.replay, self.device, repeats)
+
+    def results(self) -> dict[str, Tensor]:
+        for t in self._kept.values():
+            t.detach().fill_(math.nan)  # what a replay does not write must not look written
+        self._graph.replay()
+        synchronize(self.device)
+        return {name: t.detach() for name, t in self._kept.items()}

@@ -1,10 +1,11 @@
-"""The benchmarks: their statistics, their check, and a short run from the command line on."""
+"""The benchmarks: their statistics, their check, their peers, and a short run of every part."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -16,16 +17,18 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import check, measure, report, suite
+from benchmarks import adapters, check, machine, measure, peers, suite, sweeps, training
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, Case, select
+from benchmarks.cases import CASES, GATES, MODES, Case, select
 from benchmarks.measure import Budget, Summary
 from benchmarks.peers import PEERS, Peer
+from benchmarks.report import Report
 
-ROOT = Path(report.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Budget(seconds=0.01, rounds=2, turn=0.0)
 CPU = torch.device("cpu")
 SMALL = [
@@ -35,8 +38,15 @@ SMALL = [
 ]
 
 
-def rows_of(peers, cases=SMALL, modes=suite.MODES, dtypes=(torch.float32,), threads=(1,)):
-    return list(suite.rows(cases, modes, dtypes, threads, CPU, TINY, (PEERS[0], *peers)))
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """The rates that times are compared with are of no interest here, and take a while."""
+    monkeypatch.setitem(machine.MATMUL, "cpu", 64)
+    monkeypatch.setitem(machine.COPY, "cpu", 4096)
+
+
+def rows_of(others, cases=SMALL, modes=MODES, dtypes=(torch.float32,), threads=(1,)):
+    return list(suite.rows(cases, modes, dtypes, threads, CPU, TINY, (PEERS[0], *others)))
 
 
 class Scripted:
@@ -45,8 +55,8 @@ class Scripted:
     def __init__(self, name, seconds, log):
         self.name, self.seconds, self.log = name, iter(seconds), log
 
-    def __call__(self):
-        self.log.append(self.name)
+    def __call__(self, repeats):
+        self.log.append((self.name, repeats))
         return next(self.seconds)
 
 
@@ -56,6 +66,7 @@ class Scripted:
 def test_summary_is_the_median_and_the_quartiles():
     assert Summary.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Summary(3.0, 2.0, 4.0, 5)
     assert Summary.of([7.0]) == Summary(7.0, 7.0, 7.0, 1)
+    assert Summary.of([1.0, 2.0, 4.0]).spread == 2.0
 
 
 def test_speedup_is_the_median_of_paired_ratios():
@@ -66,20 +77,47 @@ def test_speedup_is_the_median_of_paired_ratios():
 
 
 def test_turns_alternate_and_the_first_calls_do_not_count():
-    log: list[str] = []
+    log: list[tuple[str, int]] = []
     works = [
         Scripted(name, [9.0, 9.0, *times], log)
         for name, times in (("a", [1.0, 2.0, 3.0]), ("b", [4.0, 5.0, 6.0]))
     ]
     times = measure.interleave(works, Budget(seconds=1e-9, rounds=3, turn=0.0))
     assert times == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
-    assert "".join(log) == "aabb" + "ab" + "ba" + "ab"
+    assert "".join(name for name, _ in log) == "aabb" + "ab" + "ba" + "ab"
 
 
 def test_short_work_is_repeated_within_its_turn():
-    log: list[str] = []
-    work = Scripted("a", [9.0, 0.25, 1.0, 2.0, 3.0, 4.0], log)
+    log: list[tuple[str, int]] = []
+    work = Scripted("a", [9.0, 0.25, 2.5], log)
     assert measure.interleave([work], Budget(seconds=1e-9, rounds=1, turn=1.0)) == [[2.5]]
+    assert [repeats for _, repeats in log] == [1, 1, 4]
+
+
+def test_seconds_are_those_of_one_call_and_not_of_freeing_its_results():
+    class Slow:
+        def __del__(self):
+            time.sleep(0.05)
+
+    def call():
+        time.sleep(0.01)
+        return Slow()
+
+    assert 0.01 <= measure.seconds_of(call, CPU, 3) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise", "verdict"),
+    [
+        ((1.5, 1.4, 1.6), (0.9, 1.1), "faster"),
+        ((0.7, 0.6, 0.8), (0.9, 1.1), "slower"),
+        ((1.05, 1.04, 1.06), (0.9, 1.1), "tie"),  # as torch.nn is against itself
+        ((1.5, 0.9, 2.0), (0.99, 1.01), "tie"),  # now faster, now slower
+        ((1.05, 1.04, 1.06), (0.99, 1.01), "faster"),
+    ],
+)
+def test_what_is_within_the_noise_is_a_tie(ratio, noise, verdict):
+    assert measure.verdict(Summary(*ratio, 9), Summary(1.0, *noise, 9)) == verdict
 
 
 # Cases
@@ -87,13 +125,29 @@ def test_short_work_is_repeated_within_its_turn():
 
 def test_cases_have_names_of_their_own_and_are_selected_by_them():
     assert len({case.name for case in CASES}) == len(CASES)
-    assert select([]) == list(CASES)
-    assert {case.name for case in select(["packed", "gru-256"])} == {
-        "packed-lstm-256",
+    assert select() == list(CASES)
+    assert {case.name for case in select(["streaming", "book-gru"], ["GRU"])} == {
+        "streaming-gru-256x2",
         "book-gru-256",
     }
     with pytest.raises(ValueError, match="no case has 'tetris' in its name"):
         select(["gru", "tetris"])
+    with pytest.raises(ValueError, match="no case is left"):
+        select(["book-gru"], ["RNN"])
+
+
+def test_every_source_has_every_cell():
+    sources = {case.name.partition("-")[0] for case in CASES}
+    for source in sources:
+        assert {c.cell for c in CASES if c.name.startswith(source)} == set(GATES), source
+
+
+def test_a_cpu_is_spared_what_takes_seconds_unless_it_is_asked_for():
+    assert "stack-lstm-1024x4" not in {c.name for c in select(device="cpu")}
+    assert [c.name for c in select(["stack-lstm-1024x4"], device="cpu")] == ["stack-lstm-1024x4"]
+    quick = select(device="cpu", quick=True)
+    assert 10 < len(quick) < len(select(device="cpu"))
+    assert max(case.steps for case in quick) <= 20
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -117,8 +171,20 @@ def test_operations_are_those_of_the_matrix_products(case):
     assert 2 < case.flops(training=True) / case.flops(training=False) <= 3
 
 
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_bytes_are_those_of_inputs_and_results(case, mode):
+    module, data = case.module(torch.float32), case.data(torch.float32, CPU)
+    results = measure.Unit(module, data, mode, case.input_grad).results()
+    x = data.input.data if case.shortest else data.input
+    moved = [x, *module.parameters(), *results.values()]
+    moved += [data.output_grad] if mode == "training" else []
+    assert case.least_bytes(mode == "training", 4) == sum(4 * t.numel() for t in moved)
+    assert case.weights == sum(p.numel() for p in module.parameters())
+
+
 def test_packed_lengths_span_their_range_and_quick_cases_are_short():
-    case = select(["packed"])[0]
+    case = select(["speech"], ["LSTM"])[0]
     assert (min(case.lengths), max(case.lengths), len(case.lengths)) == (50, 200, 32)
     assert case.lengths != sorted(case.lengths, reverse=True)
     assert max(case.shortened().lengths) <= 20 and case.shortened().shortest > 0
@@ -131,7 +197,7 @@ def test_packed_lengths_span_their_range_and_quick_cases_are_short():
 def spoilt(spoil):
     """A peer that is torch.nn but for what `spoil` does to its module."""
 
-    def build(layer):
+    def build(layer, example):
         module = copy.deepcopy(layer)
         spoil(module)
         return module
@@ -174,17 +240,30 @@ def fail(module):
     module.register_forward_hook(lambda m, args, result: torch.ones(2) @ torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    "spoil", [scale_output, lose_state, poison_state, scale_gradient, forget_gradient, fail]
-)
+SPOILS = [scale_output, lose_state, poison_state, scale_gradient, forget_gradient, fail]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_wrong_peers_get_no_time(spoil):
-    for row in rows_of([spoilt(spoil), PEERS[1]], modes=["training"]):
+    cases = SMALL if spoil is scale_output else SMALL[:1]
+    for row in rows_of([spoilt(spoil), PEERS[1]], cases, ["training"]):
         reference, wrong, fused = row.results
         assert wrong == suite.Result("spoilt", problem=wrong.problem)
         assert wrong.problem
         assert reference.problem is None and fused.problem is None
         assert reference.seconds and fused.speedup
-        assert "wrong: " in report.markdown(report.Report(report.environment(CPU), "c", [row]))
+
+
+def test_a_failing_reference_leaves_the_others_their_times(monkeypatch):
+    def build(layer, example):
+        raise MemoryError("out of memory")
+
+    broken = Peer("torch.nn", build)
+    row = next(
+        iter(suite.rows(SMALL[:1], MODES, [torch.float32], [1], CPU, TINY, (broken, PEERS[1])))
+    )
+    assert row.results[0].problem == "MemoryError: out of memory"
+    assert row.results[1].seconds and row.results[1].speedup is None
 
 
 def test_inference_is_checked_on_its_own():
@@ -198,22 +277,86 @@ def test_inference_is_checked_on_its_own():
     assert [(row.mode, bool(row.results[1].problem)) for row in rows] == [
         ("training", False),
         ("inference", True),
+        ("forward", False),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_fused_passes_the_check(dtype):
     for case in SMALL:
-        for training in (True, False):
-            expected = check.expect(case, training, dtype, CPU)
-            module = PEERS[1].build(case.module(dtype))
-            unit = measure.Unit(module, case.data(dtype, CPU), training, case.input_grad)
-            results = unit.results()
-            assert check.problem(results, expected) is None
-            assert ("grad x" in results) == (training and case.input_grad)
-            assert ("grad weight_hh_l0" in results) == training
+        expected = check.expect(case, dtype, CPU)
+        for mode in MODES:
+            data = case.data(dtype, CPU)
+            module = PEERS[1].build(case.module(dtype), data.input)
+            results = measure.Unit(module, data, mode, case.input_grad).results()
+            assert check.problem(results, expected, mode) is None
+            assert 0 <= check.error(results, expected) <= 2
+            assert ("grad x" in results) == (mode == "training" and case.input_grad)
+            assert ("grad weight_hh_l0" in results) == (mode == "training")
             del results["output"]
-            assert check.problem(results, expected) == "no output"
+            assert check.problem(results, expected, mode) == "no output"
+
+
+# Peers
+
+
+def flashrnn(layer, example):
+    return adapters.FlashRNN(layer, example, backend="vanilla")  # the one that a CPU runs
+
+
+@pytest.mark.parametrize(
+    ("build", "package", "modes", "cases"),
+    [
+        (adapters.CellLoop, "torch", MODES, [SMALL[0], SMALL[2]]),
+        (adapters.OnnxRuntime, "onnxruntime", ["inference"], [SMALL[0], SMALL[2]]),
+        (flashrnn, "flashrnn", MODES, [Case(c, c, 5, 16, 1, 4, 3) for c in GATES]),
+    ],
+    ids=["loop", "onnx", "flashrnn"],
+)
+def test_adapters_compute_the_same(build, package, modes, cases):
+    pytest.importorskip(package)
+    for case in cases:
+        expected = check.expect(case, torch.float32, CPU)
+        data = case.data(torch.float32, CPU)
+        for mode in modes:
+            module = build(case.module(torch.float32), data.input)
+            results = measure.Unit(module, data, mode, case.input_grad).results()
+            assert check.problem(results, expected, mode, peers.RIGHT) is None
+
+
+@pytest.mark.slow
+def test_torch_compile_computes_the_same():
+    row = next(iter(rows_of([p for p in PEERS if p.name == "torch.compile"], SMALL[2:])))
+    compiled = row.results[1]
+    assert compiled.seconds or compiled.problem  # torch cannot compile it on every machine
+    assert compiled.problem is None or not compiled.problem.startswith("error of")
+
+
+def test_peers_are_asked_only_what_they_answer():
+    def asked(case, mode="training", dtype=torch.float32, device="cpu"):
+        question = peers.Question(case, mode, dtype, torch.device(device))
+        return {peer.name for peer in PEERS if peer.can(question)}
+
+    small, packed = SMALL[2], SMALL[1]
+    always = {"torch.nn", "fusedrnn"}
+    assert asked(packed) == always
+    assert asked(small) == always | {"torch.compile", "cell loop"}
+    assert asked(small, "inference") == asked(small) | {"ONNX Runtime"}
+    exact = {"torch.nn, no TF32", "fusedrnn, no TF32"}
+    assert asked(small, device="cuda") == asked(small) | exact | {"FlashRNN"}
+    assert asked(small, dtype=torch.bfloat16, device="cuda") == asked(small) | {"FlashRNN"}
+    assert asked(packed, device="cuda") == always | exact
+
+
+def test_peers_are_chosen_by_name(monkeypatch):
+    assert [p.name for p in peers.choose(["cell loop"])] == ["torch.nn", "cell loop"]
+    with pytest.raises(ValueError, match="no peer is 'keras'"):
+        peers.choose(["keras"])
+    absent = Peer("absent", PEERS[0].build, needs=("no_such_package",))
+    monkeypatch.setattr(peers, "PEERS", (*PEERS, absent))
+    with pytest.raises(ValueError, match="absent needs the package no_such_package"):
+        peers.choose(["absent"])
+    assert "absent" not in {p.name for p in peers.choose([])}
 
 
 # Rows
@@ -232,8 +375,55 @@ def test_a_slowed_peer_comes_out_slower():
         reference, slow = row.results
         assert slow.seconds.median > 0.02 > reference.seconds.median
         assert slow.speedup.median < 0.5 and slow.speedup.upper < 1
+        assert slow.verdict == "slower"
         assert slow.tokens_per_second < reference.tokens_per_second
+        assert slow.step_seconds == pytest.approx(slow.seconds.median / 6)
         assert slow.matmul_fraction < reference.matmul_fraction
+        assert slow.bandwidth_fraction < reference.bandwidth_fraction
+        assert slow.first_call_seconds > 0.02
+
+
+def test_memory_is_that_of_the_layer():
+    case = Case("rnn", "RNN", 64, 512, layers=1, steps=50, batch=64)
+    kept = []
+
+    def hoard(module):
+        module.register_forward_hook(lambda m, args, result: kept.append(bytearray(b"1" * 2**26)))
+
+    row = rows_of([spoilt(hoard)], [case], ["training"])[0]
+    reference, hoarder = row.results
+    output = 4 * 50 * 64 * 512
+    # A tanh RNN needs its output and nothing else, or each step's hidden state as well.
+    assert 0 < reference.saved_bytes <= 2 * output
+    if reference.peak_bytes is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert output < reference.peak_bytes < 30 * output
+    assert hoarder.peak_bytes > 2**26 > reference.peak_bytes
+
+
+def test_saved_bytes_leave_out_what_the_caller_has():
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            y = x @ weight.T
+            ctx.save_for_backward(x, weight, y, x.new_zeros(100))
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(24, 5))
+
+        def forward(self, x):
+            y = Saves.apply(x, self.weight)
+            return y, y[-1]
+
+    data = SMALL[2].data(torch.float32, CPU)
+    assert measure.Unit(Layer(), data, "forward", True).saved_bytes() == 400
 
 
 def test_rows_are_made_with_their_number_of_threads():
@@ -243,114 +433,131 @@ def test_rows_are_made_with_their_number_of_threads():
         module.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
 
     before = torch.get_num_threads()
-    rows = rows_of([spoilt(note_threads)], SMALL[:1], ["inference"], threads=[2, 1])
+    case = Case("tiny", "RNN", 4, 4, layers=1, steps=1, batch=1)
+    rows = rows_of([spoilt(note_threads)], [case], ["inference"], threads=[2, 1])
     assert [row.threads for row in rows] == [2, 1]
     assert sorted(seen, reverse=True) == seen and set(seen) == {1, 2}
     assert torch.get_num_threads() == before
 
 
+def test_sweeps_change_one_thing_at_a_time(monkeypatch):
+    monkeypatch.setattr(sweeps, "CPU_STEPS", 2)
+    values = {"T": (3,), "B": (2,), "H": (16,), "L": (1, 2)}
+    found = list(
+        sweeps.points(sweeps.AXES, ["GRU"], ["inference"], [torch.float32], 1, CPU, TINY, values)
+    )
+    shapes = {(p.axis, p.value): p.row.shape for p in found}
+    assert shapes["T", 3] == "GRU 256->256, T=3, B=32"
+    assert shapes["B", 2] == "GRU 256->256, T=2, B=2"
+    assert shapes["H", 16] == "GRU 16->16, T=2, B=32"
+    assert shapes["L", 2] == "GRU 256->256 x2, T=2, B=32"
+    threads = [p.row.threads for p in found if p.axis == "threads"]
+    assert threads[0] == 1 and max(threads) <= len(os.sched_getaffinity(0))
+    assert {p.row.threads for p in found if p.axis != "threads"} == {1}
+    assert all(p.row.floor_seconds > 0 and p.row.results[1].seconds for p in found)
+
+
+def test_the_book_s_loop_trains_both_alike():
+    job = Case("book", "GRU", 28, 16, layers=1, steps=35, batch=32, input_grad=False)
+    found = next(iter(training.train([job], [1], CPU, TINY)))
+    assert found.problem is None and found.epochs >= 1
+    assert all(10 < p < 28 for p in found.perplexity)  # it has learned something
+    assert found.perplexity[0] == pytest.approx(found.perplexity[1], rel=1e-3)
+    assert all(speed > 0 for speed in found.tokens_per_second)
+
+
+def test_the_book_s_loop_tells_when_they_part(monkeypatch):
+    def wrong(model):
+        with torch.no_grad():
+            model.linear.bias += 1.0 * torch.arange(28)
+        return model
+
+    monkeypatch.setattr(training.fusedrnn, "swap", wrong)
+    job = Case("book", "GRU", 28, 16, layers=1, steps=35, batch=32, input_grad=False)
+    assert "perplexities are" in next(iter(training.train([job], [1], CPU, TINY))).problem
+
+
+def test_corpora_have_the_vocabulary_of_their_jobs():
+    for job in training.JOBS:
+        corpus = training.corpus_of(job)
+        assert len(corpus) == training.TOKENS
+        assert corpus.min() >= 0 and corpus.max() < job.input_size
+        assert corpus.unique().numel() > 20
+
+
 # From the command line
 
 
-def test_quick_run_writes_json_markdown_and_readme(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--case", "single", "--threads=1"]
-    command += ["--seconds=0.01", f"--out={tmp_path / 'new' / 'out'}", f"--readme={readme}"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stderr
-    assert "single-lstm-256x2" in run.stdout
+def test_quick_run_writes_json_markdown_and_plots(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--case", "streaming"]
+    command += ["--cell=LSTM", "--threads=1", "--device=cpu", "--seconds=0.01"]
+    run = subprocess.run(
+        [*command, f"--out={tmp_path / 'new' / 'out'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "streaming-lstm-256x2" in run.stdout
 
     data = json.loads((tmp_path / "new/out/results.json").read_text())
     assert data["command"] == (
-        "python -m benchmarks --case single --threads 1 --seconds 0.01 --quick"
+        "python -m benchmarks --case streaming --cell LSTM --threads 1 --device cpu "
+        "--seconds 0.01 --quick"
     )
     assert data["environment"]["torch"] == torch.__version__
-    assert data["environment"].keys() >= {"cpu", "isa", "date", "commit", "fusedrnn"}
+    assert data["environment"].keys() >= {"cpu", "isa", "date", "commit", "fusedrnn", "gpu"}
     assert [row["mode"] for row in data["rows"]] == ["training", "inference"]
     for row in data["rows"]:
         assert (row["dtype"], row["threads"], row["device"]) == ("float32", 1, "cpu")
-        assert row["matmul_flops"] > 1e8
+        assert row["matmul_flops"] > 1e8 and row["bandwidth"] > 1e8
         assert row["noise"]["lower"] <= row["noise"]["median"] <= row["noise"]["upper"]
         assert [result["peer"] for result in row["results"]] == ["torch.nn", "fusedrnn"]
         for result in row["results"]:
             assert result["problem"] is None
             assert result["seconds"]["count"] >= 2
-            assert result["tokens_per_second"] == pytest.approx(20 / result["seconds"]["median"])
-            assert 0 < result["matmul_fraction"] < 10
+            assert result["tokens_per_second"] == pytest.approx(1 / result["seconds"]["median"])
+            assert 0 < result["matmul_fraction"] < 10 and 0 < result["bandwidth_fraction"] < 10
+            assert result["verdict"] in ("tie", "faster", "slower")
         assert row["results"][0]["speedup"]["median"] == 1
 
-    text = (tmp_path / "new/out/results.md").read_text()
-    assert (
-        readme.read_text() == f"before\n{report.BEGIN}\n\n{text.strip()}\n\n{report.END}\nafter\n"
-    )
+    out = {path.name for path in (tmp_path / "new/out").iterdir()}
+    plots = {f"faster-float32-1-threads.{ending}" for ending in ("png", "svg")}
+    assert out == {"results.json", "results.md", *plots}
+    assert "![faster-float32-1-threads](" in (tmp_path / "new/out/results.md").read_text()
 
 
-def made_up(mode="training", threads=1, problem=None) -> suite.Row:
-    s = Summary(2.0, 1.5, 2.5, 9)
-    fused = suite.Result("fusedrnn", problem=problem)
-    if problem is None:
-        fused = suite.Result("fusedrnn", None, s, 1234.5, s, 0.5)
-    reference = suite.Result("torch.nn", None, s, 1000.0, Summary(1, 1, 1, 9), 0.25)
-    return suite.Row(
-        "a|b",
-        "GRU 1->2",
-        mode,
-        "float32",
-        threads,
-        "cpu",
-        5e9,
-        Summary(1, 0.9, 1.1, 9),
-        [reference, fused],
-    )
-
-
-def test_markdown_has_a_table_for_each_mode_and_number_of_threads():
-    rows = [made_up(), made_up(problem="bad"), made_up(threads=2), made_up("inference")]
-    text = report.markdown(report.Report(report.environment(CPU), "a command", rows))
-    titles = [line for line in text.splitlines() if line.startswith("**")]
-    assert titles == [
-        "**Training, float32, 1 thread, product rate 5 GFLOP/s**",
-        "**Training, float32, 2 threads, product rate 5 GFLOP/s**",
-        "**Inference, float32, 1 thread, product rate 5 GFLOP/s**",
-    ]
-    assert "Made by `a command`." in text
-    line = "| a\\|b | GRU 1->2 | 1,000 | 1,234 | 2.00 (1.50..2.50) | 25%, 50% | 0.90..1.10 |"
-    assert line in text
-    assert "| a\\|b | GRU 1->2 | 1,000 | wrong: bad |  | 25%, none | 0.90..1.10 |" in text
-    widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line[:1] == "|"}
-    assert widths == {8}
-
-
-def test_a_saved_report_is_read_back(tmp_path):
-    saved = report.Report(report.environment(CPU), "c", [made_up(), made_up(problem="bad")])
-    saved.save(tmp_path / "r.json")
-    assert report.Report.load(tmp_path / "r.json") == saved
-
-
-def test_wrong_rows_are_the_exit_code(tmp_path, capsys):
-    for problem, code in ((None, 0), ("bad", 1)):
-        rows = [made_up(problem=problem)]
-        report.Report(report.environment(CPU), "c", rows).save(tmp_path / "r.json")
-        assert main(["--from", str(tmp_path / "r.json")]) == code
-    assert "wrong: bad" in capsys.readouterr().out
+def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "JOBS", training.JOBS[:1])
+    monkeypatch.setattr(sweeps, "CPU_STEPS", 2)
+    monkeypatch.setitem(sweeps.CPU_VALUES, "L", (1, 2))
+    arguments = ["--case=streaming", "--cell=RNN", "--dtype=float32", "--mode=inference"]
+    arguments += ["--threads=1", "--device=cpu", "--seconds=0.01", "--sweep=L"]
+    arguments += ["--part=cases,sweeps,training", "--peer=cell loop", f"--out={tmp_path}"]
+    assert main(arguments) == 0
+    report = Report.load(tmp_path / "results.json")
+    assert [r.peer for r in report.rows[0].results] == ["torch.nn", "cell loop"]
+    assert [p.value for p in report.sweeps] == [1, 2]
+    assert [t.job for t in report.training] == ["book-rnn-256"]
+    assert (tmp_path / "sweep-rnn-inference-float32.svg").is_file()
 
 
 @pytest.mark.parametrize(
-    "text", ["", "<!-- benchmarks -->", "<!-- /benchmarks --> <!-- benchmarks -->"]
-)
-def test_a_readme_without_its_markers_is_refused_before_measuring(text, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(SystemExit) as exit:
-        main(["--readme", str(readme)])
-    assert exit.value.code == 2
-    assert "expected one '<!-- benchmarks -->'" in capsys.readouterr().err
-    assert readme.read_text() == text
-
-
-@pytest.mark.parametrize(
-    "arguments", ["--mode=train", "--threads=0", "--seconds=nan", "--dtype=int8", "--case=tetris"]
+    "arguments",
+    [
+        "--mode=train",
+        "--threads=0",
+        "--seconds=nan",
+        "--dtype=int8",
+        "--case=tetris",
+        "--peer=keras",
+        "--part=all",
+        "--sweep=Q",
+        "--cell=Elman",
+        "--device=abacus",
+        "--compare=/no/such/file.json",
+    ],
 )
 def test_unusable_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as exit:

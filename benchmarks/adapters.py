@@ -1,0 +1,149 @@
+"""Other implementations as modules that are called like torch.nn's layers: x -> output, state.
+
+T steps, B rows of the batch, D directions, H hidden units, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+State = Tensor | tuple[Tensor, ...]
+
+
+class _SameWeights(nn.Module):
+    """A module whose parameters are copies of the layer's, by the same names."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.bidirectional, self.num_layers = layer.bidirectional, layer.num_layers
+        self.hidden_size, self.lstm = layer.hidden_size, isinstance(layer, nn.LSTM)
+        for name, parameter in layer.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+
+class CellLoop(_SameWeights):
+    """torch.nn's cells in a loop over the steps, as one writes it by hand."""
+
+    def __init__(self, layer: nn.RNNBase, example: object) -> None:
+        super().__init__(layer)
+        kind = getattr(nn, f"{type(layer).__name__}Cell")
+        self.cells = nn.ModuleList()
+        for k in range(layer.num_layers):
+            for end in ("", "_reverse")[: 1 + layer.bidirectional]:
+                cell = kind(1, layer.hidden_size)
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                    setattr(cell, name, getattr(self, f"{name}_l{k}{end}"))
+                cell.input_size = cell.weight_ih.shape[1]
+                self.cells.append(cell)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, State]:
+        directions = 1 + self.bidirectional
+        finals: list[tuple[Tensor, ...]] = []
+        for k in range(self.num_layers):
+            sides = []
+            for d in range(directions):
+                cell = self.cells[k * directions + d]
+                zeros = x.new_zeros(x.shape[1], self.hidden_size)
+                state: Any = (zeros, zeros) if self.lstm else zeros
+                outputs = []
+                for step in x.flip(0) if d else x:
+                    state = cell(step, state)
+                    outputs.append(state[0] if self.lstm else state)
+                side = torch.stack(outputs)
+                sides.append(side.flip(0) if d else side)
+                finals.append(state if self.lstm else (state,))
+            x = torch.cat(sides, -1) if directions == 2 else sides[0]
+        states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        return x, states if self.lstm else states[0]
+
+
+def compiled(layer: nn.RNNBase, example: object) -> nn.Module:
+    """torch.nn's layer through torch.compile; without ``compiling`` that leaves it as it is."""
+    torch._dynamo.reset()  # what was compiled for other shapes would make these dynamic
+    made = copy.deepcopy(layer)
+    made.compile()
+    return made
+
+
+def compiling() -> AbstractContextManager[Any]:
+    """torch.compile takes recurrent layers too."""
+    patch: AbstractContextManager[Any] = torch._dynamo.config.patch(allow_rnn=True)
+    return patch
+
+
+class OnnxRuntime(nn.Module):
+    """torch.nn's layer exported to ONNX, run by ONNX Runtime on the CPU."""
+
+    def __init__(self, layer: nn.RNNBase, example: object) -> None:
+        super().__init__()
+        import onnxruntime
+
+        self._lstm = isinstance(layer, nn.LSTM)
+        model: Any = io.BytesIO()
+        was_training = layer.training
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the batch is fixed, that the exporter is old
+            # The newer exporter writes the steps out, each as its own operators.
+            torch.onnx.export(layer.eval(), (example,), model, input_names=["x"], dynamo=False)
+        layer.train(was_training)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            model.getvalue(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, State]:
+        outputs = self._session.run(None, {"x": x.numpy()})
+        y, *states = (torch.from_numpy(o) for o in outputs)
+        return y, tuple(states) if self._lstm else states[0]
+
+
+class FlashRNN(_SameWeights):
+    """FlashRNN's fused CUDA kernels, with the input's product that they leave to the caller.
+
+    Their cells take gates as (B, T, G, 1, H), the recurrent matrix as (G, 1, H, H) and one bias.
+    """
+
+    def __init__(self, layer: nn.RNNBase, example: object, backend: str = "cuda_fused") -> None:
+        super().__init__(layer)
+        from flashrnn import flashrnn
+
+        logging.getLogger("flashrnn").setLevel(logging.ERROR)
+        self._run, self._backend = flashrnn, backend
+        self._function = {"RNN": "elman", "GRU": "gru", "LSTM": "lstm"}[type(layer).__name__]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, State]:
+        h = self.hidden_size
+        weights = dict(self.named_parameters())
+        parts = (weights[f"{name}_l0"] for name in ("weight_hh", "bias_ih", "bias_hh"))
+        recurrent, b_ih, b_hh = (p.view(-1, h, *p.shape[1:]) for p in parts)
+        if (
+            self._function == "gru"
+        ):  # its gates: the recurrent candidate, r, z, the input's candidate
+            recurrent = recurrent[[2, 0, 1]]
+            bias = torch.cat((b_hh[2:], b_ih[:2] + b_hh[:2], b_ih[2:]))
+        else:
+            bias = b_ih + b_hh
+        gates = nn.functional.linear(x.transpose(0, 1), weights["weight_ih_l0"])
+        states, last = self._run(
+            gates.view(*gates.shape[:2], -1, 1, h),
+            recurrent[:, None],
+            bias[:, None],
+            function=self._function,
+            backend=self._backend,
+            dtype=str(x.dtype).removeprefix("torch."),
+        )
+        # (S, B, T, 1, H), the last step again as T = 1
+        finals = tuple(s[:, 0].transpose(0, 1) for s in last)
+        return states[0, :, :, 0].transpose(0, 1), finals if self.lstm else finals[0]

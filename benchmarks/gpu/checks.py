@@ -1,0 +1,119 @@
+"""Correctness: the GPU tests, and small shapes under compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import supervise
+from benchmarks.gpu.points import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[2]
+JOURNAL = "FUSEDRNN_GPU_JOURNAL"  # where the recorder finds the path
+TOOLS = ("memcheck", "racecheck", "synccheck")
+NOTHING_COLLECTED = 5  # pytest's exit code
+TEST_FAILURES = 1
+SILENCE = 150.0  # seconds that one test may take
+
+
+def python_path() -> dict[str, str]:
+    """The clone, for processes that may be started in another folder."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def tests(
+    folder: Path, deadline: float, targets: Sequence[str] = ("tests",), root: Path = ROOT
+) -> dict[str, Any]:
+    """``pytest -m gpu``, in as many processes as it takes."""
+    journal = folder / "tests.jsonl"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors"]
+    command += ["-p", "benchmarks.gpu.recorder", f"--rootdir={root}", *targets]
+    outcome = supervise.supervise(
+        command,
+        journal,
+        folder / "tests.log",
+        deadline,
+        SILENCE,
+        {JOURNAL: str(journal), **python_path()},
+        good=(0, TEST_FAILURES, NOTHING_COLLECTED),
+    )
+    found = list(outcome.found.values())
+    failed = [f for f in found if f.get("problem")]
+    skipped = [f for f in found if f.get("outcome") == "skipped"]
+    incomplete = outcome.incomplete
+    if not found and incomplete is None:
+        incomplete = f"no test ran: {supervise.tail(folder / 'tests.log')}"
+    return {
+        "passed": sum(f.get("outcome") == "passed" for f in found),
+        "skipped": len(skipped),
+        "skip_reasons": sorted({f["reason"] for f in skipped}),
+        "failed": {f["id"]: f["problem"] for f in failed},
+        "incomplete": incomplete,
+        "slowest": sorted(((f.get("seconds", 0), f["id"]) for f in found), reverse=True)[:5],
+    }
+
+
+def sanitizer(folder: Path, deadline: float, device: str, seconds: float = 90.0) -> dict[str, Any]:
+    """Every tool on every backend, as far as the time goes: {"memcheck/cluster": {...}, ...}."""
+    program = find_sanitizer()
+    if program is None:
+        return {"runs": {}, "incomplete": "there is no compute-sanitizer on this machine"}
+    runs: dict[str, Any] = {}
+    for backend in BACKENDS:
+        for tool in TOOLS:
+            limit = min(seconds, deadline - time.monotonic())
+            if limit < 5:
+                return {"runs": runs, "incomplete": "out of time"}
+            log = folder / f"sanitizer-{tool}-{backend}.log"
+            runs[f"{tool}/{backend}"] = _sanitize(program, tool, backend, device, log, limit)
+    return {"runs": runs, "incomplete": None}
+
+
+def find_sanitizer() -> str | None:
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [shutil.which("compute-sanitizer")]
+    found += [shutil.which("compute-sanitizer", path=f"{place}/bin") for place in places if place]
+    return next(filter(None, found), None)
+
+
+def _sanitize(
+    program: str, tool: str, backend: str, device: str, log: Path, limit: float
+) -> dict[str, Any]:
+    command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
+    command += ["--kernel-name", "kns=fusedrnn"]  # torch's kernels are others' business
+    command += [sys.executable, "-m", "benchmarks.gpu.smoke", "--device", device]
+    environment = {
+        "FUSEDRNN_PLAN": backend,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that every tensor has bounds of its own
+        **python_path(),
+    }
+    with log.open("wb") as output, supervise.started(command, output, environment) as process:
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+    return judge(code, log.read_text(errors="replace"), limit)
+
+
+def judge(code: int | None, text: str, limit: float) -> dict[str, Any]:
+    """What a run under compute-sanitizer says: "clean", "errors", or why it says nothing."""
+    calls = re.search(r"smoke: (\d+) calls", text)
+    reports = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
+    errors = sum(int(a or b) for a, b in reports)
+    if errors:
+        about = re.search(r"^=+ *(.*(?:Invalid|hazard|Race|Barrier|error).*)$", text, re.M)
+        return {"verdict": "errors", "errors": errors, "first": about.group(1) if about else ""}
+    if code is None:
+        return {"verdict": "no answer", "why": f"not done within {limit:.0f} s"}
+    if code == 0 and calls and reports:
+        return {"verdict": "clean", "calls": int(calls.group(1))}
+    lines = [line for line in text.splitlines() if line.strip("= ")]
+    return {"verdict": "did not work", "why": f"exit code {code}: {' '.join(lines[-3:])[-300:]}"}

@@ -1,0 +1,287 @@
+"""What a run on a GPU comes to: tables of its JSON, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.points import BACKENDS
+from benchmarks.measure import Summary, speedup
+
+Record = dict[str, Any]  # of one point, as the worker wrote it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is aimed at; ``met`` is None where nothing was measured."""
+
+    what: str
+    measured: str
+    wanted: str
+    met: bool | None
+
+    def cells(self, on_gpu: bool) -> list[str]:
+        verdict = {True: "met", False: "MISSED", None: "not measured"}[self.met]
+        # Tiny sizes on a CPU show that the command works, and nothing else.
+        return [self.what, self.measured, self.wanted, verdict if on_gpu else "dry run"]
+
+
+# ---- figures ----
+
+
+def ratio(record: Record | None, key: str = "seconds") -> Summary | None:
+    """How many times as fast as torch.nn, the first work, fusedrnn is, the second."""
+    if record is None or len(record.get("works", ())) < 2:
+        return None
+    theirs, ours = (work.get(key) for work in record["works"][:2])
+    return speedup(theirs, ours) if theirs and ours else None
+
+
+def step_seconds(record: Record | None, peer: str = "fusedrnn") -> float | None:
+    """What one more step costs: the difference of two lengths, of graph replays where there are."""
+    works = [w for w in (record or {}).get("works", ()) if w["peer"] == peer]
+    for key in ("graph_seconds", "seconds"):
+        times = [work.get(key) for work in works]
+        if len(times) == 2 and all(times):
+            steps = works[1]["steps"] - works[0]["steps"]
+            return statistics.median((b - a) / steps for a, b in zip(*times, strict=True))
+    return None
+
+
+def median_of(record: Record | None, work: int, key: str = "seconds") -> float | None:
+    works = (record or {}).get("works", ())
+    times = works[work].get(key) if work < len(works) else None
+    return statistics.median(times) if times else None
+
+
+def problems(found: dict[str, Record]) -> dict[str, str]:
+    """What went wrong at each point, if anything did."""
+    bad = {}
+    for name, record in found.items():
+        wrong = [w["problem"] for w in record.get("works", ()) if w.get("problem")]
+        if record.get("problem") or wrong:
+            bad[name] = record.get("problem") or "; ".join(dict.fromkeys(wrong))
+    return bad
+
+
+def targets(found: dict[str, Record], planned: int = 0) -> list[Target]:
+    """Every target beside what was measured; ``planned`` is how many points the means are over."""
+    get = found.get
+    made = [
+        _at_least("LSTM 28->256 x2, T=35, B=32, float32, training", get("book"), 5),
+        _at_least("the same, no TF32 for fusedrnn", get("book/no-tf32"), 3),
+    ]
+    grid = {k: v for k, v in found.items() if k.startswith("grid/")}
+    for mode in ("training", "inference"):
+        made += _mean(
+            mode, {k: v for k, v in grid.items() if k.startswith(f"grid/{mode}/")}, planned
+        )
+    for mode, most in (("forward", 2.0), ("training", 5.0)):
+        record = get(f"flashrnn/{mode}")
+        what = f"LSTM 768, T=1024, B=16, bfloat16, {mode}"
+        made.append(_at_most(what, median_of(record, 1), 1e3, "ms", most))
+    for dtype in ("float32", "bfloat16"):
+        slope = step_seconds(get(f"step/plan/{dtype}/256/32"))
+        made.append(_at_most(f"a step of LSTM 256, B=32, forward, {dtype}", slope, 1e6, "us", 1.2))
+    for mode in ("inference", "training"):
+        made.append(_layers(mode, get(f"layers/{mode}")))
+    for mode in ("inference", "training"):
+        made.append(_at_least(f"lengths 50..200, B=32, LSTM 256, {mode}", get(f"speech/{mode}"), 4))
+    made.append(_saved(found))
+    return made
+
+
+def _at_least(what: str, record: Record | None, least: float) -> Target:
+    found, graph = ratio(record), ratio(record, "graph_seconds")
+    if found is None:
+        return Target(what, _why(record), f">= {least:g}x", None)
+    text = f"{found.median:.2f}x ({found.lower:.2f}..{found.upper:.2f})"
+    text += f", graphs {graph.median:.2f}x" if graph else ""
+    return Target(what, text, f">= {least:g}x", found.median >= least)
+
+
+def _at_most(what: str, value: float | None, scale: float, unit: str, most: float) -> Target:
+    if value is None:
+        return Target(what, "", f"<= {most:g} {unit}", None)
+    return Target(what, f"{value * scale:.3g} {unit}", f"<= {most:g} {unit}", value * scale <= most)
+
+
+def _mean(mode: str, records: dict[str, Record], planned: int) -> list[Target]:
+    ratios = {name: r.median for name, record in records.items() if (r := ratio(record))}
+    if not ratios:
+        return [Target(f"geometric mean, {mode}", "", ">= 3x", None)]
+    mean = statistics.geometric_mean(ratios.values())
+    worst = min(ratios, key=lambda name: ratios[name])
+    of = f" of {planned // 2}" if planned else ""
+    below = sum(r < 1 for r in ratios.values())
+    short = worst.removeprefix(f"grid/{mode}/")
+    return [
+        Target(f"geometric mean of {len(ratios)}{of}, {mode}", f"{mean:.2f}x", ">= 3x", mean >= 3),
+        Target(
+            f"the slowest of them ({below} below 1)",
+            f"{ratios[worst]:.2f}x, {short}",
+            ">= 1x",
+            ratios[worst] >= 1,
+        ),
+    ]
+
+
+def _layers(mode: str, record: Record | None) -> Target:
+    """L layers by one, from the same rounds."""
+    what, wanted = f"4 layers by one, LSTM 256, T=512, {mode}", "<= 1.3x"
+    for key in ("graph_seconds", "seconds"):
+        times = {w["layers"]: w[key] for w in (record or {}).get("works", ()) if w.get(key)}
+        if 1 in times and len(times) > 1:
+            by = {n: speedup(t, times[1]).median for n, t in times.items() if n > 1}
+            text = ", ".join(f"{n}: {r:.2f}x" for n, r in by.items())
+            return Target(what, text, wanted, by[4] <= 1.3 if 4 in by else None)
+    return Target(what, _why(record), wanted, None)
+
+
+def _saved(found: dict[str, Record]) -> Target:
+    """The worst case of ours against cuDNN's, over all that was trained side by side."""
+    ratios = {}
+    for name, record in found.items():
+        works = record.get("works", ())
+        if len(works) == 2 and [w["peer"] for w in works] == ["torch.nn", "fusedrnn"]:
+            theirs, ours = (w.get("saved_bytes") for w in works)
+            if theirs and ours is not None:
+                ratios[name] = ours / theirs
+    wanted = "<= 1x torch.nn's"
+    if not ratios:
+        return Target("bytes saved for backward", "", wanted, None)
+    worst = max(ratios, key=lambda name: ratios[name])
+    text = f"at most {ratios[worst]:.2f}x, {worst.removeprefix('grid/training/')}"
+    return Target("bytes saved for backward", text, wanted, ratios[worst] <= 1)
+
+
+def _why(record: Record | None) -> str:
+    return "; ".join(problems({"": record}).values()) if record else ""
+
+
+# ---- tables ----
+
+
+def latency_table(found: dict[str, Record]) -> list[list[str]]:
+    """Microseconds a step, a line for each size, a column for each backend, forced or chosen."""
+    kinds = ("plan", *BACKENDS)
+    sizes: dict[tuple[str, ...], None] = {}
+    for name in found:
+        if name.startswith("step/"):
+            sizes[tuple(name.split("/")[2:])] = None
+    lines = [["dtype", "H", "B", *kinds, "torch.nn"]]
+    for size in sizes:
+        records = [found.get(f"step/{kind}/{'/'.join(size)}") for kind in kinds]
+        values = [step_seconds(r) for r in records] + [step_seconds(records[0], "torch.nn")]
+        lines.append([*size, *("" if v is None else f"{v * 1e6:.2f}" for v in values)])
+    return lines
+
+
+def checks(data: dict[str, Any]) -> list[list[str]]:
+    """A line for each kind of check."""
+    lines = [["check", "outcome"]]
+    if tests := data.get("tests"):
+        text = (
+            f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
+        )
+        lines.append(["GPU tests", _with(text, tests["incomplete"])])
+    if sanitizer := data.get("sanitizer"):
+        for name, run in sanitizer["runs"].items():
+            text = {
+                "clean": f"clean, {run.get('calls')} calls",
+                "errors": f"{run.get('errors')} ERRORS: {run.get('first')}",
+            }.get(run["verdict"], f"{run['verdict']}: {run.get('why')}")
+            lines.append([name, text])
+        if sanitizer["incomplete"]:
+            lines.append(["compute-sanitizer", sanitizer["incomplete"]])
+    for part in ("latency", "targets"):
+        if part in data:
+            found, planned = data[part]["found"], data[part]["planned"]
+            bad = len(problems(found))
+            text = f"{len(found)} of {planned} points, {bad} of them with problems"
+            lines.append([part, _with(text, data[part]["incomplete"])])
+    return lines
+
+
+def _with(text: str, incomplete: str | None) -> str:
+    return f"{text}; INCOMPLETE: {incomplete}" if incomplete else text
+
+
+def failures(data: dict[str, Any], most: int = 12) -> list[str]:
+    """What failed and how, and how many more did."""
+    found = dict(data.get("tests", {}).get("failed", {}))
+    for part in ("latency", "targets"):
+        found |= problems(data.get(part, {}).get("found", {}))
+    lines = [f"{name}: {problem}" for name, problem in list(found.items())[:most]]
+    return lines + ([f"... and {len(found) - most} more"] if len(found) > most else [])
+
+
+def good(data: dict[str, Any]) -> bool:
+    """Whether all that was asked for ran and was right. Targets and missing tools do not count."""
+    sanitizer = data.get("sanitizer", {})
+    return (
+        not failures(data)
+        and not any(run["verdict"] == "errors" for run in sanitizer.get("runs", {}).values())
+        and not any(data.get(p, {}).get("incomplete") for p in ("tests", "latency", "targets"))
+    )
+
+
+def sections(data: dict[str, Any]) -> Iterable[tuple[str, list[list[str]]]]:
+    """All tables, the short one last."""
+    if "latency" in data:
+        yield (
+            "microseconds a step, forward of one LSTM layer",
+            latency_table(data["latency"]["found"]),
+        )
+    yield "checks", checks(data)
+    if "targets" in data:
+        found = {**data.get("latency", {}).get("found", {}), **data["targets"]["found"]}
+        planned = data["targets"]["grid"]
+        on_gpu = data["environment"]["gpu"] is not None
+        lines = [target.cells(on_gpu) for target in targets(found, planned)]
+        yield "targets", [["against torch.nn", "measured", "target", ""], *lines]
+
+
+def caption(data: dict[str, Any]) -> str:
+    e = data["environment"]
+    where = e["gpu"] or f"{e['cpu']} (a dry run: no GPU)"
+    return f"{where}, driver {e['gpu_driver']}, CUDA {e['cuda']}, cuDNN {e['cudnn']}, " + (
+        f"torch {e['torch']}, fusedrnn {e['fusedrnn']} at {e['commit']}, {e['date'][:10]}"
+    )
+
+
+def text(data: dict[str, Any]) -> str:
+    """For the terminal."""
+    parts = [caption(data)]
+    failed = failures(data)
+    if failed:
+        parts.append("failures\n" + "\n".join(f"  {line}" for line in failed))
+    parts += [f"{title}\n{_aligned(lines)}" for title, lines in sections(data)]
+    return "\n\n".join(parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def markdown(path: Path) -> str:
+    """For the documentation."""
+    data = json.loads(path.read_text())
+    escape: Callable[[str], str] = lambda cell: cell.replace("|", "\\|")  # noqa: E731
+    parts = [f"{caption(data)}. Made by `{data['command']}`."]
+    for title, lines in sections(data):
+        head, *rest = lines
+        table = [head, ["---"] * len(head), *([escape(c) for c in line] for line in rest)]
+        parts.append(f"**{title[0].upper()}{title[1:]}**")
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
+    if failed := failures(data):
+        parts.append("Failures:\n\n" + "\n".join(f"- {line}" for line in failed))
+    return "\n\n".join(parts) + "\n"

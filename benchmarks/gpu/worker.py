@@ -1,0 +1,164 @@
+"""Times points, one by one, and writes a journal: a process for ``supervise``.
+
+python -m benchmarks.gpu.worker POINTS.json JOURNAL --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fusedrnn
+from benchmarks import check, measure
+from benchmarks.cases import MODES, Case, Data
+from benchmarks.gpu import supervise
+from benchmarks.gpu.points import CHECK_STEPS, Point, Work
+from benchmarks.measure import Budget, Replay, Unit
+from benchmarks.peers import PEERS
+
+BUILD = {peer.name: peer.build for peer in PEERS}
+
+
+class Clerk:
+    """Measures points on one device, and remembers what has been checked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._checked: dict[Work, tuple[float, str | None]] = {}
+
+    def measure(self, point: Point) -> dict[str, Any]:
+        """Seconds of every work, round by round; what is wrong has a problem and no times."""
+        found: list[dict[str, Any]] = []
+        timed: list[tuple[dict[str, Any], str, measure.Work]] = []
+        inputs: dict[tuple[Case, str], tuple[nn.RNNBase, Data]] = {}
+        for work in point.works:
+            key = work.case, work.dtype
+            if key not in inputs:
+                inputs[key] = self._inputs(*key)
+            unit, module = self._unit(work, *inputs[key])
+            entry: dict[str, Any] = {"peer": work.peer, "problem": None}
+            entry |= {"steps": work.case.steps, "layers": work.case.layers}
+            found.append(entry)
+            if work.peer == "fusedrnn":
+                entry["plan"] = fusedrnn.explain(module, inputs[key][1].input)
+                entry["error"], entry["problem"] = self._check(work)
+                entry["problem"] = entry["problem"] or self._not_ours(entry["plan"], point.backend)
+            if entry["problem"] is None and not _finite(unit):
+                entry["problem"] = "not finite"
+            if entry["problem"] is not None:
+                continue
+            if work.mode != "inference":
+                entry["saved_bytes"] = unit.saved_bytes()
+            timed.append((entry, "seconds", unit))
+            if point.graph and self._device.type == "cuda":
+                replay, why, lost = supervise.attempt(partial(Replay, unit), self.lost)
+                if lost:
+                    raise RuntimeError(f"the GPU was lost in a capture: {why}")
+                if replay is not None:
+                    why = differences(replay.results(), unit.results())
+                entry["graph_problem"] = why
+                if why is None:
+                    timed.append((entry, "graph_seconds", replay))
+        if timed:
+            budget = Budget(seconds=point.seconds, rounds=point.rounds, turn=0.003)
+            times = measure.interleave([work for _, _, work in timed], budget)
+            for (entry, key_of_times, _), seconds in zip(timed, times, strict=True):
+                entry[key_of_times] = seconds
+        return {"works": found}
+
+    def _not_ours(self, plan: str, backend: str | None) -> str | None:
+        """Why times would not be those of the kernels that the point is about."""
+        if self._device.type != "cuda":  # where the command is tried out, nothing is forced
+            return None
+        if "torch.nn's own kernels" in plan or (backend is not None and backend not in plan):
+            return f"something else would run: {plan}"
+        return None
+
+    def lost(self) -> bool:
+        """Whether the GPU no longer answers to this process."""
+        try:
+            measure.synchronize(self._device)
+        except Exception:
+            return True
+        return False
+
+    def _inputs(self, case: Case, dtype: str) -> tuple[nn.RNNBase, Data]:
+        kind = getattr(torch, dtype)
+        return case.module(kind, self._device), case.data(kind, self._device)
+
+    def _unit(self, work: Work, layer: nn.RNNBase, data: Data) -> tuple[Unit, nn.RNNBase]:
+        module: Any = BUILD[work.peer](layer, data.input)
+        setting = _setting(work)
+        return Unit(module, data, work.mode, work.case.input_grad, setting), module
+
+    def _check(self, work: Work) -> tuple[float, str | None]:
+        """The error of a case against float64, and what is wrong with it, if anything is.
+
+        Long sequences are cut: the kernels are the same, and float64 would take the time that there
+        is. The tests check long ones.
+        """
+        steps = min(work.case.steps, CHECK_STEPS)
+        shortest = min(work.case.shortest, steps // 4)
+        case = dataclasses.replace(work.case, name="", steps=steps, shortest=shortest)
+        work = dataclasses.replace(work, case=case)
+        if work not in self._checked:
+            dtype = getattr(torch, work.dtype)
+            expected = check.expect(case, dtype, self._device, _setting(work))
+            for mode in MODES:  # at once, as what is expected is the same and costs the most
+                asked = dataclasses.replace(work, mode=mode)
+                results = self._unit(asked, *self._inputs(case, work.dtype))[0].results()
+                problem = check.problem(results, expected, mode)
+                self._checked[asked] = check.error(results, expected), problem
+        return self._checked[work]
+
+
+def _setting(work: Work) -> measure.Setting:
+    return nullcontext if work.tf32 else measure.no_tf32
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """What a replay computes otherwise than the same calls one by one, by more than a rounding."""
+    for name, t in expected.items():
+        if not (found[name] - t).norm() <= 1e-2 * t.norm():  # so that NaN is a difference
+            return f"{name} of the replayed graph differs"
+    return None
+
+
+def _finite(unit: Unit) -> bool:
+    return all(bool(t.isfinite().all()) for t in unit.results().values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("points", type=Path)
+    parser.add_argument("journal", type=Path)
+    parser.add_argument("--device", required=True)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    journal = supervise.Journal(options.journal)
+    clerk = Clerk(device)
+    for data in json.loads(options.points.read_text()):
+        point = Point.of(data)
+        if point.id in journal.done:
+            continue
+        journal.start(point.id)
+        found, problem, lost = supervise.attempt(partial(clerk.measure, point), clerk.lost)
+        journal.finish(point.id, **(found if problem is None else {"problem": problem}))
+        if lost:
+            return supervise.LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

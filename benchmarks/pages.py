@@ -1,0 +1,89 @@
+"""Pages made of reports: results.md beside each, docs/results.md of all, the README's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.gpu import summary as gpu_summary
+from benchmarks.report import Report, caption
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+README_MODES = ("training", "inference")
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "benchmarks/results"
+HEAD = """# Results
+
+Made by `python -m benchmarks --docs` of what lies in `benchmarks/results/`; not written by hand.
+[Benchmarks](benchmarks.md) says how it was measured and how to read it.
+"""
+
+
+def page(report: Report, figures: Sequence[str] = (), folder: str = ".") -> str:
+    """All of a report as Markdown; ``folder`` is where its figures are, seen from the page."""
+    parts = [_made(report)]
+    parts += [f"![{name}]({folder}/{name}.svg)" for name in figures]
+    parts += [table.markdown() for table in tables.headlines(report.rows)]
+    if report.rows:
+        parts.append(tables.NOTE)
+    if report.training:
+        parts += [table.markdown() for table in tables.training(report.training)]
+        parts.append(tables.TRAINING_NOTE)
+    if any(result.error is not None for row in report.rows for result in row.results):
+        parts += ["### Every implementation"]
+        parts += [table.markdown() for table in tables.details(report.rows)]
+        parts.append(tables.DETAILS_NOTE)
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(report: Report) -> str:
+    """What the README has of a report."""
+    shown = tables.headlines(report.rows, README_MODES) + tables.training(report.training)
+    parts = [_made(report), *(table.markdown() for table in shown), tables.NOTE]
+    return "\n\n".join(parts) + "\n"
+
+
+def _made(report: Report) -> str:
+    return f"{caption(report.environment)}. Made by `{report.command}`."
+
+
+def results(root: Path = ROOT) -> str:
+    """docs/results.md: of each folder of results the report, and what the GPU command left."""
+    parts = [HEAD.strip()]
+    for where in sorted(path for path in (root / RESULTS).iterdir() if path.is_dir()):
+        parts.append(f"## {where.name}")
+        if (where / "gpu.json").is_file():
+            parts.append(gpu_summary.markdown(where / "gpu.json").strip())
+        if (where / "results.json").is_file():
+            figures = sorted(path.stem for path in where.glob("*.svg"))
+            folder = f"../{where.relative_to(root)}"
+            parts.append(page(Report.load(where / "results.json"), figures, folder).strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_tables(root: Path = ROOT) -> str:
+    """The README's part: the headline of every report there is."""
+    found = sorted((root / RESULTS).glob("*/results.json"))
+    return "\n".join(headline(Report.load(path)) for path in found)
+
+
+def write_docs(root: Path = ROOT) -> None:
+    """docs/results.md and the README's tables, of benchmarks/results/."""
+    readme = root / "README.md"
+    filled = fill(readme.read_text(), readme_tables(root))
+    (root / "docs" / "results.md").write_text(results(root))
+    readme.write_text(filled)
+
+
+def fill(text: str, content: str) -> str:
+    """``text`` with ``content`` in place of what stood between the two markers.
+
+    Raises:
+        ValueError: there is not one pair of markers, in that order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in old + after or END in before + after:
+        raise ValueError(f"expected one '{BEGIN}' and, behind it, one '{END}'")
+    return f"{before}{BEGIN}\n\n{content.strip()}\n\n{END}{after}"
