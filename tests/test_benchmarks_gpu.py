@@ -224,6 +224,22 @@ def test_the_sanitizer_is_given_the_smoke_calls_and_every_backend(tmp_path, monk
     assert not summary.good({"sanitizer": found})
 
 
+def test_a_backend_that_takes_no_such_shape_has_not_failed(tmp_path, monkeypatch):
+    def refuse(layer, example):
+        raise RuntimeError(f"fusedrnn: FUSEDRNN_PLAN=grid {points.UNFIT}\nand a stack trace")
+
+    point = next(iter(points.latency(points.TRY, ("grid",))))
+    (tmp_path / "points.json").write_text(json.dumps([point.as_json()]))
+    monkeypatch.setitem(worker.BUILD, "fusedrnn", refuse)
+    arguments = ["worker", str(tmp_path / "points.json"), str(tmp_path / "journal")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--device", "cpu"])
+    assert worker.main() == 0
+    found = {line["id"]: line for line in supervise.read(tmp_path / "journal")}
+    assert points.UNFIT in found[point.id]["unfit"] and summary.problems(found) == {}
+    table = summary.latency_table(found)
+    assert table[1][:3] == ["float32", "8", "1"] and set(table[1][3:]) == {""}
+
+
 def test_smoke_calls_every_cell_and_dtype(capsys, monkeypatch):
     from benchmarks.gpu import smoke
 

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.cases import GATES, Case, select
 
 BACKENDS = ("cluster", "grid", "stepwise")  # as FUSEDRNN_PLAN names them
+UNFIT = "cannot run this shape on this device"  # says the plan of a backend that is forced
 CHECK_STEPS = 35  # of a case that is checked against float64 before it is timed
 
 

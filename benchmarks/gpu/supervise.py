@@ -161,5 +161,5 @@ def attempt(work: Callable[[], Any], lost: Callable[[], bool]) -> tuple[Any, str
     try:
         return work(), None, False
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:300]
-        return None, f"{type(error).__name__}: {first}", lost()
+        text = " ".join(str(error).split())[:300]
+        return None, f"{type(error).__name__}: {text}", lost()
