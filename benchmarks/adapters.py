@@ -19,6 +19,13 @@ from torch import Tensor, nn
 State = Tensor | tuple[Tensor, ...]
 
 
+def copied(layer: nn.RNNBase) -> nn.RNNBase:
+    """A copy whose weights lie in one piece, as cuDNN wants them: it gathers others at each call."""
+    made = copy.deepcopy(layer)
+    made.flatten_parameters()
+    return made
+
+
 class _SameWeights(nn.Module):
     """A module whose parameters are copies of the layer's, by the same names."""
 
@@ -69,7 +76,7 @@ class CellLoop(_SameWeights):
 def compiled(layer: nn.RNNBase, example: object) -> nn.Module:
     """torch.nn's layer through torch.compile; without ``compiling`` that leaves it as it is."""
     torch._dynamo.reset()  # what was compiled for other shapes would make these dynamic
-    made = copy.deepcopy(layer)
+    made = copied(layer)
     made.compile()
     return made
 

@@ -30,7 +30,8 @@ class Budget:
     """How much time a measurement may take."""
 
     seconds: float = 4.0  # go on until so much has passed
-    rounds: int = 6  # but never fewer than these
+    rounds: int = 6  # but for no fewer than these
+    longest: float = 10.0  # times ``seconds``: after that three rounds will do
     turn: float = 0.02  # short work is repeated for about so long within its turn
 
 
@@ -80,11 +81,17 @@ def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
     seconds: list[list[float]] = [[] for _ in works]
     order = list(range(len(works)))
     start = time.perf_counter()
-    while len(seconds[0]) < budget.rounds or time.perf_counter() - start < budget.seconds:
+    while True:
         for i in order:
             seconds[i].append(works[i](repeats[i]))
         order.reverse()
-    return seconds
+        rounds, passed = len(seconds[0]), time.perf_counter() - start
+        late = passed > budget.longest * budget.seconds
+        if (
+            rounds >= (min(budget.rounds, 3) if late else budget.rounds)
+            and passed >= budget.seconds
+        ):
+            return seconds
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +39,12 @@ def page(report: Report, figures: Sequence[str] = (), folder: str = ".") -> str:
 
 
 def headline(report: Report) -> str:
-    """What the README has of a report."""
-    shown = tables.headlines(report.rows, README_MODES) + tables.training(report.training)
+    """What the README has of a report: float32, at the number of threads with the most cases."""
+    rows = [r for r in report.rows if r.mode in README_MODES and r.dtype == "float32"]
+    counts = Counter(r.threads for r in rows)
+    threads = max(counts, key=lambda n: (counts[n], n), default=0)
+    shown = tables.headlines([r for r in rows if r.threads == threads])
+    shown += tables.training(report.training)
     parts = [_made(report), *(table.markdown() for table in shown), tables.NOTE]
     return "\n\n".join(parts) + "\n"
 

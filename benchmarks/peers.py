@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -86,11 +85,11 @@ class Peer:
 
 
 def _torch(layer: nn.RNNBase, example: object) -> nn.Module:
-    return copy.deepcopy(layer)
+    return adapters.copied(layer)
 
 
 def _fused(layer: nn.RNNBase, example: object) -> nn.Module:
-    return fusedrnn.swap(copy.deepcopy(layer))
+    return fusedrnn.swap(adapters.copied(layer))
 
 
 RIGHT = 50.0  # times torch.nn's error: approximations pass, mistakes do not

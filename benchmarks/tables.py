@@ -93,9 +93,9 @@ class Table:
         return max(2 * len(WRONG) * wrong, *map(len, (*self.header[i].split(), *cells)))
 
 
-def headlines(rows: Sequence[Row], modes: Sequence[str] = ()) -> list[Table]:
+def headlines(rows: Sequence[Row]) -> list[Table]:
     """torch.nn and fusedrnn, a line for each case."""
-    return [_headline(title, group) for title, group in _groups(rows, modes)]
+    return [_headline(title, group) for title, group in _groups(rows)]
 
 
 def _headline(title: str, rows: list[Row]) -> Table:
@@ -182,12 +182,10 @@ def training(jobs: Sequence[Training]) -> list[Table]:
     return [Table(title, header, cells, spare=1).without_empty_columns()]
 
 
-def _groups(rows: Sequence[Row], modes: Sequence[str] = ()) -> Iterator[tuple[str, list[Row]]]:
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Rows of one mode, dtype, device and number of threads, and how to call them."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if modes and row.mode not in modes:
-            continue
         threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
         where = threads if row.device == "cpu" else row.device
         groups.setdefault(f"{row.mode}, {row.dtype}, {where}", []).append(row)

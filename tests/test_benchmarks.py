@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,15 @@ def test_short_work_is_repeated_within_its_turn():
     work = Scripted("a", [9.0, 0.25, 2.5], log)
     assert measure.interleave([work], Budget(seconds=1e-9, rounds=1, turn=1.0)) == [[2.5]]
     assert [repeats for _, repeats in log] == [1, 1, 4]
+
+
+def test_slow_work_is_done_fewer_times():
+    def sleep(repeats):
+        time.sleep(0.02)
+        return 0.02
+
+    budget = Budget(seconds=0.001, rounds=50, turn=0.0, longest=10.0)
+    assert 3 <= len(measure.interleave([sleep], budget)[0]) < 10
 
 
 def test_seconds_are_those_of_one_call_and_not_of_freeing_its_results():
@@ -348,6 +359,16 @@ def test_peers_are_asked_only_what_they_answer():
     assert asked(packed, device="cuda") == always | exact
 
 
+def test_copies_have_their_weights_in_one_piece(monkeypatch):
+    """Or cuDNN would gather them at every call of torch.nn, which would be charged with that."""
+    flat = []
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: flat.append(self))
+    for peer in [*PEERS[:4], *(p for p in PEERS if p.name == "torch.compile")]:
+        flat.clear()
+        made = peer.build(SMALL[2].module(torch.float32), None)
+        assert made is flat[-1], peer.name
+
+
 def test_peers_are_chosen_by_name(monkeypatch):
     assert [p.name for p in peers.choose(["cell loop"])] == ["torch.nn", "cell loop"]
     with pytest.raises(ValueError, match="no peer is 'keras'"):
@@ -483,6 +504,80 @@ def test_corpora_have_the_vocabulary_of_their_jobs():
         assert len(corpus) == training.TOKENS
         assert corpus.min() >= 0 and corpus.max() < job.input_size
         assert corpus.unique().numel() > 20
+
+
+# What only a GPU can do, with stand-ins for its calls: a clock of its own, replays, its memory
+
+
+class FakeEvent:
+    clock = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.clock
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+class FakeGraph:
+    """Runs what was captured once more, into the same tensors."""
+
+    def replay(self):
+        for name, t in self.unit.run().items():
+            self.kept[name].copy_(t)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    nothing = contextlib.nullcontext
+    monkeypatch.setattr(torch.cuda, "device", nothing)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", nothing)
+    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    return torch.device("cuda")
+
+
+def test_a_gpu_s_time_is_its_own(fake_cuda):
+    def call():
+        FakeEvent.clock += 2.0  # milliseconds, and no time at all on the wall
+
+    assert measure.seconds_of(call, fake_cuda, 5) == pytest.approx(2e-3)
+
+
+def test_replays_are_checked_for_what_they_do_not_write(fake_cuda):
+    case = SMALL[2]
+    expected = check.expect(case, torch.float32, CPU)
+    data = case.data(torch.float32, CPU)
+    unit = measure.Unit(case.module(torch.float32), data, "training", case.input_grad)
+    replay = measure.Replay(unit)
+    replay._graph.unit, replay._graph.kept = unit, {k: t.detach() for k, t in replay._kept.items()}
+    assert check.problem(replay.results(), expected, "training") is None
+    del replay._graph.kept["grad weight_hh_l0"]
+    replay._graph.unit = measure.Unit(
+        case.module(torch.float32), data, "inference", case.input_grad
+    )
+    assert "grad" in check.problem(replay.results(), expected, "training")
+    replay.device = fake_cuda
+    assert replay(3) == 0.0
+
+
+def test_a_gpu_s_peak_is_its_allocator_s(fake_cuda, monkeypatch):
+    state = {"now": 100, "peak": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: state["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: state["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: state.update(peak=100))
+    assert machine.peak_bytes(lambda: state.update(peak=350), fake_cuda) == 250
 
 
 # From the command line

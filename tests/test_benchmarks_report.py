@@ -171,7 +171,8 @@ def test_docs_are_written_from_a_folder_of_results(tmp_path):
     folder.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
-    report(row(), row(mode="forward")).save(folder / "results.json")
+    few = [row("few", threads=2), row(dtype="bfloat16"), row(mode="forward")]
+    report(row(), row("b"), *few).save(folder / "results.json")
     (folder / "faster.svg").write_text("<svg/>")
     pages.write_docs(tmp_path)
     text = (tmp_path / "docs/results.md").read_text()
@@ -179,7 +180,8 @@ def test_docs_are_written_from_a_folder_of_results(tmp_path):
     assert "**Forward, float32" in text
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "**Training, float32" in readme and "Forward" not in readme
+    assert "**Training, float32, 1 thread" in readme
+    assert not any(word in readme for word in ("Forward", "bfloat16", "2 threads"))
 
 
 @pytest.mark.parametrize(
