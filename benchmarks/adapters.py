@@ -20,7 +20,7 @@ State = Tensor | tuple[Tensor, ...]
 
 
 def copied(layer: nn.RNNBase) -> nn.RNNBase:
-    """A copy whose weights lie in one piece, as cuDNN wants them: it gathers others at each call."""
+    """A copy whose weights lie in one piece: others cuDNN would gather at every call."""
     made = copy.deepcopy(layer)
     made.flatten_parameters()
     return made

@@ -76,8 +76,10 @@ def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
     """Seconds of each of ``works``, round by round; the order turns about from round to round."""
     repeats = []
     for work in works:
-        work(1)  # the first call allocates, starts threads, fills caches
-        repeats.append(max(1, math.ceil(budget.turn / max(work(1), 1e-9))))
+        once = work(1)  # the first call allocates, starts threads, fills caches
+        if once < 10 * budget.turn:
+            once = work(1)
+        repeats.append(max(1, math.ceil(budget.turn / max(once, 1e-9))))
     seconds: list[list[float]] = [[] for _ in works]
     order = list(range(len(works)))
     start = time.perf_counter()
