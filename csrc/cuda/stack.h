@@ -31,6 +31,10 @@ struct Layer {  // of one direction
   Weights weights;      // contiguous
   const void *h0, *c0;  // storage type [batch, out], [batch, hidden]; null: zeros
   int64_t y_stride;     // of y
+  // The dropout of what the layer reads of the one below [tokens, width]: 0 drops, 1 keeps times
+  // the scale. Null: none. For backends that run several layers at once.
+  const uint8_t* input_mask;
+  double mask_scale;
 
   FUSEDRNN_HD constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
   FUSEDRNN_HD constexpr int64_t gate_columns() const { return traits(cell).gates * hidden_size; }

@@ -8,6 +8,7 @@
 #include <iterator>
 
 #include "cuda/elementwise.h"
+#include "cuda/persistent/layers.h"
 
 namespace fusedrnn {
 namespace {
@@ -17,30 +18,30 @@ using torch::stable::transpose;
 
 // ---- the backends ----
 
-// Layers of a group, the lowest first and its directions together; all but gates_x of the upper
-// ones is given.
-void run_recurrence(const CudaCall& call, const std::vector<LayerForward>& layers) {
-  switch (call.plan.backend) {
-    default:
-      for (const LayerForward& a : layers) {
-        const Tensor workspace = call.bytes(stepwise_workspace(a));
-        call.check(
-            stepwise_forward(a, workspace.mutable_data_ptr(), call.multiply(), call.stream()),
-            "forward");
-      }
-  }
+int stepwise(const CudaCall& call, const LayerForward& a, void* workspace) {
+  return stepwise_forward(a, workspace, call.multiply(), call.stream());
+}
+int stepwise(const CudaCall& call, const LayerBackward& a, void* workspace) {
+  return stepwise_backward(a, workspace, call.multiply(), call.stream());
+}
+int persistent(const CudaCall& call, const std::vector<LayerForward>& layers, void* workspace) {
+  return persistent_forward(call.plan, layers, workspace, call.stream());
+}
+int persistent(const CudaCall& call, const std::vector<LayerBackward>& layers, void* workspace) {
+  return persistent_backward(call.plan, layers, workspace, call.stream());
 }
 
-// dy of the upper layers is given; their dgates are results like the lowest one's.
-void run_recurrence(const CudaCall& call, const std::vector<LayerBackward>& layers) {
-  switch (call.plan.backend) {
-    default:
-      for (const LayerBackward& a : layers) {
-        const Tensor workspace = call.bytes(stepwise_workspace(a));
-        call.check(
-            stepwise_backward(a, workspace.mutable_data_ptr(), call.multiply(), call.stream()),
-            "backward");
-      }
+// The layers of a group, the lowest first and its directions together. Their neighbours' outputs
+// are given, but for gates_x of the upper ones and dy of the lower ones.
+template <class L>
+void run_recurrence(const CudaCall& call, const std::vector<L>& layers, const char* what) {
+  if (call.plan.backend != CudaBackend::kStepwise) {
+    const Tensor workspace = call.bytes(persistent_workspace(call.plan, layers));
+    return call.check(persistent(call, layers, workspace.mutable_data_ptr()), what);
+  }
+  for (const L& a : layers) {
+    const Tensor workspace = call.bytes(stepwise_workspace(a));
+    call.check(stepwise(call, a, workspace.mutable_data_ptr()), what);
   }
 }
 
@@ -164,7 +165,7 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, bool save) {
         layers.push_back(a);
       }
     }
-    run_recurrence(call, layers);
+    run_recurrence(call, layers, "forward");
     below = outputs.back();
   }
   return {y, hn, cn, reserve};
@@ -226,7 +227,7 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
         layers.push_back(a);
         differentials.push_back(d);
       }
-    run_recurrence(call, layers);
+    run_recurrence(call, layers, "backward");
     if (tokens == 0) continue;
 
     for (int64_t layer = end - 1; layer >= first; layer--) {

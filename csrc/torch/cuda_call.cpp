@@ -1,6 +1,7 @@
 #include <array>
 #include <iterator>
 
+#include "cuda/device.h"
 #include "cuda/elementwise.h"
 #include "torch/cuda.h"
 #include "torch/switches.h"
@@ -41,11 +42,13 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     tf32 = permitted.recurrent;
     through_float64_ = permitted.products && !tf32;
   }
+  DeviceSpec device{};
+  const int error = device_spec(&device);
+  STD_TORCH_CHECK(error == 0, "fusedrnn: asking the device failed: ", error_text(error));
   std::string reason;
-  // Only the stepwise backend is called yet: it asks nothing of the device.
-  STD_TORCH_CHECK(plan_cuda(problem, {steps, batch, backward, tf32}, DeviceSpec{}, forced_plan(),
-                            &plan, &reason),
-                  "fusedrnn: ", reason);
+  STD_TORCH_CHECK(
+      plan_cuda(problem, {steps, batch, backward, tf32}, device, forced_plan(), &plan, &reason),
+      "fusedrnn: ", reason);
 
   if (packed()) {
     std::vector<int64_t> first(steps), row_steps(batch);
@@ -115,6 +118,7 @@ Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
   a.tokens = tokens_;
   a.weights = weights_of(layer, dir);
   a.y_stride = out_width();
+  a.input_mask = mask_of(layer), a.mask_scale = mask_scale;
   const int64_t row = (layer * p.num_directions + dir) * batch * fusedrnn::bytes(p.dtype);
   auto state = [&](const OptionalTensor& all, int64_t width) -> const void* {
     return all ? static_cast<const char*>(all->const_data_ptr()) + row * width : nullptr;
