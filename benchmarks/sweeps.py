@@ -38,6 +38,11 @@ class Point:
     row: Row
 
 
+def thread_counts(cpus: int) -> list[int]:
+    """Powers of two up to the CPUs of this process, and all of these."""
+    return sorted({cpus, *(2**k for k in range(cpus.bit_length()))})
+
+
 def points(
     axes: Sequence[str],
     cells: Sequence[str],
@@ -50,7 +55,7 @@ def points(
 ) -> Iterator[Point]:
     """Measures one layer of 256 units and a batch of 32, with one of these changed.
 
-    Threads go by powers of two up to the CPUs of this process, and matter on a CPU alone.
+    Threads matter on a CPU alone.
     """
     cuda = device.type == "cuda"
     chosen: Mapping[str, Sequence[int]] = values or (CUDA_VALUES if cuda else CPU_VALUES)
@@ -58,8 +63,7 @@ def points(
         if axis == "threads":
             if cuda:
                 continue
-            available = len(os.sched_getaffinity(0))
-            grid: Sequence[int] = tuple(n for n in (2**k for k in range(12)) if n <= available)
+            grid: Sequence[int] = thread_counts(len(os.sched_getaffinity(0)))
         else:
             grid = chosen[axis]
         for cell in cells:

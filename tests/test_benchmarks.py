@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -463,6 +462,7 @@ def test_rows_are_made_with_their_number_of_threads():
 
 def test_sweeps_change_one_thing_at_a_time(monkeypatch):
     monkeypatch.setattr(sweeps, "CPU_STEPS", 2)
+    monkeypatch.setattr(sweeps.os, "sched_getaffinity", lambda process: {0})
     values = {"T": (3,), "B": (2,), "H": (16,), "L": (1, 2)}
     found = list(
         sweeps.points(sweeps.AXES, ["GRU"], ["inference"], [torch.float32], 1, CPU, TINY, values)
@@ -473,7 +473,13 @@ def test_sweeps_change_one_thing_at_a_time(monkeypatch):
     assert shapes["H", 16] == "GRU 16->16, T=2, B=32"
     assert shapes["L", 2] == "GRU 256->256 x2, T=2, B=32"
     threads = [p.row.threads for p in found if p.axis == "threads"]
-    assert threads[0] == 1 and max(threads) <= len(os.sched_getaffinity(0))
+    assert threads == [1]
+    assert [sweeps.thread_counts(n) for n in (1, 2, 6, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2, 4, 6],
+        [1, 2, 4, 8],
+    ]
     assert {p.row.threads for p in found if p.axis != "threads"} == {1}
     assert all(p.row.floor_seconds > 0 and p.row.results[1].seconds for p in found)
 

@@ -103,7 +103,7 @@ def test_children_end_with_the_process(tmp_path):
     Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
     time.sleep(60)
     """
-    supervised(tmp_path, body, deadline=3.0)
+    supervised(tmp_path, body, deadline=1.5)
     child = int((tmp_path / "child").read_text())
     for _ in range(100):  # a killed process takes a moment to go
         try:
@@ -120,10 +120,10 @@ def test_children_end_with_the_process(tmp_path):
 
 
 def test_tests_go_on_after_one_that_kills_its_process(tmp_path, monkeypatch):
-    folder = tmp_path / "suite"
+    folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "conftest.py").write_text("")
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
     (folder / "test_it.py").write_text(
         textwrap.dedent(
             """
@@ -145,19 +145,24 @@ def test_tests_go_on_after_one_that_kills_its_process(tmp_path, monkeypatch):
             """
         )
     )
-    (folder / "test_other.py").write_text("import no_such_module\n")
-    found = checks.tests(tmp_path, time.monotonic() + 100, [str(folder)], folder)
+    (folder / "test_other.py").write_text("import no_such_module  # and pytest.mark.gpu\n")
+    (folder / "test_elsewhere.py").write_text("import another_one\n")  # not its business
+    found = checks.tests(tmp_path, time.monotonic() + 100, tmp_path)
     assert (found["passed"], found["skipped"]) == (2, 1)
     assert found["incomplete"] is None and found["skip_reasons"] == ["Skipped: not today"]
     failed = {name.rpartition("::")[2]: problem for name, problem in found["failed"].items()}
-    assert failed.keys() == {"test_bad", "test_dies", "test_teardown", "test_other.py"}
+    assert failed.keys() == {"test_bad", "test_dies", "test_teardown", "tests/test_other.py"}
     assert "one is not two" in failed["test_bad"] and "SIGABRT" in failed["test_dies"]
     assert "while cleaning up" in failed["test_teardown"]
-    assert "no_such_module" in failed["test_other.py"]
+    assert "no_such_module" in failed["tests/test_other.py"]
 
 
 def test_no_test_at_all_is_no_success(tmp_path):
-    found = checks.tests(tmp_path, time.monotonic() + 60, [str(tmp_path)], tmp_path)
+    (tmp_path / "tests").mkdir()
+    found = checks.tests(tmp_path, time.monotonic() + 60, tmp_path)
+    assert found["incomplete"].endswith("needs a GPU") and not summary.good({"tests": found})
+    (tmp_path / "tests/test_it.py").write_text("# pytest.mark.gpu\n")
+    found = checks.tests(tmp_path, time.monotonic() + 60, tmp_path)
     assert found["passed"] == 0 and found["incomplete"].startswith("no test ran")
     assert not summary.good({"tests": found})
 
@@ -378,6 +383,9 @@ def test_what_fails_is_in_the_summary_and_in_the_exit_code():
     assert not summary.good(data)
     data["targets"]["found"] = {"book": record([1.0], [1.0])}
     assert summary.good(data)
+    skipped = {"passed": 0, "skipped": 3, "skip_reasons": ["no kernels"], "failed": {}}
+    every = {**data, "tests": {**skipped, "incomplete": None}}
+    assert not summary.good(every) and "3 skipped (no kernels)" in summary.text(every)
     data["targets"]["incomplete"] = "out of time"
     assert not summary.good(data) and "INCOMPLETE: out of time" in summary.text(data)
 

@@ -185,9 +185,10 @@ def checks(data: dict[str, Any]) -> list[list[str]]:
     """A line for each kind of check."""
     lines = [["check", "outcome"]]
     if tests := data.get("tests"):
-        text = (
-            f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
-        )
+        counts = (tests["passed"], len(tests["failed"]), tests["skipped"])
+        text = "{} passed, {} failed, {} skipped".format(*counts)
+        if tests["skip_reasons"]:
+            text += f" ({'; '.join(tests['skip_reasons'])[:200]})"
         lines.append(["GPU tests", _with(text, tests["incomplete"])])
     if sanitizer := data.get("sanitizer"):
         for name, run in sanitizer["runs"].items():
@@ -223,8 +224,10 @@ def failures(data: dict[str, Any], most: int = 12) -> list[str]:
 def good(data: dict[str, Any]) -> bool:
     """Whether all that was asked for ran and was right. Targets and missing tools do not count."""
     sanitizer = data.get("sanitizer", {})
+    on_gpu = data.get("environment", {}).get("gpu") is not None
     return (
         not failures(data)
+        and not (on_gpu and "tests" in data and data["tests"]["passed"] == 0)
         and not any(run["verdict"] == "errors" for run in sanitizer.get("runs", {}).values())
         and not any(data.get(p, {}).get("incomplete") for p in ("tests", "latency", "targets"))
     )
