@@ -65,6 +65,12 @@ class _Fused(_DropIn, nn.RNNBase):
     # torch.nn words this error differently from class to class.
     _dim_error = "{}: Expected input to be 2D or 3D, got {}D instead"
 
+    def __init__(self, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+        # Named here because torch.nn.utils.skip_init looks for `device` in the signature.
+        given = {"device": device, "dtype": dtype}
+        kwargs |= {k: v for k, v in given.items() if v is not None}
+        super().__init__(*args, **kwargs)
+
     def _config(self) -> ops.Config:
         return ops.Config(
             self.mode,
