@@ -34,6 +34,12 @@ class Budget:
     longest: float = 10.0  # times ``seconds``: after that three rounds will do
     turn: float = 0.02  # short work is repeated for about so long within its turn
 
+    def spent(self, rounds: int, seconds: float) -> bool:
+        """Whether to stop after so many rounds, which took so long."""
+        late = seconds > self.longest * self.seconds
+        enough = min(self.rounds, 3) if late else self.rounds
+        return rounds >= enough and seconds >= self.seconds
+
 
 QUICK = Budget(seconds=0.25, rounds=2, turn=0.005)
 
@@ -87,12 +93,7 @@ def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
         for i in order:
             seconds[i].append(works[i](repeats[i]))
         order.reverse()
-        rounds, passed = len(seconds[0]), time.perf_counter() - start
-        late = passed > budget.longest * budget.seconds
-        if (
-            rounds >= (min(budget.rounds, 3) if late else budget.rounds)
-            and passed >= budget.seconds
-        ):
+        if budget.spent(len(seconds[0]), time.perf_counter() - start):
             return seconds
 
 

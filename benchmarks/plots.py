@@ -67,12 +67,13 @@ def ratios(rows: Sequence[Row]) -> Figure:
             axes.text(s.upper, y, f" {s.median:.2f}", va="center", fontsize=8)
         axes.axvline(1, color="black", lw=1)
         axes.set_yticks(range(len(cases)), cases)
-        axes.set(title=mode, xlabel="times as fast as torch.nn", xlim=(0, None))
-        axes.margins(x=0.15)
+        room = 1.15 * axes.dataLim.x1  # for the figures
+        axes.set(title=mode, xlabel="times as fast as torch.nn", xlim=(0, room))
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
     row = rows[0]
-    where = f"{row.threads} threads" if row.device == "cpu" else row.device
+    threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
+    where = threads if row.device == "cpu" else row.device
     figure.suptitle(f"{row.dtype}, {where}; pale: a tie")
     return figure
 
@@ -89,12 +90,18 @@ def growth(points: Sequence[Point]) -> Figure:
         axes.set(xlabel=LABELS[axis], ylabel="ms", xscale="log", yscale="log")
         axes.set_xticks([p.value for p in here], [str(p.value) for p in here])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for format_axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            format_axis(FuncFormatter(_plain))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     row = points[0].row
     figure.suptitle(f"{row.shape.partition(' ')[0]}, {row.mode}, {row.dtype}")
     return figure
+
+
+def _plain(value: float, position: int) -> str:
+    """Of a logarithmic axis the ticks at 1, 2 and 5."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _curves(axes: Axes, points: Sequence[Point]) -> None:

@@ -158,36 +158,36 @@ def details(rows: Sequence[Row]) -> list[Table]:
 
 def training(jobs: Sequence[Training]) -> list[Table]:
     """The book's loop, with what was reported of it elsewhere."""
-    if not jobs:
-        return []
-    header = ["job", "layers, T steps, B rows", "threads", "torch.nn tokens/s"]
-    header += [f"{OURS} tokens/s", "faster", "reported (other machines)"]
+    groups: dict[str, list[Training]] = {}
+    for job in jobs:
+        where = _threads(job.threads) if job.device == "cpu" else job.device
+        groups.setdefault(f"the book's training loop, float32, {where}", []).append(job)
+    return [_training(title, group) for title, group in groups.items()]
+
+
+def _training(title: str, jobs: Sequence[Training]) -> Table:
+    header = ["job", "layers, T steps, B rows", "torch.nn tokens/s", f"{OURS} tokens/s", "faster"]
+    header += ["reported (other machines)"]
     cells = []
     for job in jobs:
         speeds = [f"{speed:,.0f}" for speed in job.tokens_per_second]
         if job.problem:
             speeds[1] = f"{WRONG}{job.problem}"
-        cells.append(
-            [
-                job.job,
-                job.shape,
-                str(job.threads) if job.device == "cpu" else "",
-                *speeds,
-                "" if job.problem else _ratio(job.speedup, job.verdict),
-                ", ".join(f"{n:,}" for n in REPORTED.get(job.job, ())),
-            ]
-        )
-    where = "" if jobs[0].device == "cpu" else f", {jobs[0].device}"
-    title = f"the book's training loop, float32{where}"
-    return [Table(title, header, cells, spare=1).without_empty_columns()]
+        ratio = "" if job.problem else _ratio(job.speedup, job.verdict)
+        reported = ", ".join(f"{n:,}" for n in REPORTED.get(job.job, ()))
+        cells.append([job.job, job.shape, *speeds, ratio, reported])
+    return Table(title, header, cells, spare=1).without_empty_columns()
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Rows of one mode, dtype, device and number of threads, and how to call them."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
-        where = threads if row.device == "cpu" else row.device
+        where = _threads(row.threads) if row.device == "cpu" else row.device
         groups.setdefault(f"{row.mode}, {row.dtype}, {where}", []).append(row)
     for title, group in groups.items():
         rates = [row.matmul_flops for row in group]

@@ -71,7 +71,7 @@ def corpus_of(case: Case) -> Tensor:
 def train(
     jobs: Sequence[Case], threads: Sequence[int], device: torch.device, budget: Budget
 ) -> Iterator[Training]:
-    """Trains each job for ``budget.seconds``, but for one epoch at least, in float32."""
+    """Trains each job within ``budget``, an epoch a round, in float32."""
     for case in jobs:
         for number in threads:
             before = torch.get_num_threads()
@@ -103,7 +103,7 @@ def _train(case: Case, device: torch.device, budget: Budget) -> Training:
         after_turn=lambda batches: None,
     ):
         epochs.append(epoch)
-        if time.perf_counter() - start > budget.seconds:
+        if budget.spent(len(epochs), time.perf_counter() - start):
             break
     turns = [turn for epoch in epochs for turn in epoch.turns]
     ratio = measure.speedup([a for a, _ in turns], [b for _, b in turns])

@@ -487,7 +487,7 @@ def test_sweeps_change_one_thing_at_a_time(monkeypatch):
 def test_the_book_s_loop_trains_both_alike():
     job = Case("book", "GRU", 28, 16, layers=1, steps=35, batch=32, input_grad=False)
     found = next(iter(training.train([job], [1], CPU, TINY)))
-    assert found.problem is None and found.epochs >= 1
+    assert found.problem is None and found.epochs >= 2
     assert all(10 < p < 28 for p in found.perplexity)  # it has learned something
     assert found.perplexity[0] == pytest.approx(found.perplexity[1], rel=1e-3)
     assert all(speed > 0 for speed in found.tokens_per_second)
