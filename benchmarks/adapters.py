@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 State = Tensor | tuple[Tensor, ...]
@@ -75,7 +74,9 @@ class CellLoop(_SameWeights):
 
 def compiled(layer: nn.RNNBase, example: object) -> nn.Module:
     """torch.nn's layer through torch.compile; without ``compiling`` that leaves it as it is."""
-    torch._dynamo.reset()  # what was compiled for other shapes would make these dynamic
+    from torch import _dynamo  # here, as it takes a second
+
+    _dynamo.reset()  # what was compiled for other shapes would make these dynamic
     made = copied(layer)
     made.compile()
     return made
@@ -83,7 +84,9 @@ def compiled(layer: nn.RNNBase, example: object) -> nn.Module:
 
 def compiling() -> AbstractContextManager[Any]:
     """torch.compile takes recurrent layers too."""
-    patch: AbstractContextManager[Any] = torch._dynamo.config.patch(allow_rnn=True)
+    from torch import _dynamo
+
+    patch: AbstractContextManager[Any] = _dynamo.config.patch(allow_rnn=True)
     return patch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 import textwrap
 import time
@@ -422,7 +423,8 @@ def test_the_whole_command_on_a_cpu(tmp_path, monkeypatch, capsys):
         },
     )
     monkeypatch.setattr(checks, "find_sanitizer", lambda: None)
-    (tmp_path / "latency-plan.jsonl").write_text(
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/latency-plan.jsonl").write_text(
         '{"id": "step/plan/float32/8/1"}\n'
     )  # an old run's
     code = main(["--out", str(tmp_path), "--device", "cpu", "--minutes", "3"])
@@ -438,7 +440,33 @@ def test_the_whole_command_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert "a dry run: no GPU" in text and "there is no compute-sanitizer" in text
     lines = text.rstrip().splitlines()
     assert lines[-1].startswith("  bytes saved for backward") and lines[-1].endswith("dry run")
-    assert "| bytes saved for backward |" in summary.markdown(tmp_path / "gpu.json")
+    assert "| bytes saved for backward |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_stage_that_breaks_off_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checks, "tests", broken)
+    monkeypatch.setattr("benchmarks.gpu.__main__.Command._latency", broken)
+    monkeypatch.setattr("benchmarks.gpu.__main__.Command._targets", broken)
+    monkeypatch.setattr(checks, "find_sanitizer", lambda: None)
+    assert main(["--out", str(tmp_path), "--device", "cpu"]) == 1
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert data["sanitizer"]["incomplete"] == "there is no compute-sanitizer on this machine"
+    for stage in ("tests", "latency", "targets"):
+        assert data[stage]["incomplete"] == "OSError: no space left on device"
+    assert capsys.readouterr().out.count("no space left on device") == 3
+
+
+def test_the_command_needs_nothing_but_torch():
+    program = "import sys\n"
+    for package in ("rich", "matplotlib", "numpy", "pytest", "onnxruntime", "torch._dynamo"):
+        program += f"sys.modules.setdefault({package!r}, None)\n"
+    program += "import benchmarks.gpu.__main__, benchmarks.gpu.worker, benchmarks.gpu.smoke\n"
+    # torch itself takes numpy where it is there, so it goes first.
+    program = "import torch\n" + program
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=100)
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):

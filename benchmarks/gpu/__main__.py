@@ -31,6 +31,10 @@ class Command:
 
     def __init__(self, folder: Path, device: str, stages: Sequence[str], minutes: float) -> None:
         self._folder, self._device, self._stages = folder, device, list(stages)
+        self._logs = folder / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        for old in self._logs.iterdir():  # an earlier run's, which this one would take for its own
+            old.unlink()
         self._end = time.monotonic() + minutes * 60 - RESERVE
         self._sizes: Sizes = points.TRY if device == "cpu" else points.CUDA
         self.data: dict[str, Any] = {
@@ -41,8 +45,8 @@ class Command:
     def run(self) -> None:
         """Runs the stages; whatever happens in one, the next begins, and what there is is kept."""
         stages: dict[str, Callable[[float], dict[str, Any]]] = {
-            "tests": lambda deadline: checks.tests(self._folder, deadline),
-            "sanitizer": lambda deadline: checks.sanitizer(self._folder, deadline, self._device),
+            "tests": lambda deadline: checks.tests(self._logs, deadline),
+            "sanitizer": lambda deadline: checks.sanitizer(self._logs, deadline, self._device),
             "latency": self._latency,
             "targets": self._targets,
         }
@@ -52,13 +56,17 @@ class Command:
             share = SHARES[name] / sum(SHARES[later] for later in order[i:])
             deadline = start + max(0.0, self._end - start) * share
             print(f"{name}: up to {deadline - start:.0f} s", flush=True)
-            found = stages[name](deadline)
+            try:
+                found = stages[name](deadline)
+            except Exception as error:  # of this command itself, too
+                found = {**summary.NOTHING, "incomplete": f"{type(error).__name__}: {error}"}
             self.data[name] = {**found, "wall_seconds": time.monotonic() - start}
             self.save()
 
     def save(self) -> None:
-        text = json.dumps(self.data, indent=1)
-        (self._folder / "gpu.json").write_text(text + "\n")
+        path = self._folder / "gpu.json"
+        path.write_text(json.dumps(self.data, indent=1) + "\n")
+        (self._folder / "gpu.md").write_text(summary.markdown(path))
 
     def _latency(self, deadline: float) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -88,14 +96,14 @@ class Command:
     def _work(
         self, name: str, todo: Sequence[Point], deadline: float, backend: str | None = None
     ) -> supervise.Outcome:
-        given = self._folder / f"{name}.points.json"
+        given = self._logs / f"{name}.points.json"
         given.write_text(json.dumps([point.as_json() for point in todo]))
-        journal = self._folder / f"{name}.jsonl"
+        journal = self._logs / f"{name}.jsonl"
         command = [sys.executable, "-m", "benchmarks.gpu.worker", str(given), str(journal)]
         outcome = supervise.supervise(
             [*command, "--device", self._device],
             journal,
-            self._folder / f"{name}.log",
+            self._logs / f"{name}.log",
             deadline,
             SILENCE,
             {**checks.python_path(), **({"FUSEDRNN_PLAN": backend} if backend else {})},
@@ -112,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
         "torch.nn: all that is worth running on a GPU, within minutes.",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="for gpu.json and the logs")
+    add("--out", type=Path, required=True, metavar="DIR", help="for gpu.json, gpu.md and logs/")
     add("--device", default="cuda", help="default: cuda; cpu tries the command out on tiny sizes")
     add("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
     add(
@@ -135,9 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--minutes must be a finite number above 0")
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu tries the command out on tiny sizes")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for old in (*options.out.glob("*.jsonl"), *options.out.glob("*.log")):
-        old.unlink()  # an earlier run's, which this one would take for its own
     words = ["python", "-m", "benchmarks.gpu"]
     words += ["--device", options.device] if options.device != "cuda" else []
     words += ["--only", options.only] if options.only != ",".join(SHARES) else []

@@ -12,6 +12,11 @@ from typing import Any
 from benchmarks.gpu.points import BACKENDS
 from benchmarks.measure import Summary, speedup
 
+# What a stage that broke off has to show.
+NOTHING: dict[str, Any] = {
+    **{"crashed": True, "found": {}, "planned": 0, "grid": 0, "runs": {}},
+    **{"passed": 0, "failed": {}, "skipped": 0, "skip_reasons": []},
+}
 Record = dict[str, Any]  # of one point, as the worker wrote it
 
 
@@ -227,6 +232,7 @@ def good(data: dict[str, Any]) -> bool:
     on_gpu = data.get("environment", {}).get("gpu") is not None
     return (
         not failures(data)
+        and not any(isinstance(stage, dict) and stage.get("crashed") for stage in data.values())
         and not (on_gpu and "tests" in data and data["tests"]["passed"] == 0)
         and not any(run["verdict"] == "errors" for run in sanitizer.get("runs", {}).values())
         and not any(data.get(p, {}).get("incomplete") for p in ("tests", "latency", "targets"))
