@@ -370,6 +370,22 @@ def test_fx_with_lengths():
     torch.testing.assert_close(graph(x, lengths), layer(x, lengths=lengths)[0])
 
 
+class Doubled(fusedrnn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+def test_subclasses_of_ours_are_no_leaves():
+    """Recorded as a leaf inside its own forward, a subclass would run that forward twice."""
+    model = nn.Sequential(Doubled(3, 4))
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=GRAPHS)(x), model(x))
+    with pytest.raises(Exception, match="keyword-only|not supported|Unknown|super"):
+        torch.jit.script(model)
+
+
 # torch.jit
 
 

@@ -1,13 +1,15 @@
 """torch.func's transforms and forward mode: slow, through the reference, but right."""
 
+import copy
+
 import pytest
 import torch
 from cases import CELLS, make_pair
 from torch.autograd import forward_ad
 
 
-def pair(cell):
-    return make_pair(cell, 3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
+def pair(cell, seed=0):
+    return make_pair(cell, 3, 4, seed, num_layers=2, bidirectional=True, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -51,3 +53,41 @@ def test_vmap_and_per_sample_gradients(cell):
         expected = torch.autograd.grad(fused(one)[0].square().sum(), list(parameters.values()))
         for name, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(found[name][i], gradient, msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_ensemble_is_one_call(cell):
+    """vmap over stacked weights, the module itself on the meta device."""
+    modules = [pair(cell, seed)[1] for seed in range(3)]
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    stacked, buffers = torch.func.stack_module_state(modules)
+    skeleton = copy.deepcopy(modules[0]).to("meta")
+
+    def one(parameters, buffers):
+        return torch.func.functional_call(skeleton, (parameters, buffers), (x,))[0]
+
+    found = torch.func.vmap(one)(stacked, buffers)
+    torch.testing.assert_close(found, torch.stack([module(x)[0] for module in modules]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_curvature_of_parameters(cell):
+    """Hessians, and products with them, with respect to weights."""
+    plain, fused = make_pair(cell, 2, 4, dtype=torch.float64)
+    x, found = torch.randn(3, 2, 2, dtype=torch.float64), []
+    for module in (plain, fused):
+        weight = module.weight_hh_l0.detach()
+
+        def loss(w, module=module):
+            y = torch.func.functional_call(module, {"weight_hh_l0": w}, (x,))[0]
+            return y.square().sum()
+
+        found.append(
+            {
+                "hessian": torch.func.hessian(loss)(weight),
+                "hvp": torch.autograd.functional.hvp(loss, weight, weight)[1],
+                "vhp": torch.autograd.functional.vhp(loss, weight, weight)[1],
+            }
+        )
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+    assert found[1]["hessian"].abs().max() > 0

@@ -37,18 +37,24 @@ def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
 
 
 class _DropIn(nn.Module):
-    """How tools that know torch.nn's classes by name are to treat ours."""
+    """How tools that know torch.nn's classes by name are to treat ours.
 
-    def _fx_leaf(self, input: fx.Proxy, hx: Any, **kwargs: Any) -> fx.Proxy:
-        """What torch.fx records of a call: the module itself, as of torch.nn's layers."""
+    Not subclasses of ours: their own forward counts, as that of torch.nn's subclasses does.
+    """
+
+    def _is_leaf(self, input: Any) -> bool:
+        """Whether torch.fx is tracing, and to record the call instead of looking into it."""
+        return isinstance(input, fx.Proxy) and type(self).__module__ == __name__
+
+    def _record(self, input: fx.Proxy, hx: Any, **kwargs: Any) -> fx.Proxy:
         path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
         return input.tracer.create_proxy("call_module", path, (input, hx), kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles, and leaves in the model: torch.nn's own class."""
-        plain: type[nn.Module] = next(
-            c for c in type(self).__mro__ if c.__module__ == nn.RNNBase.__module__
-        )
+        if type(self).__module__ != __name__:
+            return self
+        plain = getattr(nn, type(self).__name__)
         warnings.warn(
             f"torch.jit.script puts torch.nn.{plain.__name__} in the place of fusedrnn's, also in "
             "the model that it is given: fusedrnn.swap undoes that",
@@ -103,8 +109,8 @@ class _Fused(_DropIn, nn.RNNBase):
             IndexError: an integer of the input is negative or not below input_size. Those behind
                 a length are not looked at.
         """
-        if isinstance(input, fx.Proxy):
-            return self._fx_leaf(input, hx, **({} if lengths is None else {"lengths": lengths}))
+        if self._is_leaf(input):
+            return self._record(input, hx, **({} if lengths is None else {"lengths": lengths}))
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = is_one_hot(data, packed)
@@ -288,8 +294,8 @@ class LSTM(_Fused, nn.LSTM):
 
 class _SingleStep(_DropIn):
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, fx.Proxy):
-            return self._fx_leaf(input, hx)
+        if self._is_leaf(input):
+            return self._record(input, hx)
         return super().forward(input, hx)
 
 
