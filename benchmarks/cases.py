@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,15 @@ class Data:
 
     def double(self) -> Data:
         """The same values in float64."""
-        return Data(self.input.double(), self.output_grad.double())
+        return self.map(lambda t: t.double())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Data:
+        """Both tensors changed."""
+        if isinstance(self.input, PackedSequence):
+            x: Any = self.input._replace(data=change(self.input.data))
+        else:
+            x = change(self.input)
+        return Data(x, change(self.output_grad))
 
 
 @dataclass(frozen=True)

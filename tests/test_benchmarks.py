@@ -307,6 +307,38 @@ def test_fused_passes_the_check(dtype):
             assert check.problem(results, expected, mode) == "no output"
 
 
+def test_where_tf32_is_permitted_its_rounding_is_no_mistake(monkeypatch):
+    def use_tf32(module):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(check.to_tf32(parameter))
+
+    assert check.to_tf32(torch.tensor([1 + 2**-10, 1 + 2**-12, -(2.0**-20)])).tolist() == [
+        1 + 2**-10,
+        1.0,
+        -(2.0**-20),
+    ]
+    for case in SMALL:
+        data = case.data(torch.float32, CPU)
+        module = spoilt(use_tf32).build(case.module(torch.float32), data.input)
+        results = measure.Unit(module, data, "training", case.input_grad).results()
+        assert check.problem(results, check.expect(case, torch.float32, CPU), "training")
+        with monkeypatch.context() as patch:
+            patch.setattr(check, "permits_tf32", lambda *_: True)
+            lenient = check.expect(case, torch.float32, CPU)
+        assert check.problem(results, lenient, "training") is None
+        scaled = {name: t * 1.01 for name, t in results.items()}
+        assert check.problem(scaled, lenient, "training")
+
+
+def test_tf32_is_permitted_as_torch_says():
+    cuda = torch.device("cuda")
+    assert check.permits_tf32(torch.float32, cuda, contextlib.nullcontext)
+    assert not check.permits_tf32(torch.float32, cuda, measure.no_tf32)
+    assert not check.permits_tf32(torch.float32, CPU, contextlib.nullcontext)
+    assert not check.permits_tf32(torch.bfloat16, cuda, contextlib.nullcontext)
+
+
 # Peers
 
 
