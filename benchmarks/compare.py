@@ -30,8 +30,8 @@ def changes(old: Report, new: Report) -> list[Change]:
     """What moved in the rows that both have.
 
     Speed is fusedrnn's as a multiple of torch.nn's in the same run, so that a slower machine is no
-    regression. It moved if the medians differ by more than the quartiles of either, or of torch.nn
-    against itself, are apart. What is right and turns wrong is a regression, and so are more bytes
+    regression. It moved if the medians differ by more than the quartiles are apart in two of these
+    four, multiplied: either run's figure, and torch.nn against itself in either. What is right and turns wrong is a regression, and so are more bytes
     saved for backward.
     """
     before = {row.key: row for row in old.rows}
@@ -69,7 +69,8 @@ def _row_changes(old: Row, new: Row) -> list[Change]:
 
 def _moved(a: Summary, b: Summary, *noise: Summary) -> bool:
     change = max(a.median / b.median, b.median / a.median)
-    return change > max(LEAST, *(s.spread for s in (a, b, *noise)))
+    *_, second, widest = sorted(s.spread for s in (a, b, *noise))
+    return change > max(LEAST, second * widest)
 
 
 def _memory(old: Result, new: Result, what: str) -> list[Change]:

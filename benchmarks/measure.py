@@ -41,12 +41,12 @@ class Budget:
         return rounds >= enough and seconds >= self.seconds
 
 
-QUICK = Budget(seconds=0.25, rounds=2, turn=0.005)
+QUICK = Budget(seconds=0.25, rounds=5, turn=0.003)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The median and the quartiles of some values."""
+    """The median and the quartiles of some values; of few values, the extremes."""
 
     median: float
     lower: float
@@ -55,8 +55,8 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
+        if len(values) < 5:
+            return cls(statistics.median(values), min(values), max(values), len(values))
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, lower, upper, len(values))
 

@@ -67,12 +67,13 @@ class Scripted:
 def test_summary_is_the_median_and_the_quartiles():
     assert Summary.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Summary(3.0, 2.0, 4.0, 5)
     assert Summary.of([7.0]) == Summary(7.0, 7.0, 7.0, 1)
-    assert Summary.of([1.0, 2.0, 4.0]).spread == 2.0
+    assert Summary.of([1.0, 2.0, 2.0, 8.0]) == Summary(2.0, 1.0, 8.0, 4)  # too few for quartiles
+    assert Summary.of([5.0, 1.0, 3.0, 2.0, 4.0]).spread == 2.0
 
 
 def test_speedup_is_the_median_of_paired_ratios():
     # A disturbed machine took ten times as long in the second round, for both.
-    assert measure.speedup([2.0, 20.0, 2.0], [1.0, 10.0, 0.5]) == Summary(2.0, 2.0, 3.0, 3)
+    assert measure.speedup([2.0, 20.0, 2.0], [1.0, 10.0, 0.5]) == Summary(2.0, 2.0, 4.0, 3)
     with pytest.raises(ValueError):
         measure.speedup([1.0], [1.0, 2.0])
 
