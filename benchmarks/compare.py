@@ -31,8 +31,8 @@ def changes(old: Report, new: Report) -> list[Change]:
 
     Speed is fusedrnn's as a multiple of torch.nn's in the same run, so that a slower machine is no
     regression. It moved if the medians differ by more than the quartiles are apart in two of these
-    four, multiplied: either run's figure, and torch.nn against itself in either. What is right and turns wrong is a regression, and so are more bytes
-    saved for backward.
+    four, multiplied: either run's figure, and torch.nn against itself in either. What is right and
+    turns wrong is a regression, and so are more bytes saved for backward.
     """
     before = {row.key: row for row in old.rows}
     found = []
