@@ -47,9 +47,13 @@ def run(
 ) -> dict[str, Tensor]:
     """Outputs, states and every gradient of one forward and backward of `module`.
 
-    The loss is a random linear form of all results, so that every gradient sees random values.
+    The loss is a random linear form of all results, so that every gradient sees random values. All
+    of it happens on the module's device, results are on the CPU.
     """
     packed = isinstance(x, nn.utils.rnn.PackedSequence)
+    device = module.weight_ih_l0.device
+    x = x.to(device)
+    states = None if states is None else tuple(s.to(device) for s in states)
     data = (x.data if packed else x).detach().clone().requires_grad_()
     given = x._replace(data=data) if packed else data
     leaves = None if states is None else tuple(s.detach().clone().requires_grad_() for s in states)
@@ -59,12 +63,12 @@ def run(
     results = {"output": y.data if packed else y}
     results |= dict(zip(("h_n", "c_n"), state if lstm else (state,), strict=False))
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for r in results.values():
         form = torch.randn(r.shape, generator=generator, dtype=torch.float64)
-        loss = loss + (r.double() * form).sum()
+        loss = loss + (r.double() * form.to(device)).sum()
     inputs = {"x": data, **dict(zip(("h_0", "c_0"), leaves or (), strict=False))}
     inputs |= dict(module.named_parameters())
     grads = torch.autograd.grad(loss, list(inputs.values()))
     results |= {f"grad {name}": g for name, g in zip(inputs, grads, strict=True)}
-    return {name: r.detach() for name, r in results.items()}
+    return {name: r.detach().cpu() for name, r in results.items()}

@@ -7,12 +7,17 @@ are played. What a GPU alone can tell is in test_gpu.py.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+
 
 import pytest
 import test_numbers
 import test_ops
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
+from emulator import ROOT, build, setup_script
 from emulator.ops import instead_of_cpu, load
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -166,3 +171,199 @@ def test_tf32_is_used_where_torch_permits_it(backend, monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", permitted)
         errors[permitted] = (run(fused, x, None)["output"] - exact).abs().max().item()
     assert errors[False] < 1e-6 < errors[True] < 1e-3
+
+
+def plain_results(call, grads_out):
+    """Outputs and gradients of the op's arguments by the plain implementation, and what of them
+    has gradients."""
+    rest = [v for name, v in call.items() if name != "save"]
+    leaves = [call["x"], call["hx"], call["cx"], *call["weights"]]
+    leaves = [t for t in leaves if t is not None and t.is_floating_point()]
+    outputs = [t for t in reference.forward(*rest) if t.numel()]
+    grads = torch.autograd.grad(outputs, leaves, grads_out[: len(outputs)])
+    return [*outputs, *grads]
+
+
+def fused_results(call, grads_out):
+    y, hn, cn, reserve = load().forward(*call.values())
+    leaves = [call["x"], call["hx"], call["cx"], *call["weights"]]
+    needs = [t is not None and t.is_floating_point() for t in leaves]
+    rest = [v for name, v in call.items() if name != "save"]
+    given = [*grads_out, None][:3]
+    dx, dhx, dcx, dw = load().backward(*given, y, reserve, needs, *rest)
+    grads = [g for g, need in zip([dx, dhx, dcx, *dw], needs, strict=True) if need]
+    return [*(t for t in (y, hn, cn) if t.numel()), *grads]
+
+
+def assert_near(ours, exact):
+    assert len(ours) == len(exact)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-12)
+
+
+def random_gradients(cell, call):
+    states = call["num_layers"] * 2
+    width = call["proj_size"] or call["hidden_size"]
+    shape = call["x"].shape[: 1 if call["batch_sizes"] is not None else 2]
+    sizes = [(*shape, 2 * width), (states, test_ops.B, width)]
+    if cell.startswith("lstm"):
+        sizes.append((states, test_ops.B, call["hidden_size"]))
+    return [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("one_hot", [False, True], ids=["vectors", "integers"])
+@pytest.mark.parametrize("kind", test_ops.KINDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_masks_lengths_and_integers(cell, kind, one_hot):
+    """Against the plain implementation; what lies behind a length is NaN, and is not read."""
+    call = test_ops.arguments(cell, kind=kind, mask=True, grad=True)
+    shape = call["x"].shape[:-1]
+    if one_hot:
+        call["x"] = torch.randint(0, test_ops.INPUT, shape)
+    grads_out = random_gradients(cell, call)
+    exact = plain_results(call, grads_out)
+    if kind == "lengths":
+        behind = torch.arange(test_ops.T)[:, None] >= call["lengths"]
+        call["x"] = call["x"].detach().clone()
+        call["x"][behind] = -7 if one_hot else float("nan")
+    with torch.no_grad():
+        once = fused_results(call, grads_out)
+        assert_near(once, exact)
+        load().seed(2)  # another order of threads, the same bits
+        for a, b in zip(once, fused_results(call, grads_out), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_values_that_cannot_be_looked_at():
+    """Lengths are brought into their range; a token that is no index makes its row NaN."""
+    call = test_ops.arguments("gru", kind="lengths")
+    y, *_ = load().forward(*(call | {"lengths": torch.tensor([3, 0, 1, 3])}).values())
+    for kind in (torch.int64, torch.int8):
+        lengths = torch.tensor([99, -1, 1, 3]).to(kind)
+        assert torch.equal(load().forward(*(call | {"lengths": lengths}).values())[0], y)
+    call = test_ops.arguments("gru") | {"x": torch.zeros(test_ops.T, test_ops.B).long()}
+    for value in (-1, test_ops.INPUT):
+        call["x"][1, 2] = value
+        y, *_ = load().forward(*call.values())
+        assert y[:, [0, 1, 3]].isfinite().all()
+        assert y[1:, 2, : test_ops.HIDDEN].isnan().all()
+
+
+@pytest.mark.parametrize("steps, batch", [(0, 4), (3, 0)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_to_do(cell, steps, batch):
+    call = test_ops.arguments(cell) | {"x": torch.randn(steps, batch, 2, dtype=torch.float64)}
+    call["hx"] = call["hx"][:, :batch]
+    call["cx"] = None if call["cx"] is None else call["cx"][:, :batch]
+    y, hn, _, reserve = load().forward(*call.values())
+    assert y.shape[:2] == (steps, batch)
+    assert torch.equal(hn, call["hx"])
+    del call["save"]
+    needs = [True, True, call["cx"] is not None] + [True] * len(call["weights"])
+    dhn = torch.randn_like(hn)
+    dx, dhx, _, dw = load().backward(None, dhn, None, y, reserve, needs, *call.values())
+    assert dx.shape == call["x"].shape
+    assert torch.equal(dhx, dhn)
+    for grad, weight in zip(dw, call["weights"], strict=True):
+        assert torch.equal(grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_gives_the_training_output(cell):
+    call = test_ops.arguments(cell, mask=True)
+    trained = load().forward(*call.values())
+    inferred = load().forward(*(call | {"save": False}).values())
+    assert inferred[3].shape[0] == 0
+    for a, b in zip(trained[:3], inferred[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+ON_THE_DEVICE = ("overlong", "negative length")  # not looked at
+
+
+@pytest.mark.parametrize("which", [name for name in test_ops.WRONG if name not in ON_THE_DEVICE])
+def test_wrong_arguments(which):
+    test_ops.test_wrong_arguments(which)
+
+
+@pytest.mark.parametrize("which", test_ops.WRONG_BACKWARD)
+def test_wrong_arguments_of_backward(which):
+    test_ops.test_wrong_arguments_of_backward(which)
+
+
+def test_an_unknown_plan(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_PLAN", "fastest")
+    with pytest.raises(RuntimeError, match="fusedrnn: FUSEDRNN_PLAN has 'fastest'"):
+        load().forward(*test_ops.arguments().values())
+
+
+def test_a_failed_launch_names_the_plan(backend):
+    call = test_ops.arguments()
+    expected = load().forward(*call.values())
+    for launches in (0, 1, 5):
+        load().fail_after(launches)
+        with pytest.raises(RuntimeError, match=rf"fusedrnn: .* failed with the plan '{backend}.*'"):
+            load().forward(*call.values())
+    load().fail_after(-1)
+    assert torch.equal(load().forward(*call.values())[0], expected[0])
+
+
+@pytest.fixture
+def precision():
+    """Sets torch's switches for float32: of recurrent layers, of products."""
+    switches = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+
+    def choose(*values):
+        for switch, value in zip(switches, values, strict=True):
+            switch.fp32_precision = value
+
+    yield choose
+    choose(*before)
+
+
+def test_float32_where_tf32_is_not_permitted(precision):
+    """ATen's products obey another switch than recurrent layers: then they are taken in float64."""
+    call = test_ops.arguments("rnn", dtype=torch.float32)
+    call["x"] = torch.randn(3, 4, 300)
+    call["weights"] = [torch.randn(3, 300) if w.shape == (3, 2) else w for w in call["weights"]]
+
+    def result(*switches):
+        precision(*switches)
+        return load().forward(*call.values())[0]
+
+    plain = result("ieee", "ieee")
+    assert torch.equal(result("tf32", "ieee"), plain)
+    assert torch.equal(result("tf32", "tf32"), plain)  # on the CPU both are float32
+    wide = result("ieee", "tf32")
+    assert not torch.equal(wide, plain)
+    torch.testing.assert_close(wide, plain)
+
+
+def addresses():
+    """A program of its own, run under AddressSanitizer: every kind of call once."""
+    with instead_of_cpu("address", seed=1):
+        for cell in CELLS:
+            for kind in test_ops.KINDS:
+                for dtype in (torch.float32, torch.bfloat16):
+                    call = test_ops.backward_arguments(cell=cell, kind=kind, mask=True, dtype=dtype)
+                    ops.backward(*call.values())
+    print("no error")
+
+
+def test_no_overrun():
+    """The whole CUDA side: ATen's buffers are as long as they are, and what is read is written."""
+    setup = setup_script()
+    library = subprocess.run(
+        [*setup.find_cxx(), "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("this compiler has no libasan to preload")
+    build("address", "op.so")
+    env = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", "import test_cuda_ops; test_cuda_ops.addresses()"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0 and done.stdout == "no error\n", done.stderr[-4000:]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from emulator import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fusedrnn
 from benchmarks import plans
-from fusedrnn import _C
+from fusedrnn import _C, cuda
 
 CELLS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 
@@ -109,3 +111,34 @@ def test_cluster_cannot_be_forced_where_there_are_none():
 
 def test_the_table_in_the_docs_is_of_these_plans():
     assert (ROOT / "docs/plans.md").read_text() == plans.table()
+
+
+@pytest.mark.parametrize(
+    "archs, capability, covered",
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),  # machine code runs on later GPUs of the same major version
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("10.0a", (10, 3), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0+PTX", (12, 1), True),
+        ("9.0+PTX", (8, 9), False),
+        ("8.0;8.6;8.9;9.0a;10.0;12.0+PTX", (7, 5), False),
+        ("8.0;8.6;8.9;9.0a;10.0;12.0+PTX", (13, 0), True),
+        ("8.0;8.6;8.9;9.0a;10.0;12.0+PTX", (11, 0), False),
+    ],
+)
+def test_which_gpus_a_binary_covers(archs, capability, covered):
+    assert cuda.covers(tuple(archs.split(";")), *capability) == covered
+
+
+def test_a_plan_in_words(monkeypatch):
+    config = fusedrnn.GRU(3, 4)._config()
+    monkeypatch.delenv("FUSEDRNN_PLAN", raising=False)
+    assert cuda.plan(config, torch.float32, 5, 6, False) == "stepwise"
+    monkeypatch.setenv("FUSEDRNN_PLAN", "fastest")
+    with pytest.raises(ValueError, match="FUSEDRNN_PLAN has 'fastest'"):
+        cuda.plan(config, torch.float32, 5, 6, False)

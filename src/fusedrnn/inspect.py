@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _C
+from fusedrnn import _C, cuda
 from fusedrnn._version import __version__
 from fusedrnn.modules import _Fused, fallback_reason, is_one_hot
 
@@ -50,9 +50,17 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         what = "plain PyTorch" if one_hot else "torch.nn's own kernels"
         return f"{head} {what}, because {reason}"
     if isinstance(input, PackedSequence):
-        batch = int(input.batch_sizes[0])
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif data.dim() + one_hot == 2:
+        steps, batch = data.shape[0], 1
     else:
-        batch = 1 if data.dim() + one_hot == 2 else data.shape[0 if module.batch_first else 1]
+        batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
+    if data.device.type == "cuda":
+        dtype: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
+        forward, backward = (
+            cuda.plan(module._config(), dtype, steps, batch, backward) for backward in (False, True)
+        )
+        return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
     threads = torch.get_num_threads()
     rows, tasks = _C.cpu_plan(batch, threads)
     lines = [

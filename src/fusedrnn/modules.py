@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import dynamo, ops, reference
+from fusedrnn import cuda, dynamo, ops, reference
 
-# What the CPU kernels compute in; any other dtype or device is torch.nn's own business.
+# What the kernels compute in; any other dtype or device is torch.nn's own business.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -25,12 +25,25 @@ def is_one_hot(data: Tensor, packed: bool) -> bool:
     return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
 
 
-def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
-    """Why `input` would be left to torch.nn's own kernels, None where ours run."""
-    if input.device.type != "cpu":
-        return f"there is no kernel for {input.device.type} tensors yet"
+def no_kernel(input: Tensor) -> str | None:
+    """Why no kernel takes `input`, None where one does."""
+    device = input.device
+    if device.type == "cuda":
+        reason = cuda.missing(device)
+        if reason:
+            return reason
+    elif device.type != "cpu":
+        return f"there is no kernel for {device.type} tensors yet"
     if input.dtype not in (*DTYPES, *INTEGERS):
         return f"there is no kernel for {input.dtype}"
+    return None
+
+
+def fallback_reason(module: nn.RNNBase, input: Tensor) -> str | None:
+    """Why `input` would be left to torch.nn's own kernels, None where ours run."""
+    reason = no_kernel(input)
+    if reason:
+        return reason
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace records torch.nn's operators"
     return None
@@ -107,7 +120,8 @@ class _Fused(_DropIn, nn.RNNBase):
         Raises:
             ValueError, RuntimeError: torch.nn's, for the same wrong arguments.
             IndexError: an integer of the input is negative or not below input_size. Those behind
-                a length are not looked at.
+                a length are not looked at. On CUDA, where looking would mean waiting, such a step
+                is NaN, and a length outside [0, T] counts as the nearer end.
         """
         if self._is_leaf(input):
             return self._record(input, hx, **({} if lengths is None else {"lengths": lengths}))
@@ -124,7 +138,9 @@ class _Fused(_DropIn, nn.RNNBase):
         dtype = weights[0].dtype if one_hot else x.dtype
         if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
             low = torch.get_autocast_dtype(device)
-            dtypes = self._autocast_dtypes(dtype if hx is None else hx.dtype, low, packed)
+            dtypes = low, low
+            if device != "cuda":
+                dtypes = self._autocast_dtypes(dtype if hx is None else hx.dtype, low, packed)
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
@@ -133,7 +149,7 @@ class _Fused(_DropIn, nn.RNNBase):
         # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
         dropout = 0.0 if mask is None else self.dropout
         call = (x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *config)
-        if device != "cpu" or torch._C._are_functorch_transforms_active():
+        if no_kernel(x) is not None or torch._C._are_functorch_transforms_active():
             # `lengths` on a device without kernels, and torch.func's transforms.
             y, hn, cn = reference.forward(*call)
         else:
@@ -243,15 +259,17 @@ class _Fused(_DropIn, nn.RNNBase):
             raise RuntimeError(
                 f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
             )
-        return lengths.to(device)
+        # From the CPU without waiting; to the CPU the values must have come before they are read.
+        return lengths.to(device, non_blocking=device.type == "cuda")
 
     def _autocast_dtypes(
         self, given: torch.dtype, low: torch.dtype, packed: bool
     ) -> tuple[torch.dtype, torch.dtype]:
-        """torch.nn's dtypes under autocast, of the output and h, and of c.
+        """torch.nn's dtypes under autocast on the CPU, of the output and h, and of c.
 
         They follow from which of ATen's paths a case takes: what an element-wise product with the
-        `given` state computes keeps that state's dtype, what a matrix product does is `low`.
+        `given` state computes keeps that state's dtype, what a matrix product does is `low`. On
+        CUDA everything is, by cuDNN.
         """
         if self.mode == "GRU":
             return given, given

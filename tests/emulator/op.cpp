@@ -9,12 +9,14 @@ using namespace fusedrnn;
 
 namespace {
 void seed(int64_t value) { simt::set_seed(value); }  // of the order of threads; negative: fixed
+void fail_after(int64_t launches) { simt::fail_after(launches); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def(kForwardSchema);
   m.def(kBackwardSchema);
   m.def("seed(int value) -> ()");
+  m.def("fail_after(int launches) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
@@ -24,4 +26,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CompositeExplicitAutograd, m) {
   m.impl("seed", TORCH_BOX(&seed));
+  m.impl("fail_after", TORCH_BOX(&fail_after));
 }

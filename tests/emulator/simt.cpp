@@ -182,6 +182,7 @@ struct State {
 Fiber main_fiber;
 State* state = nullptr;
 bool random_order = false;
+int64_t launches_to_failure = -1;
 int64_t way = 0;  // of the last launch
 std::mt19937_64 generator;
 
@@ -637,7 +638,10 @@ void set_seed(int64_t seed) {
   generator.seed(uint64_t(seed));
 }
 
+void fail_after(int64_t launches) { launches_to_failure = launches; }
+
 int run(const Launch& launch, const std::function<void()>& body) {
+  if (launches_to_failure >= 0 && launches_to_failure-- == 0) return kLaunchFailure;
   if (const int error = check(launch)) return error;
   State s;
   s.launch = launch;

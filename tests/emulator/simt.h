@@ -54,6 +54,8 @@ int run(const Launch&, const std::function<void()>& body);
 // Draw the order of threads, and when copies land, from a seed; negative: always the same order,
 // and copies land as late as they may.
 void set_seed(int64_t seed);
+// Lets so many launches pass, and has the one after them fail; negative: none.
+void fail_after(int64_t launches);
 // How long the last launch had to take where all that counts is how often one block waits for
 // another, at a cluster's barrier or at a flag: the longest chain of those.
 int64_t longest_way();

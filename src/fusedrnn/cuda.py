@@ -1,0 +1,72 @@
+"""Whether the binary has kernels for a GPU, and which of them would run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fusedrnn import _C
+from fusedrnn.ops import Config
+
+ARCHS = tuple(_C.cuda_archs().split(";")) if _C.cuda_archs() else ()
+
+
+def covers(archs: tuple[str, ...], major: int, minor: int) -> bool:
+    """Whether code for `archs`, such as "8.0", "9.0a" or "12.0+PTX", runs on a GPU of this kind.
+
+    Machine code runs where the major version is the same and the minor one not lower, that of an
+    "a" nowhere else; PTX is compiled further for every later GPU.
+    """
+    for arch in archs:
+        name = arch.removesuffix("+PTX")
+        exact = name[-1] in "af"
+        first, _, second = name.rstrip("af").partition(".")
+        found = (int(first), int(second))
+        if found == (major, minor):
+            return True
+        if exact:
+            continue
+        if found[0] == major and found[1] <= minor:
+            return True
+        if arch != name and found <= (major, minor):
+            return True
+    return False
+
+
+def missing(device: torch.device) -> str | None:
+    """Why there is no kernel for tensors on `device`, a CUDA device; None where there is."""
+    if not ARCHS:
+        return "this build has no CUDA kernels"
+    if torch.version.cuda is None:
+        return "the CUDA kernels are for NVIDIA GPUs"
+    gpu = torch.cuda.get_device_properties(device)
+    if not covers(ARCHS, gpu.major, gpu.minor):
+        return f"the CUDA kernels of this build are for {', '.join(ARCHS)}, not {gpu.name}"
+    return None
+
+
+def plan(config: Config, dtype: torch.dtype, steps: int, batch: int, backward: bool) -> str:
+    """What would run, in words. FUSEDRNN_PLAN is heeded.
+
+    Raises:
+        ValueError: FUSEDRNN_PLAN asks for what cannot run.
+    """
+    # As the ops do it: csrc/torch/cuda_call.cpp.
+    return _C.cuda_plan(
+        config.mode,
+        str(dtype).removeprefix("torch."),
+        config.hidden_size,
+        config.proj_size,
+        config.num_layers,
+        config.bidirectional,
+        steps,
+        batch,
+        backward,
+        torch.backends.cudnn.rnn.fp32_precision == "tf32",  # type: ignore[attr-defined]
+        0,
+        0,
+        0,
+        (),
+        os.environ.get("FUSEDRNN_PLAN", ""),
+    )[-1]
