@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 
-
 import pytest
 import test_numbers
 import test_ops
@@ -42,6 +41,14 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with instead_of_cpu(seed=1):
         yield request.param
+
+
+@pytest.fixture
+def stepwise(monkeypatch):
+    """For what all backends share: the backend that takes everything."""
+    monkeypatch.setenv("FUSEDRNN_PLAN", "stepwise")
+    with instead_of_cpu(seed=1):
+        yield
 
 
 @pytest.fixture
@@ -212,7 +219,7 @@ def random_gradients(cell, call):
     return [torch.randn(size, dtype=torch.float64) for size in sizes]
 
 
-@pytest.mark.usefixtures("filled")
+@pytest.mark.usefixtures("filled", "stepwise")
 @pytest.mark.parametrize("one_hot", [False, True], ids=["vectors", "integers"])
 @pytest.mark.parametrize("kind", test_ops.KINDS)
 @pytest.mark.parametrize("cell", CELLS)
@@ -236,6 +243,7 @@ def test_masks_lengths_and_integers(cell, kind, one_hot):
             assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("stepwise")
 def test_values_that_cannot_be_looked_at():
     """Lengths are brought into their range; a token that is no index makes its row NaN."""
     call = test_ops.arguments("gru", kind="lengths")
@@ -251,6 +259,7 @@ def test_values_that_cannot_be_looked_at():
         assert y[1:, 2, : test_ops.HIDDEN].isnan().all()
 
 
+@pytest.mark.usefixtures("stepwise")
 @pytest.mark.parametrize("steps, batch", [(0, 4), (3, 0)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_to_do(cell, steps, batch):
@@ -270,6 +279,7 @@ def test_nothing_to_do(cell, steps, batch):
         assert torch.equal(grad, torch.zeros_like(weight))
 
 
+@pytest.mark.usefixtures("stepwise")
 @pytest.mark.parametrize("cell", CELLS)
 def test_inference_gives_the_training_output(cell):
     call = test_ops.arguments(cell, mask=True)
@@ -283,26 +293,30 @@ def test_inference_gives_the_training_output(cell):
 ON_THE_DEVICE = ("overlong", "negative length")  # not looked at
 
 
+@pytest.mark.usefixtures("stepwise")
 @pytest.mark.parametrize("which", [name for name in test_ops.WRONG if name not in ON_THE_DEVICE])
 def test_wrong_arguments(which):
     test_ops.test_wrong_arguments(which)
 
 
+@pytest.mark.usefixtures("stepwise")
 @pytest.mark.parametrize("which", test_ops.WRONG_BACKWARD)
 def test_wrong_arguments_of_backward(which):
     test_ops.test_wrong_arguments_of_backward(which)
 
 
+@pytest.mark.usefixtures("stepwise")
 def test_an_unknown_plan(monkeypatch):
     monkeypatch.setenv("FUSEDRNN_PLAN", "fastest")
     with pytest.raises(RuntimeError, match="fusedrnn: FUSEDRNN_PLAN has 'fastest'"):
         load().forward(*test_ops.arguments().values())
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_failed_launch_names_the_plan(backend):
-    call = test_ops.arguments()
+    call = test_ops.arguments(dtype=BACKENDS[backend][0])
     expected = load().forward(*call.values())
-    for launches in (0, 1, 5):
+    for launches in (0, 1):
         load().fail_after(launches)
         with pytest.raises(RuntimeError, match=rf"fusedrnn: .* failed with the plan '{backend}.*'"):
             load().forward(*call.values())
@@ -324,6 +338,7 @@ def precision():
     choose(*before)
 
 
+@pytest.mark.usefixtures("stepwise")
 def test_float32_where_tf32_is_not_permitted(precision):
     """ATen's products obey another switch than recurrent layers: then they are taken in float64."""
     call = test_ops.arguments("rnn", dtype=torch.float32)

@@ -136,9 +136,12 @@ def test_which_gpus_a_binary_covers(archs, capability, covered):
 
 
 def test_a_plan_in_words(monkeypatch):
-    config = fusedrnn.GRU(3, 4)._config()
+    config, spec = fusedrnn.GRU(3, 256)._config(), plans.DEVICES["H200"]
     monkeypatch.delenv("FUSEDRNN_PLAN", raising=False)
-    assert cuda.plan(config, torch.float32, 5, 6, False) == "stepwise"
+    assert cuda.plan(config, torch.float64, 5, 6, False, spec) == "stepwise"
+    assert cuda.plan(config, torch.bfloat16, 5, 6, False, spec).startswith("cluster: ")
+    monkeypatch.setenv("FUSEDRNN_PLAN", "grid")
+    assert cuda.plan(config, torch.bfloat16, 5, 6, False, spec).startswith("grid: ")
     monkeypatch.setenv("FUSEDRNN_PLAN", "fastest")
     with pytest.raises(ValueError, match="FUSEDRNN_PLAN has 'fastest'"):
-        cuda.plan(config, torch.float32, 5, 6, False)
+        cuda.plan(config, torch.float32, 5, 6, False, spec)

@@ -3,8 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <exception>
+#include <stdexcept>
 
 #include "cpu/stack.h"
+#include "cuda/device.h"
+#include "cuda/elementwise.h"
 #include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
 #include "torch/ops.h"
@@ -79,6 +82,22 @@ PyObject* cuda_plan(PyObject*, PyObject* args) {
   });
 }
 
+PyObject* cuda_device(PyObject*, PyObject*) {
+  return guarded([] {
+    DeviceSpec device{};
+#ifdef FUSEDRNN_WITH_CUDA
+    if (const int error = device_spec(&device)) throw std::runtime_error(error_text(error));
+#else
+    throw std::runtime_error("this build has no CUDA kernels");
+#endif
+    PyObject* clusters = PyTuple_New(kLargestCluster);
+    for (int i = 0; clusters && i < kLargestCluster; i++)
+      PyTuple_SetItem(clusters, i, PyLong_FromLong(device.clusters[i + 1]));
+    return Py_BuildValue("(iiiN)", device.capability, device.processors, device.shared_bytes,
+                         clusters);
+  });
+}
+
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
@@ -119,6 +138,8 @@ PyMethodDef methods[] = {
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
     {"cpu_plan", cpu_plan, METH_VARARGS, "cpu_plan(batch, threads) -> (rows a task, tasks)"},
+    {"cuda_device", cuda_device, METH_NOARGS,
+     "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
     {"cuda_plan", cuda_plan, METH_VARARGS,
      "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
      "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "

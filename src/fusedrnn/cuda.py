@@ -46,13 +46,25 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def plan(config: Config, dtype: torch.dtype, steps: int, batch: int, backward: bool) -> str:
+# What the planner has to know of a GPU; _C.cuda_plan takes the same.
+Spec = tuple[int, int, int, tuple[int, ...]]  # capability, processors, shared_bytes, clusters
+
+
+def spec(device: torch.device) -> Spec:
+    """Of a CUDA device that is here."""
+    with torch.cuda.device(device):
+        return _C.cuda_device()
+
+
+def plan(
+    config: Config, dtype: torch.dtype, steps: int, batch: int, backward: bool, spec: Spec
+) -> str:
     """What would run, in words. FUSEDRNN_PLAN is heeded.
 
     Raises:
         ValueError: FUSEDRNN_PLAN asks for what cannot run.
     """
-    # As the ops do it: csrc/torch/cuda_call.cpp.
+    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return _C.cuda_plan(
         config.mode,
         str(dtype).removeprefix("torch."),
@@ -63,10 +75,7 @@ def plan(config: Config, dtype: torch.dtype, steps: int, batch: int, backward: b
         steps,
         batch,
         backward,
-        torch.backends.cudnn.rnn.fp32_precision == "tf32",  # type: ignore[attr-defined]
-        0,
-        0,
-        0,
-        (),
+        tf32 and dtype == torch.float32,
+        *spec,
         os.environ.get("FUSEDRNN_PLAN", ""),
     )[-1]

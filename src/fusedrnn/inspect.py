@@ -57,8 +57,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
     if data.device.type == "cuda":
         dtype: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
+        config, spec = module._config(), cuda.spec(data.device)
         forward, backward = (
-            cuda.plan(module._config(), dtype, steps, batch, backward) for backward in (False, True)
+            cuda.plan(config, dtype, steps, batch, backward, spec) for backward in (False, True)
         )
         return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
     threads = torch.get_num_threads()
