@@ -1,19 +1,149 @@
-"""nvcc compiles every kernel for every architecture, and none spills its registers to memory."""
+"""The GPU code in the binary: for every architecture, without spills, with the instructions meant."""
 
 from __future__ import annotations
 
-import os
+import functools
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from emulator import ROOT, setup_script
 
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu"))
+from fusedrnn import _C
+
 # Not shipped, but it uses every wrapper of csrc/cuda/primitives.h.
 PROGRAMS = "tests/emulator/programs.cu"
+PERSISTENT = "persistent_(forward|backward)_kernel"
+
+
+def tool(name: str) -> str:
+    """NVIDIA's disassembler: on the PATH, or from the wheels that the extra [test] installs."""
+    wheels = Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}")
+    path = shutil.which(name) or next(map(str, wheels), None)
+    return path or pytest.skip(f"no {name} (pip install nvidia-cuda-{name})")
+
+
+def compiled() -> set[str]:
+    """The architectures that the binary was built for, as the tools name them."""
+    archs = _C.cuda_archs()
+    if not archs:
+        pytest.skip("built without nvcc: there is no GPU code to look at")
+    return {"sm_" + re.sub(r"\W|PTX", "", arch) for arch in archs.split(";")}
+
+
+class Kernel(NamedTuple):
+    name: str  # as in the source, without namespaces and parameters
+    arch: str
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack: int  # bytes: what is spilled, and arrays that found no registers
+    shared: int  # bytes, static
+
+
+def readable(mangled: list[str]) -> list[str]:
+    if not shutil.which("c++filt"):
+        return mangled
+    done = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True)
+    noise = r"^void |fusedrnn::|\(anonymous namespace\)::|\(fusedrnn::\w+\)$"
+    return [re.sub(noise, "", line) for line in done.stdout.splitlines()]
+
+
+def parse_resources(text: str) -> dict[Kernel, Resources]:
+    """What `cuobjdump --dump-resource-usage` prints."""
+    found: list[tuple[str, str, Resources]] = []
+    arch = name = ""
+    for line in text.splitlines():
+        if section := re.match(r"arch = (sm_\w+)", line):
+            arch = section[1]
+        elif function := re.match(r"\s*Function (\S+):", line):
+            name = function[1]
+        elif usage := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            found.append((name, arch, Resources(*map(int, usage.groups()))))
+    names = readable([name for name, _, _ in found])
+    return {Kernel(n, a): r for n, (_, a, r) in zip(names, found, strict=True)}
+
+
+@functools.cache
+def resources() -> dict[Kernel, Resources]:
+    assert _C.__file__
+    command = [tool("cuobjdump"), "--dump-resource-usage", _C.__file__]
+    return parse_resources(subprocess.run(command, capture_output=True, text=True).stdout)
+
+
+def test_the_listing_is_read():
+    text = """
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z1fv:
+  REG:32 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    name = readable(["_Z1fv"])[0]
+    assert parse_resources(text) == {Kernel(name, "sm_90a"): Resources(32, 8, 16)}
+
+
+def test_every_kernel_is_there_for_every_architecture():
+    archs = compiled()
+    found = resources()
+    names = {kernel.name for kernel in found}
+    assert sum(bool(re.match(PERSISTENT, name)) for name in names) == 2 * 2 * 5
+    assert {kernel for kernel in found} == {Kernel(n, a) for n in names for a in archs}
+    print(f"\nregisters and shared memory of the kernels on {' '.join(sorted(archs))}:")
+    for name in sorted(names):
+        used = [found[Kernel(name, arch)] for arch in sorted(archs)]
+        print(f"  {' '.join(f'{r.registers:3}' for r in used)}  {used[0].shared:5}  {name}")
+
+
+def test_nothing_is_spilled():
+    compiled()
+    assert {kernel: r for kernel, r in resources().items() if r.stack} == {}
+
+
+@functools.cache
+def instructions(arch: str) -> dict[str, set[str]]:
+    """The instructions of every kernel of an architecture."""
+    assert _C.__file__
+    disassembler = Path(tool("nvdisasm")).parent
+    command = [tool("cuobjdump"), "--dump-sass", "--gpu-architecture", arch, _C.__file__]
+    env = {"PATH": f"{disassembler}:/usr/bin:/bin"}
+    found: dict[str, set[str]] = {}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout
+    current: set[str] = set()
+    for line in process.stdout:
+        if function := re.match(r"\s*Function : (\S+)", line):
+            current = found.setdefault(function[1], set())
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
+            current.add(code[1])
+    assert process.wait() == 0
+    return dict(zip(readable(list(found)), found.values(), strict=True))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_tensor_cores_and_wide_loads_are_used(arch):
+    if arch not in compiled():
+        pytest.skip(f"this binary has no code for {arch}")
+    for name, used in instructions(arch).items():
+        if not re.match(PERSISTENT, name) or (arch == "sm_80" and "true>" in name):
+            continue
+        half, tf32 = "Half<" in name, "Tf32" in name
+        kinds = {i for i in used if i.startswith("HMMA")}
+        wanted = ".16816.F32" if half else ".1688.F32.TF32"
+        assert any(wanted in i for i in kinds) if half or tf32 else "FFMA" in used, (name, kinds)
+        assert "LDS.128" in used, name  # weights, 16 bytes of each lane
+        assert not {i for i in used if i.startswith(("LDL", "STL"))}, name
+        assert any(i.startswith("UCGABAR") for i in used) == ("true>" in name), name
 
 
 @pytest.fixture(scope="module")
@@ -26,60 +156,12 @@ def nvcc() -> str:
     return path or pytest.skip("no nvcc (see setup.py for where it is looked for)")
 
 
-def kernels(log: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kernel, architecture) -> (registers, bytes of spill loads and stores), of `-Xptxas -v`."""
-    found: dict[tuple[str, str], tuple[int, int]] = {}
-    spills = 0
-    key = None
-    for line in log.splitlines():
-        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
-            key, spills = (entry[1], entry[2]), 0
-        elif bytes_ := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spills = int(bytes_[1]) + int(bytes_[2])
-        elif (registers := re.search(r"Used (\d+) registers", line)) and key:
-            found[key] = int(registers[1]), spills
-    return found
-
-
-def test_the_log_is_read():
-    log = """\
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_80'
-ptxas info    : Function properties for _Z1fv
-    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 255 registers, used 0 barriers, 380 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_90a'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 32 registers, used 1 barriers
-"""
-    assert kernels(log) == {("_Z1fv", "sm_80"): (255, 16), ("_Z1fv", "sm_90a"): (32, 0)}
-
-
-def demangle(names: list[str]) -> list[str]:
-    """Names as in the source, without namespaces and parameters."""
-    if not shutil.which("c++filt"):
-        return names
-    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    noise = r"^void |fusedrnn::|\(anonymous namespace\)::|\(fusedrnn::\w+\)$"
-    return [re.sub(noise, "", line) for line in done.stdout.splitlines()]
-
-
-@pytest.mark.parametrize("source", [*SOURCES, PROGRAMS])
-def test_compiles_without_spills(nvcc, source, tmp_path):
+def test_every_primitive_compiles(nvcc, tmp_path):
     setup = setup_script()
     archs = setup.select_archs(setup.ask_nvcc(nvcc, "--list-gpu-arch"), "")
     host = next(word for word in reversed(setup.find_cxx()) if word[0] != "-")
     command = [nvcc, "-ccbin", host, *setup.NVCC_FLAGS.split(), *map(setup.gencode, archs)]
-    command += ["-Icsrc", "-Itests", "-Werror", "all-warnings", f"--threads={os.cpu_count()}"]
-    command += ["-c", source, "-o", str(tmp_path / "kernels.o")]
+    command += ["-Icsrc", "-Itests", "-Werror", "all-warnings"]
+    command += ["-c", PROGRAMS, "-o", str(tmp_path / "programs.o")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-    found = kernels(done.stdout + done.stderr)
-    wanted = {"sm_" + re.sub(r"\W|PTX", "", arch) for arch in archs}
-    assert {arch for _, arch in found} == wanted
-    names = sorted({name for name, _ in found})
-    print(f"\nregisters of the kernels of {Path(source).name} on {' '.join(sorted(wanted))}:")
-    for name, readable in zip(names, demangle(names), strict=True):
-        used = [found[name, arch][0] for arch in sorted(wanted)]
-        print(f"  {' '.join(f'{n:3}' for n in used)}  {readable}")
-    assert {key: spills for key, (_, spills) in found.items() if spills} == {}

@@ -47,6 +47,7 @@ class Shape(Structure):
 class Persistent(Structure):
     _fields_ = (
         ("cell", c_int),
+        ("layout", c_int * (3 + 1 + 2 * 4)),  # filled in by the launch; its two bools share a word
         ("dtype", c_int),
         ("engine", c_int),
         ("cluster", c_bool),

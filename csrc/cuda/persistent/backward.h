@@ -78,22 +78,19 @@ struct BackwardBlock {
     return sum;
   }
 
-  template <class Cell>
   __device__ void set_up() const {
-    constexpr int kFirst = Cell::kSlots - Cell::kGates;
     const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
+    const int gates = p.layout.gates, first = p.layout.first();
     // Column c of the tiles is gate c / units, in the order of the slots, of unit c % units.
     auto weights = [&](const void* w, int gate, int unit, int row) -> float {
       return unit0 + unit < H ? read<S>(w, (gate * H + unit0 + unit) * H + row) : 0.f;
     };
-    load_weights<E>(shared, s.recurrent, int(H), Cell::kGates * s.units, [&](int row, int column) {
-      const int gate = gate_of(Cell::h_runs(), kFirst + column / s.units);
-      return weights(stage.w_hh, gate, column % s.units, row);
+    load_weights<E>(shared, s.recurrent, int(H), gates * s.units, [&](int row, int column) {
+      return weights(stage.w_hh, p.layout.h_gate[first + column / s.units], column % s.units, row);
     });
     if (feeds_next())
-      load_weights<E>(shared, s.input, int(H), Cell::kGates * s.units, [&](int row, int column) {
-        const int gate = gate_of(Cell::x_runs(), column / s.units);
-        return weights(stage.w_ih, gate, column % s.units, row);
+      load_weights<E>(shared, s.input, int(H), gates * s.units, [&](int row, int column) {
+        return weights(stage.w_ih, p.layout.x_gate[column / s.units], column % s.units, row);
       });
     for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
       reinterpret_cast<S*>(shared + s.x)[i] = E::operand(0);
@@ -108,34 +105,35 @@ struct BackwardBlock {
     raise(team.own_done, step);
   }
 
-  template <class Cell>
   __device__ void run() const {
-    constexpr int kSlots = Cell::kSlots, kFirst = kSlots - Cell::kGates;
+    const CellLayout& layout = p.layout;
     const int64_t H = p.hidden_size, at = me.b * H + me.j;
     S* gates = reinterpret_cast<S*>(shared + s.x);
     float dh = 0, dc = 0, dx = 0;
     if (me.exists) {
       dh = read<float>(stage.dhn, at);
-      if constexpr (Cell::kHasCell) dc = read<float>(stage.dcn, at);
+      if (layout.has_cell) dc = read<float>(stage.dcn, at);
     }
-    set_up<Cell>();
+    set_up();
 
     for (int64_t step = 0; step < me.last; step++) {
       const int64_t t = time(step), before = stage.reverse ? t + 1 : t - 1;
       const bool runs = me.exists && t < me.length;
       const bool first = before < 0 || before >= me.length;
       const int64_t token = me.exists && (runs || !p.offsets) ? token_of(p, t, me.b) : 0;
-      float slots[kSlots] = {};
+      float slots[kMostSlots] = {};
       float h = 0, h_prev = 0, c = 0, c_prev = 0, dy = 0;
       if (runs) {
         const int64_t earlier = first ? 0 : token_of(p, before, me.b);
-        for (int k = 0; k < Cell::kSaved; k++)
-          slots[k] = read<S>(stage.saved, (token * Cell::kSaved + k) * H + me.j);
-        if constexpr (Cell::kSaved == 0) h = read<S>(stage.y, token * stage.y_stride + me.j);
-        if constexpr (Cell::kUsesHPrev)
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++)
+          if (k < layout.saved)
+            slots[k] = read<S>(stage.saved, (token * layout.saved + k) * H + me.j);
+        if (layout.saved == 0) h = read<S>(stage.y, token * stage.y_stride + me.j);
+        if (layout.uses_h_prev)
           h_prev =
               first ? read<S>(stage.h0, at) : read<S>(stage.y, earlier * stage.y_stride + me.j);
-        if constexpr (Cell::kHasCell) {
+        if (layout.has_cell) {
           c = read<float>(stage.saved_c, token * H + me.j);
           c_prev = first ? read<S>(stage.c0, at) : read<float>(stage.saved_c, earlier * H + me.j);
         }
@@ -150,20 +148,28 @@ struct BackwardBlock {
         if (me.exists) dh += received(kRecurrent, step);
         if (feeds_next() && me.exists) dx = received(kInput, step);
       }
-      if (runs) dh = Cell::template backward<ScalarMath>(slots, h_prev, h, c_prev, c, dh + dy, dc);
+      if (runs)
+        with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
+          dh =
+              decltype(cell)::template backward<ScalarMath>(own, h_prev, h, c_prev, c, dh + dy, dc);
+        });
       if (me.in_block)
-        for (int k = 0; k < kSlots; k++)
-          gates[me.row * s.x_row + k * s.units + me.unit] = E::operand(runs ? slots[k] : 0.f);
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++)
+          if (k < layout.slots)
+            gates[me.row * s.x_row + k * s.units + me.unit] = E::operand(runs ? slots[k] : 0.f);
       __syncthreads();
-      multiply<E>(shared, s.recurrent, s.rows, gates + kFirst * s.units, s.x_row);
+      multiply<E>(shared, s.recurrent, s.rows, gates + layout.first() * s.units, s.x_row);
       if (feeds_next()) multiply<E>(shared, s.input, s.rows, gates, s.x_row);
       __syncthreads();
       send(kRecurrent, s.recurrent, step + 1);
       if (feeds_next()) send(kInput, s.input, step + 1);
       team.arrive(step + 1);
       if (me.exists && (runs || !p.offsets))
-        for (int k = 0; k < kSlots; k++)
-          write<S>(stage.dgates, (token * kSlots + k) * H + me.j, runs ? slots[k] : 0.f);
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++)
+          if (k < layout.slots)
+            write<S>(stage.dgates, (token * layout.slots + k) * H + me.j, runs ? slots[k] : 0.f);
       if (feeds_next() && step > 0) finish_input(step, dx);
     }
     if (me.last > 0) {
@@ -173,11 +179,11 @@ struct BackwardBlock {
     }
     if (me.exists) {
       write<float>(stage.dh0, at, dh);
-      if constexpr (Cell::kHasCell) write<float>(stage.dc0, at, dc);
+      if (layout.has_cell) write<float>(stage.dc0, at, dc);
       if (!p.offsets)  // steps that no row of the team has
         for (int64_t t = me.last; t < p.steps; t++)
-          for (int k = 0; k < kSlots; k++)
-            write<S>(stage.dgates, (token_of(p, t, me.b) * kSlots + k) * H + me.j, 0);
+          for (int k = 0; k < layout.slots; k++)
+            write<S>(stage.dgates, (token_of(p, t, me.b) * layout.slots + k) * H + me.j, 0);
     }
   }
 };
@@ -188,7 +194,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
   if constexpr (FUSEDRNN_HAS_CLUSTERS || !kCluster) {
     FUSEDRNN_DYNAMIC_SHARED(char, shared);
     const BackwardBlock<E, kCluster> block(p, shared);
-    with_cell_type(p.cell, [&](auto cell) { block.template run<decltype(cell)>(); });
+    block.run();
   }
 }
 

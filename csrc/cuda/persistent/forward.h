@@ -51,22 +51,19 @@ struct ForwardBlock {
   }
 
   // x of the first step is the initial state, which every block reads for itself.
-  template <class Cell>
   __device__ void set_up() const {
-    constexpr int kFirst = Cell::kSlots - Cell::kGates;
     const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
+    const int gates = p.layout.gates, first = p.layout.first();
     // Row r of the tiles is gate r / units, in the order of the slots, of unit r % units.
     auto weights = [&](const void* w, int gate, int unit, int column) -> float {
       return unit0 + unit < H ? read<S>(w, (gate * H + unit0 + unit) * H + column) : 0.f;
     };
-    load_weights<E>(shared, s.recurrent, Cell::kGates * s.units, int(H), [&](int row, int column) {
-      const int gate = gate_of(Cell::h_runs(), kFirst + row / s.units);
-      return weights(stage.w_hh, gate, row % s.units, column);
+    load_weights<E>(shared, s.recurrent, gates * s.units, int(H), [&](int row, int column) {
+      return weights(stage.w_hh, p.layout.h_gate[first + row / s.units], row % s.units, column);
     });
     if (chained())
-      load_weights<E>(shared, s.input, Cell::kGates * s.units, int(H), [&](int row, int column) {
-        const int gate = gate_of(Cell::x_runs(), row / s.units);
-        return weights(stage.w_ih, gate, row % s.units, column);
+      load_weights<E>(shared, s.input, gates * s.units, int(H), [&](int row, int column) {
+        return weights(stage.w_ih, p.layout.x_gate[row / s.units], row % s.units, column);
       });
     for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
@@ -82,14 +79,15 @@ struct ForwardBlock {
   }
 
   // Adds the input's part of the step to the slots. All threads of the block.
-  template <class Cell>
-  __device__ void add_input(int64_t step, float (&slots)[Cell::kSlots]) const {
+  __device__ void add_input(int64_t step, float (&slots)[kMostSlots]) const {
     const int64_t H = p.hidden_size, t = time(step);
     if (!chained()) {
-      if (me.exists && t < me.length)
-        for (int k = 0; k < Cell::kGates; k++)
-          slots[k] += read<float>(stage.gates_x, token_of(p, t, me.b) * (Cell::kGates * H) +
-                                                     gate_of(Cell::x_runs(), k) * H + me.j);
+      if (!me.exists || t >= me.length) return;
+      const int64_t row = token_of(p, t, me.b) * (p.layout.gates * H) + me.j;
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++)
+        if (p.layout.x_gate[k] >= 0)
+          slots[k] += read<float>(stage.gates_x, row + p.layout.x_gate[k] * H);
       return;
     }
     wait_for(team.before_done, team.size, step + 1);
@@ -110,8 +108,10 @@ struct ForwardBlock {
     multiply<E>(shared, s.input, s.rows, input, s.x_row);
     __syncthreads();
     if (me.in_block)
-      for (int k = 0; k < Cell::kGates; k++)
-        slots[k] += total(shared, s.input, s.rows, me.row, k * s.units + me.unit);
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++)
+        if (p.layout.x_gate[k] >= 0)
+          slots[k] += total(shared, s.input, s.rows, me.row, k * s.units + me.unit);
     __syncthreads();  // the next product writes where these sums were
   }
 
@@ -142,27 +142,28 @@ struct ForwardBlock {
     }
   }
 
-  template <class Cell>
   __device__ void run() const {
-    constexpr int kFirst = Cell::kSlots - Cell::kGates;
+    const CellLayout& layout = p.layout;
     const int64_t H = p.hidden_size, at = me.b * H + me.j;
     S* staging = reinterpret_cast<S*>(shared + s.staging);
-    float bias[Cell::kSlots] = {};
+    float bias[kMostSlots] = {};
     float h = 0, c = 0;
     if (me.exists) {
-      for (int k = 0; k < Cell::kGates; k++) {
-        bias[k] += read<S>(stage.b_ih, gate_of(Cell::x_runs(), k) * H + me.j);
-        bias[kFirst + k] += read<S>(stage.b_hh, gate_of(Cell::h_runs(), kFirst + k) * H + me.j);
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++) {
+        if (layout.x_gate[k] >= 0) bias[k] += read<S>(stage.b_ih, layout.x_gate[k] * H + me.j);
+        if (layout.h_gate[k] >= 0) bias[k] += read<S>(stage.b_hh, layout.h_gate[k] * H + me.j);
       }
       h = read<S>(stage.h0, at);
-      if constexpr (Cell::kHasCell) c = read<S>(stage.c0, at);
+      if (layout.has_cell) c = read<S>(stage.c0, at);
     }
-    set_up<Cell>();
+    set_up();
 
-    float next[Cell::kSlots];  // what is known of the next step's slots
+    float next[kMostSlots];  // what is known of the next step's slots
     auto prepare = [&](int64_t step) {
-      for (int k = 0; k < Cell::kSlots; k++) next[k] = bias[k];
-      add_input<Cell>(step, next);
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++) next[k] = bias[k];
+      add_input(step, next);
     };
     if (me.last > 0) prepare(0);
     for (int64_t step = 0; step < me.last; step++) {
@@ -171,12 +172,18 @@ struct ForwardBlock {
       if (step > 0) await(step);
       multiply<E>(shared, s.recurrent, s.rows, x(step), s.x_row);
       __syncthreads();
-      float slots[Cell::kSlots];
+      float slots[kMostSlots];
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++) slots[k] = next[k];
       if (runs) {
-        for (int k = 0; k < Cell::kSlots; k++) slots[k] = next[k];
-        for (int k = 0; k < Cell::kGates; k++)
-          slots[kFirst + k] += total(shared, s.recurrent, s.rows, me.row, k * s.units + me.unit);
-        h = Cell::template forward<ScalarMath>(slots, h, c);
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++)
+          if (layout.h_gate[k] >= 0)
+            slots[k] += total(shared, s.recurrent, s.rows, me.row,
+                              (k - layout.first()) * s.units + me.unit);
+        with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
+          h = decltype(cell)::template forward<ScalarMath>(own, h, c);
+        });
       }
       if (me.in_block) staging[me.row * s.units + me.unit] = E::operand(h);
       __syncthreads();
@@ -184,9 +191,11 @@ struct ForwardBlock {
       if (runs) {
         const int64_t token = token_of(p, t, me.b);
         write<S>(stage.y, token * stage.y_stride + me.j, h);
-        if constexpr (Cell::kHasCell) write<float>(stage.saved_c, token * H + me.j, c);
-        for (int k = 0; k < Cell::kSaved; k++)
-          write<S>(stage.saved, (token * Cell::kSaved + k) * H + me.j, slots[k]);
+        if (layout.has_cell) write<float>(stage.saved_c, token * H + me.j, c);
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++)
+          if (k < layout.saved)
+            write<S>(stage.saved, (token * layout.saved + k) * H + me.j, slots[k]);
       } else if (me.exists && !p.offsets) {
         write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
       }
@@ -195,7 +204,7 @@ struct ForwardBlock {
     }
     if (me.exists) {
       write<S>(stage.hn, at, h);
-      if constexpr (Cell::kHasCell) write<S>(stage.cn, at, c);
+      if (layout.has_cell) write<S>(stage.cn, at, c);
       if (!p.offsets)  // steps that no row of the team has
         for (int64_t t = me.last; t < p.steps; t++)
           write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
@@ -209,7 +218,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
   if constexpr (FUSEDRNN_HAS_CLUSTERS || !kCluster) {
     FUSEDRNN_DYNAMIC_SHARED(char, shared);
     const ForwardBlock<E, kCluster> block(p, shared);
-    with_cell_type(p.cell, [&](auto cell) { block.template run<decltype(cell)>(); });
+    block.run();
   }
 }
 

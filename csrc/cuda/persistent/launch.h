@@ -1,5 +1,6 @@
 // From the run-time engine to the kernel, and its launch.
 #pragma once
+#include "cuda/dispatch.h"
 #include "cuda/persistent/persistent.h"
 #include "cuda/persistent/product.h"
 
@@ -37,10 +38,25 @@ inline bool fits(const Persistent& p) {
          p.hidden_size <= p.shape.team * p.shape.units && p.steps < INT32_MAX;
 }
 
+template <class Cell>
+CellLayout layout_of() {
+  static_assert(Cell::kSlots <= kMostSlots);
+  CellLayout l{Cell::kGates, Cell::kSlots, Cell::kSaved, Cell::kHasCell, Cell::kUsesHPrev, {}, {}};
+  for (int k = 0; k < kMostSlots; k++) {
+    l.x_gate[k] = gate_of(Cell::x_runs(), k);
+    l.h_gate[k] = gate_of(Cell::h_runs(), k);
+  }
+  return l;
+}
+
 // `select` gives the kernel for an engine.
 template <class P, class F>
-int launch_persistent(const P& p, void* stream, F select) {
+int launch_persistent(P p, void* stream, F select) {
   if (!fits(p)) return kInvalidValue;
+  with_cell(p.cell, [&](auto cell) {
+    p.layout = layout_of<decltype(cell)>();
+    return 0;
+  });
   Grid grid{dim3(unsigned(p.blocks())), dim3(kPersistentThreads)};
   grid.cluster = p.cluster ? p.shape.team : 1;
   // Whoever waits for another team's flag must know that it runs.

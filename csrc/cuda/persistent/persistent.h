@@ -42,9 +42,22 @@ struct BackwardStage {
   bool reverse;
 };
 
+constexpr int kMostSlots = 4;
+
+// A cell's constants as values: kernels are compiled for all cells at once.
+struct CellLayout {
+  int gates, slots, saved;
+  bool has_cell, uses_h_prev;
+  int x_gate[kMostSlots], h_gate[kMostSlots];  // of each slot, as gate_of says; -1: none
+
+  // The first slot that W_hh reaches; those of W_ih begin with slot 0.
+  FUSEDRNN_HD constexpr int first() const { return slots - gates; }
+};
+
 struct Persistent {
   Cell cell;
-  DType dtype;  // of the storage type
+  CellLayout layout;  // the launch fills it in
+  DType dtype;        // of the storage type
   Engine engine;
   bool cluster;  // teams are clusters, and else blocks anywhere in a cooperative launch
   // Every stage but the first takes what the one before puts out, step by step: y, or backward dx.

@@ -137,13 +137,20 @@ __device__ inline void write(void* array, int64_t at, float value) {
   if (array) static_cast<T*>(array)[at] = from_compute<T>(value);
 }
 
-// Calls f with the cell's type.
+// Calls f(cell's type, its slots) on the first of `slots`, which are as many as any cell has.
 template <class F>
-__device__ inline void with_cell_type(Cell cell, F f) {
+__device__ inline void with_cell_type(Cell cell, float (&slots)[kMostSlots], F f) {
+  auto call = [&](auto type) {
+    constexpr int kSlots = decltype(type)::kSlots;
+    float own[kSlots];
+    for (int k = 0; k < kSlots; k++) own[k] = slots[k];
+    f(type, own);
+    for (int k = 0; k < kSlots; k++) slots[k] = own[k];
+  };
   switch (cell) {
 #define CELL(mode, type) \
   case Cell::k##type:    \
-    f(type{});           \
+    call(type{});        \
     break;
 #include "cells/cells.inc"
 #undef CELL
