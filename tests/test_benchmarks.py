@@ -1,12 +1,10 @@
-"""The benchmarks: their statistics, their check, their peers, and a short run of every part."""
+"""The benchmarks: their statistics, cases, check, peers and rows."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import subprocess
 import sys
 import time
 import types
@@ -22,12 +20,10 @@ pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import adapters, check, machine, measure, peers, suite, sweeps, training
-from benchmarks.__main__ import main
+from benchmarks import adapters, check, machine, measure, peers, suite
 from benchmarks.cases import CASES, GATES, MODES, Case, select
 from benchmarks.measure import Budget, Summary
 from benchmarks.peers import PEERS, Peer
-from benchmarks.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Budget(seconds=0.01, rounds=2, turn=0.0)
@@ -493,58 +489,6 @@ def test_rows_are_made_with_their_number_of_threads():
     assert torch.get_num_threads() == before
 
 
-def test_sweeps_change_one_thing_at_a_time(monkeypatch):
-    monkeypatch.setattr(sweeps, "CPU_STEPS", 2)
-    monkeypatch.setattr(sweeps.os, "sched_getaffinity", lambda process: {0})
-    values = {"T": (3,), "B": (2,), "H": (16,), "L": (1, 2)}
-    found = list(
-        sweeps.points(sweeps.AXES, ["GRU"], ["inference"], [torch.float32], 1, CPU, TINY, values)
-    )
-    shapes = {(p.axis, p.value): p.row.shape for p in found}
-    assert shapes["T", 3] == "GRU 256->256, T=3, B=32"
-    assert shapes["B", 2] == "GRU 256->256, T=2, B=2"
-    assert shapes["H", 16] == "GRU 16->16, T=2, B=32"
-    assert shapes["L", 2] == "GRU 256->256 x2, T=2, B=32"
-    threads = [p.row.threads for p in found if p.axis == "threads"]
-    assert threads == [1]
-    assert [sweeps.thread_counts(n) for n in (1, 2, 6, 8)] == [
-        [1],
-        [1, 2],
-        [1, 2, 4, 6],
-        [1, 2, 4, 8],
-    ]
-    assert {p.row.threads for p in found if p.axis != "threads"} == {1}
-    assert all(p.row.floor_seconds > 0 and p.row.results[1].seconds for p in found)
-
-
-def test_the_book_s_loop_trains_both_alike():
-    job = Case("book", "GRU", 28, 16, layers=1, steps=35, batch=32, input_grad=False)
-    found = next(iter(training.train([job], [1], CPU, TINY)))
-    assert found.problem is None and found.epochs >= 2
-    assert all(10 < p < 28 for p in found.perplexity)  # it has learned something
-    assert found.perplexity[0] == pytest.approx(found.perplexity[1], rel=1e-3)
-    assert all(speed > 0 for speed in found.tokens_per_second)
-
-
-def test_the_book_s_loop_tells_when_they_part(monkeypatch):
-    def wrong(model):
-        with torch.no_grad():
-            model.linear.bias += 1.0 * torch.arange(28)
-        return model
-
-    monkeypatch.setattr(training.fusedrnn, "swap", wrong)
-    job = Case("book", "GRU", 28, 16, layers=1, steps=35, batch=32, input_grad=False)
-    assert "perplexities are" in next(iter(training.train([job], [1], CPU, TINY))).problem
-
-
-def test_corpora_have_the_vocabulary_of_their_jobs():
-    for job in training.JOBS:
-        corpus = training.corpus_of(job)
-        assert len(corpus) == training.TOKENS
-        assert corpus.min() >= 0 and corpus.max() < job.input_size
-        assert corpus.unique().numel() > 20
-
-
 # What only a GPU can do, with stand-ins for its calls: a clock of its own, replays, its memory
 
 
@@ -617,84 +561,3 @@ def test_a_gpu_s_peak_is_its_allocator_s(fake_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: state["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: state.update(peak=100))
     assert machine.peak_bytes(lambda: state.update(peak=350), fake_cuda) == 250
-
-
-# From the command line
-
-
-def test_quick_run_writes_json_markdown_and_plots(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--case", "streaming"]
-    command += ["--cell=LSTM", "--threads=1", "--device=cpu", "--seconds=0.01"]
-    run = subprocess.run(
-        [*command, f"--out={tmp_path / 'new' / 'out'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "streaming-lstm-256x2" in run.stdout
-
-    data = json.loads((tmp_path / "new/out/results.json").read_text())
-    assert data["command"] == (
-        "python -m benchmarks --case streaming --cell LSTM --threads 1 --device cpu "
-        "--seconds 0.01 --quick"
-    )
-    assert data["environment"]["torch"] == torch.__version__
-    assert data["environment"].keys() >= {"cpu", "isa", "date", "commit", "fusedrnn", "gpu"}
-    assert [row["mode"] for row in data["rows"]] == ["training", "inference"]
-    for row in data["rows"]:
-        assert (row["dtype"], row["threads"], row["device"]) == ("float32", 1, "cpu")
-        assert row["matmul_flops"] > 1e8 and row["bandwidth"] > 1e8
-        assert row["noise"]["lower"] <= row["noise"]["median"] <= row["noise"]["upper"]
-        assert [result["peer"] for result in row["results"]] == ["torch.nn", "fusedrnn"]
-        for result in row["results"]:
-            assert result["problem"] is None
-            assert result["seconds"]["count"] >= 2
-            assert result["tokens_per_second"] == pytest.approx(1 / result["seconds"]["median"])
-            assert 0 < result["matmul_fraction"] < 10 and 0 < result["bandwidth_fraction"] < 10
-            assert result["verdict"] in ("tie", "faster", "slower")
-        assert row["results"][0]["speedup"]["median"] == 1
-
-    out = {path.name for path in (tmp_path / "new/out").iterdir()}
-    plots = {f"faster-float32-1-threads.{ending}" for ending in ("png", "svg")}
-    assert out == {"results.json", "results.md", *plots}
-    assert "![faster-float32-1-threads](" in (tmp_path / "new/out/results.md").read_text()
-
-
-def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "JOBS", training.JOBS[:1])
-    monkeypatch.setattr(sweeps, "CPU_STEPS", 2)
-    monkeypatch.setitem(sweeps.CPU_VALUES, "L", (1, 2))
-    arguments = ["--case=streaming", "--cell=RNN", "--dtype=float32", "--mode=inference"]
-    arguments += ["--threads=1", "--device=cpu", "--seconds=0.01", "--sweep=L"]
-    arguments += ["--part=cases,sweeps,training", "--peer=cell loop", f"--out={tmp_path}"]
-    assert main(arguments) == 0
-    report = Report.load(tmp_path / "results.json")
-    assert [r.peer for r in report.rows[0].results] == ["torch.nn", "cell loop"]
-    assert [p.value for p in report.sweeps] == [1, 2]
-    assert [t.job for t in report.training] == ["book-rnn-256"]
-    assert (tmp_path / "sweep-rnn-inference-float32.svg").is_file()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--mode=train",
-        "--threads=0",
-        "--seconds=nan",
-        "--dtype=int8",
-        "--case=tetris",
-        "--peer=keras",
-        "--part=all",
-        "--sweep=Q",
-        "--cell=Elman",
-        "--device=abacus",
-        "--compare=/no/such/file.json",
-    ],
-)
-def test_unusable_arguments_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([arguments])
-    assert exit.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
