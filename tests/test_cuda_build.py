@@ -1,4 +1,4 @@
-"""The GPU code in the binary: for every architecture, without spills, with the instructions meant."""
+"""The GPU code in the binary: every architecture, no spills, the instructions that were meant."""
 
 from __future__ import annotations
 
