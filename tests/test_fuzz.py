@@ -123,6 +123,8 @@ def fuzz_module(rng):
     }
     if name == "LSTM" and hidden > 1 and rng.random() < 0.4:
         kwargs["proj_size"] = rng.randint(1, hidden - 1)
+    if rng.random() < 0.3:
+        kwargs |= {"recurrent_dropout": rng.choice([0.0, 0.5, 1.0]), "zoneout": rng.random()}
     module = getattr(fusedrnn, name)(width, hidden, **kwargs)
     if rng.random() < 0.2:
         parameter = rng.choice(module._flat_weights_names)
@@ -171,7 +173,11 @@ def fuzz_module(rng):
                 lambda: junk(rng),
             ]
         )()
-    y, _ = module(x, hx, **more)
+    if rng.random() < 0.2:
+        more["resets"] = rng.choice(
+            [junk(rng), torch.rand(x.shape[:2]) < 0.3 if isinstance(x, torch.Tensor) else None]
+        )
+    y, *_ = module(x, hx, return_all=rng.random() < 0.3, **more)
     y = y.data if isinstance(y, PackedSequence) else y
     if y.requires_grad:
         y.float().sum().backward()
@@ -211,6 +217,8 @@ def call_of(rng):
         B, batch_sizes = counts[0], torch.tensor(counts)
         x = make(sum(counts), width)
     tokens = len(x) if x is not None else T * B
+    ids_shape, zoned = (tokens,) if x is not None else (T, B), rng.random() < 0.2
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     if rng.random() < 0.2:  # integers, of which few are out of range
         ids = torch.randint(0, min(width, 2**40), [1] if huge else [tokens])
         if rng.random() < 0.2:
@@ -229,6 +237,14 @@ def call_of(rng):
         "mask": make(layers - 1, tokens, directions * out, of=torch.uint8)
         if rng.random() < 0.2
         else None,
+        "resets": make(*ids_shape, of=torch.bool) if rng.random() < 0.2 else None,
+        "h_mask": make(layers * directions, B, out, of=wide) if rng.random() < 0.2 else None,
+        "zone_h": make(layers * directions, tokens, out, of=torch.uint8)
+        if zoned and rng.random() < 0.5
+        else None,
+        "zone_c": make(layers * directions, tokens, hidden, of=torch.uint8)
+        if zoned and lstm and rng.random() < 0.5
+        else None,
         "dropout": rng.choice([0.0, 0.5, 1.0]),
         "mode": mode,
         "hidden_size": hidden,
@@ -236,6 +252,9 @@ def call_of(rng):
         "num_layers": layers,
         "bias": bias,
         "bidirectional": directions == 2,
+        "zoneout_h": 0.5 if zoned else 0.0,
+        "zoneout_c": 0.5 if zoned and lstm else 0.0,
+        "all_states": rng.random() < 0.3,
         "save": rng.random() < 0.7,
     }
 
@@ -285,15 +304,17 @@ def fuzz_ops(rng):
         if y.requires_grad:
             y.float().sum().backward()
         return
-    y, hn, cn, reserve = ops.forward(*(call | {"save": True}).values())
+    y, hn, cn, *made = ops.forward(*(call | {"save": True}).values())
     del call["save"]
     given = [call["x"], call["hx"], call["cx"], *call["weights"]]
     call = {
         "grad_y": rng.choice([torch.randn_like(y), None]),
         "grad_hn": rng.choice([torch.randn_like(hn), None]),
         "grad_cn": rng.choice([torch.randn_like(cn), None]) if cn.numel() else None,
+        "grad_hs": rng.choice([torch.randn_like(made[1]), None]),
+        "grad_cs": rng.choice([torch.randn_like(made[2]), None]),
         "y": y,
-        "reserve": reserve,
+        **dict(zip(("reserve", "hs", "cs"), made, strict=True)),
         "needs": [rng.random() < 0.8 for _ in given],
         **call,
     }

@@ -186,7 +186,7 @@ def test_per_sample_gradients(cell):
 def test_reference(cell):
     _, fused = make_pair(cell, WIDTH, 5, num_layers=2, bidirectional=True, dtype=torch.float64)
     x, lengths = torch.randint(0, WIDTH, (T, B)), torch.tensor([5, 0, 2, 4])
-    rest = (None, None, list(fused.parameters()), None, lengths, None, 0.0, *fused._config())
+    rest = (None, None, list(fused.parameters()), None, lengths, *[None] * 5, 0.0, *fused._config())
     found = reference.forward(x, *rest)
     expected = reference.forward(one_hot(x, WIDTH).double(), *rest)
     for a, b in zip(found, expected, strict=True):
@@ -200,12 +200,12 @@ def test_opcheck(cell, packed):
     weights = [p.detach().requires_grad_() for p in fused.parameters()]
     x = torch.randint(0, WIDTH, (7,) if packed else (T, B))
     sizes = torch.tensor([4, 2, 1]) if packed else None
-    call = (x, None, None, weights, sizes, None, None, 0.0, *fused._config())
+    call = (x, None, None, weights, sizes, *[None] * 6, 0.0, *fused._config())
     torch.library.opcheck(ops.forward, (*call, True))
     call = (*call[:3], [w.detach() for w in weights], *call[4:])
-    y, *_, reserve = (t.detach() for t in ops.forward(*call, True))
+    y, _, _, *made = (t.detach() for t in ops.forward(*call, True))
     needs = [False, not packed, False, *[True] * len(weights)]
-    given = (torch.randn_like(y), None, None, y, reserve, needs)
+    given = (torch.randn_like(y), *[None] * 4, y, *made, needs)
     torch.library.opcheck(ops.backward, (*given, *call))
 
 

@@ -37,6 +37,10 @@ def arguments(
         "mask": torch.randint(0, 2, (LAYERS - 1, TOKENS if packed else T * B, width)).byte()
         if mask
         else None,
+        "resets": None,
+        "h_mask": None,
+        "zone_h": None,
+        "zone_c": None,
         "dropout": 0.5 if mask else 0.0,
         **config._asdict(),
         "save": True,
@@ -52,7 +56,7 @@ def backward_arguments(needs=None, **kwargs):
     """The backward op's arguments by name, from a forward with the same."""
     call = arguments(**kwargs)
     with torch.no_grad():
-        y, hn, cn, reserve = ops.forward(*call.values())
+        y, hn, cn, reserve, hs, cs = ops.forward(*call.values())
     del call["save"]
     grad_cn = torch.randn_like(cn) if call["mode"] == "LSTM" else None
     given = [t is not None for t in (call["x"], call["hx"], call["cx"], *call["weights"])]
@@ -60,8 +64,12 @@ def backward_arguments(needs=None, **kwargs):
         "grad_y": torch.randn_like(y),
         "grad_hn": torch.randn_like(hn),
         "grad_cn": grad_cn,
+        "grad_hs": None,
+        "grad_cs": None,
         "y": y,
         "reserve": reserve,
+        "hs": hs,
+        "cs": cs,
         "needs": given if needs is None else [n and g for n, g in zip(needs, given, strict=True)],
         **call,
     }
@@ -162,7 +170,9 @@ def test_strides_do_not_matter(cell, kind):
     for a, b in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(a, b)
     call = backward_arguments(cell=cell, kind=kind, mask=True)
-    loose = {k: v if k in ("y", "reserve", "needs") else strided(v) for k, v in call.items()}
+    loose = {
+        k: v if k in ("y", "reserve", "hs", "cs", "needs") else strided(v) for k, v in call.items()
+    }
     flat = [(*r[:3], *r[3]) for r in (ops.backward(*c.values()) for c in (call, loose))]
     for a, b in zip(*flat, strict=True):
         assert torch.equal(a, b)
@@ -366,7 +376,7 @@ def test_all_meta_runs_the_fake():
         else v
         for k, v in arguments().items()
     }
-    y, hn, cn, reserve = ops.forward(*call.values())
-    assert {t.device.type for t in (y, hn, cn, reserve)} == {"meta"}
+    found = ops.forward(*call.values())
+    assert {t.device.type for t in found} == {"meta"}
     real = ops.forward(*arguments().values())
-    assert [t.shape for t in (y, hn, cn, reserve)] == [t.shape for t in real]
+    assert [t.shape for t in found] == [t.shape for t in real]

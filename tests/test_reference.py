@@ -17,8 +17,9 @@ def stack(cell, **kwargs):
 def run_reference(module, x, states=None, batch_sizes=None, lengths=None, mask=None, dropout=0.0):
     """reference.forward with the weights of one of our modules: y and the states."""
     hx, cx, *_ = (*(states or (None,)), None)
-    arguments = (x, hx, cx, list(module.parameters()), batch_sizes, lengths, mask, dropout)
-    y, hn, cn = reference.forward(*arguments, *module._config())
+    arguments = (x, hx, cx, list(module.parameters()), batch_sizes, lengths, mask)
+    results = reference.forward(*arguments, *[None] * 4, dropout, *module._config())
+    y, hn, cn = results[:3]
     return y, (hn, cn) if module.mode == "LSTM" else hn
 
 

@@ -8,6 +8,7 @@
 //   kSlots   values a unit holds per step while its gates are computed
 //   kSaved   how many of them forward leaves for backward (slots 0 .. kSaved-1)
 //   kHasCell whether there is a cell state c beside h
+//            (and a function cell_state: c from the activated gates and c_{t-1})
 //   kUsesHPrev whether the element-wise functions read h_{t-1} itself
 //   x_runs(), h_runs()  into which slots the rows of W_ih and W_hh are accumulated: each fills
 //            kGates slots in a row, those of W_ih from slot 0 and those of W_hh up to the last

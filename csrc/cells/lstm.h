@@ -16,13 +16,19 @@ struct Lstm {
   static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 4}}}; }
   static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 4}}}; }
 
+  // c of the activated gates
+  template <class V>
+  static FUSEDRNN_HD V cell_state(const V (&s)[4], V c_prev) {
+    return s[1] * c_prev + s[0] * s[2];
+  }
+
   template <class M, class V>
   static FUSEDRNN_HD V forward(V (&s)[4], V, V& c) {
     s[0] = M::sigmoid(s[0]);
     s[1] = M::sigmoid(s[1]);
     s[2] = M::tanh(s[2]);
     s[3] = M::sigmoid(s[3]);
-    c = s[1] * c + s[0] * s[2];
+    c = cell_state(s, c);
     return s[3] * M::tanh(c);
   }
 

@@ -13,7 +13,7 @@ template <class S>
 struct BackwardBuffers {
   using C = Compute<S>;
   int64_t tokens, ld_gates, ld_dh, ld_proj, ld_input;
-  C *gates, *dh, *dc, *dhidden, *dproj, *input;
+  C *gates, *dh, *dc, *dhidden, *dproj, *input, *dropped;
 
   BackwardBuffers(const Problem& p, int64_t rows, Scratch& s)
       : tokens(max(rows, kChunkTokens)),
@@ -23,6 +23,7 @@ struct BackwardBuffers {
         ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
     gates = s.take<C>(tokens * ld_gates);
     dh = s.take<C>(rows * ld_dh);
+    dropped = s.take<C>(rows * ld_dh);
     dc = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     dhidden = s.take<C>(p.proj_size ? rows * p.hidden_size : 0);
     dproj = s.take<C>(p.proj_size ? rows * ld_proj : 0);
@@ -30,14 +31,16 @@ struct BackwardBuffers {
   }
 };
 
-// What one row of one step reads and writes. Null: h_prev and c_prev are zeros; `hidden` not
-// wanted.
+// What one row of one step reads and writes. Null: h_prev, c_prev and dcs are zeros; `hidden` not
+// wanted, the direct part of dL/dh_prev not either.
 template <class S>
 struct BackwardRow {
   using C = Compute<S>;
   const S *saved, *h, *h_prev, *c0;  // c0: c_prev when it is the initial state
-  const C *c, *c_prev, *dh, *dy;     // dL/dh of this row is dh + dy; dy may be null
+  const C *c, *c_prev, *candidate;   // candidate: h without zoneout, where it is not h itself
+  const C *dh, *dy, *dcs;            // dL/dh of this row is dh + dy; dy may be null
   C *dh_direct, *dc, *dgates, *dgates_out, *hidden;
+  Keep<C> keep_h, keep_c;
 };
 
 template <class Cell, class S>
@@ -48,20 +51,32 @@ void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
     Vec<C> s[Cell::kSlots];
     for (int k = 0; k < Cell::kSaved; k++) s[k] = load(row.saved + k * H + j, n);
     const Vec<C> zero{};
-    const Vec<C> h = Cell::kSaved == 0 ? load(row.h + j, n) : zero;
+    Vec<C> h = zero;
+    if (Cell::kSaved == 0) h = row.candidate ? load(row.candidate + j, n) : load(row.h + j, n);
     const Vec<C> h_prev = Cell::kUsesHPrev && row.h_prev ? load(row.h_prev + j, n) : zero;
-    Vec<C> c = zero, c_prev = zero, dc = zero;
+    Vec<C> c = zero, c_prev = zero, dc = zero, kept_h = zero, kept_c = zero;
     if constexpr (Cell::kHasCell) {
-      c = load(row.c + j, n);
       dc = load(row.dc + j, n);
+      if (row.dcs) dc += load(row.dcs + j, n);
       c_prev = row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : zero;
+      if (row.keep_c) {
+        c = Cell::cell_state(s, c_prev);
+        kept_c = row.keep_c.at(j, n) * dc;
+        dc -= kept_c;
+      } else {
+        c = load(row.c + j, n);
+      }
       if (row.hidden) store(row.hidden + j, s[3] * VectorMath::tanh(c), n);
     }
     Vec<C> dh = load(row.dh + j, n);
     if (row.dy) dh += load(row.dy + j, n);
+    if (row.keep_h) {
+      kept_h = row.keep_h.at(j, n) * dh;
+      dh -= kept_h;
+    }
     const Vec<C> direct = Cell::template backward<VectorMath>(s, h_prev, h, c_prev, c, dh, dc);
-    if (Cell::kUsesHPrev) store(row.dh_direct + j, direct, n);
-    if (Cell::kHasCell) store(row.dc + j, dc, n);
+    if (row.dh_direct) store(row.dh_direct + j, direct + kept_h, n);
+    if (Cell::kHasCell) store(row.dc + j, dc + kept_c, n);
     for (int k = 0; k < Cell::kSlots; k++) {
       store(row.dgates + k * H + j, s[k], n);
       store(row.dgates_out + k * H + j, s[k], n);
@@ -84,16 +99,14 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
   const BackwardBuffers<S> buf(p, rows, scratch_space);
   const PackedOffsets at = backward_offsets<C>(p, layer);
   const LayerInput<S> input(a, layer, nullptr);
-  const S* out = static_cast<const S*>(
-      layer == p.num_layers - 1 ? a.y : a.reserve + reserve.output_offset(layer, seq.tokens));
+  const S* out = layer == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, layer);
 
   for (int64_t dir = 0; dir < D; dir++) {
     const int64_t state = (layer * D + dir) * seq.batch;
     const C* packed = static_cast<const C*>(a.packed) + dir * at.total;
     const S* saved =
         reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
-    const C* saved_c =
-        reinterpret_cast<const C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens));
+    const KeptCells<C> cells(a, layer, dir);
     C* const dgates = static_cast<C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
 
     for (int64_t r = 0; r < rows; r++) {
@@ -107,6 +120,23 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
       if (a.grad_cn) convert_row(dc, static_cast<const C*>(a.grad_cn) + (state + b) * H, H);
     }
 
+    // The part of dL/dh_prev that does not pass through W_hh, to which the rest is added.
+    const bool adds_direct = Cell::kUsesHPrev || p.zoneout;
+    // Of a row after the product with W_hh: dropout's gradient, and nothing to pass on to a state
+    // that was zeroed.
+    auto finish = [&](int64_t t, int64_t r) {
+      const int64_t b = seq.order[first + r];
+      C *dh = buf.dh + r * buf.ld_dh, *dropped = buf.dropped + r * buf.ld_dh;
+      if (a.h_mask) {
+        const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
+        for (int64_t j = 0; j < P; j++) dh[j] = (adds_direct ? dh[j] : 0) + dropped[j] * mask[j];
+      }
+      int64_t before;
+      if (seq.start(dir, t, b, &before) != Sequence::Start::kZeros) return;
+      for (int64_t j = 0; j < P; j++) dh[j] = 0;
+      for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.dc[r * H + j] = 0;
+    };
+
     const int64_t steps = chunk_steps(rows);
     for (int64_t chunk_end = longest; chunk_end > 0; chunk_end -= min(chunk_end, steps)) {
       const int64_t chunk = max(0, chunk_end - steps);
@@ -118,8 +148,12 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
           for (int64_t r = 0; r < n; r++) {
             const int64_t token = seq.token(t, seq.order[first + r]);
             const C* dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
-            C* d = buf.dproj + r * buf.ld_proj;
-            for (int64_t j = 0; j < P; j++) d[j] = buf.dh[r * buf.ld_dh + j] + dy[j];
+            C *d = buf.dproj + r * buf.ld_proj, *dh = buf.dh + r * buf.ld_dh;
+            const Keep<C> keep(a.zoneout_h, (layer * D + dir) * seq.tokens + token, P);
+            for (int64_t j = 0; j < P; j++) {
+              const C all = dh[j] + dy[j], kept = keep ? keep.at(j, 1)[0] * all : C(0);
+              d[j] = all - kept, dh[j] = kept;
+            }
             convert_row(static_cast<C*>(a.dproj) + (dir * seq.tokens + token) * P, d, P);
           }
           gemm(n, H, P, buf.dproj, buf.ld_proj, packed + at.w_hr, buf.dhidden, H, {});
@@ -127,27 +161,35 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
         for (int64_t r = 0; r < n; r++) {
           const int64_t b = seq.order[first + r], token = seq.token(t, b);
           int64_t before;
-          const bool has_before = seq.previous(dir, t, b, &before);
+          const auto start = seq.start(dir, t, b, &before);
+          const bool has_before = start == Sequence::Start::kBefore,
+                     initial = start == Sequence::Start::kInitial;
           const int64_t prev = has_before ? seq.token(before, b) : 0;
           BackwardRow<S> row{};
           row.saved = saved + token * Cell::kSaved * H;
           row.h = out + (token * D + dir) * P;
           if (Cell::kUsesHPrev)
-            row.h_prev = has_before ? out + (prev * D + dir) * P
-                         : a.hx     ? static_cast<const S*>(a.hx) + (state + b) * P
-                                    : nullptr;
+            row.h_prev = has_before        ? out + (prev * D + dir) * P
+                         : initial && a.hx ? static_cast<const S*>(a.hx) + (state + b) * P
+                                           : nullptr;
           if (Cell::kHasCell) {
-            row.c = saved_c + token * H;
-            row.c_prev = has_before ? saved_c + prev * H : nullptr;
-            row.c0 = a.cx ? static_cast<const S*>(a.cx) + (state + b) * H : nullptr;
+            row.c = cells.of(token);
+            row.c_prev = has_before ? cells.of(prev) : nullptr;
+            row.c0 = initial && a.cx ? static_cast<const S*>(a.cx) + (state + b) * H : nullptr;
             row.dc = buf.dc + r * H;
+            row.keep_c = Keep<C>(a.zoneout_c, (state / seq.batch) * seq.tokens + token, H);
+            if (a.grad_cs) row.dcs = static_cast<const C*>(a.grad_cs) + (token * D + dir) * H;
+          } else if (Reserve::keeps_candidates(p)) {
+            row.candidate = cells.of(token);
           }
-          row.dh_direct = buf.dh + r * buf.ld_dh;
+          C* const dh = buf.dh + r * buf.ld_dh;
+          if (adds_direct && !p.proj_size) row.dh_direct = dh;
           if (p.proj_size) {
             row.dh = buf.dhidden + r * H;
             row.hidden = static_cast<C*>(a.hidden) + (dir * seq.tokens + token) * H;
           } else {
-            row.dh = row.dh_direct;
+            row.dh = dh;
+            row.keep_h = Keep<C>(a.zoneout_h, (layer * D + dir) * seq.tokens + token, P);
             row.dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
           }
           row.dgates = gates + r * buf.ld_gates;
@@ -155,13 +197,15 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
           cell_backward_row<Cell, S>(H, row);
         }
         const C* w_hh = packed + at.w_hh;
-        Addend<C> onto{Cell::kUsesHPrev ? buf.dh : nullptr, buf.ld_dh};  // the direct part
+        C* const product = a.h_mask ? buf.dropped : buf.dh;
+        Addend<C> onto{adds_direct && !a.h_mask ? buf.dh : nullptr, buf.ld_dh};
         for (const Run& run : Cell::h_runs().run) {
-          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, buf.dh, buf.ld_dh,
+          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, product, buf.ld_dh,
                onto);
           w_hh += Panels<C>::size(run.count * H, P);
-          onto.at = buf.dh;
+          onto.at = product;
         }
+        for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
         gates += n * buf.ld_gates;
       }
 
@@ -182,7 +226,7 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
           const int64_t b = seq.order[first + r];
           C* to = static_cast<C*>(a.grad_in) + seq.token(t, b) * input.width;
           if (input.mask) input.drop(from, t, b);
-          if (dir == 0) {
+          if (dir == 0 && !a.onto_grad_in) {
             convert_row(to, from, input.width);
           } else {
             for (int64_t j = 0; j < input.width; j++) to[j] += from[j];

@@ -15,6 +15,7 @@ struct ForwardBuffers {
   using C = Compute<S>;
   int64_t ld_input, ld_gates, ld_h, ld_hidden;
   C *input, *gates, *h[2], *c, *hidden;  // h of the last step and of this one take turns
+  C* dropped;                            // h of the last step through recurrent dropout
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& s)
       : ld_input(max(p.product_input(0), p.num_directions * p.out_size()) + kRowPad),
@@ -25,20 +26,27 @@ struct ForwardBuffers {
     input = s.take<C>(tokens * ld_input);
     gates = s.take<C>(tokens * ld_gates);
     for (C*& buffer : h) buffer = s.take<C>(rows * ld_h);
+    dropped = s.take<C>(rows * ld_h);
     c = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     hidden = s.take<C>(p.proj_size ? rows * ld_hidden : 0);
   }
 };
 
 // One row of one step. `gates` holds the pre-activations; h goes to h and to y, unless y is null;
-// saved and saved_c are null when nothing is kept for backward.
+// saved, saved_c and candidate (h without zoneout) are null when not kept for backward.
 template <class S>
 struct ForwardRow {
   using C = Compute<S>;
   const C *gates, *h_prev;
-  C *h, *c, *saved_c;
+  C *h, *c, *saved_c, *candidate;
   S *y, *saved;
+  Keep<C> keep_h, keep_c;
 };
+
+template <class C>
+FUSEDRNN_INLINE Vec<C> zone_out(Vec<C> keep, Vec<C> before, Vec<C> now) {
+  return keep * before + (1 - keep) * now;
+}
 
 // The units of blocks [block, block + blocks).
 template <class Cell, class S>
@@ -49,9 +57,13 @@ FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks,
   auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
     Vec<C> s[Cell::kSlots];
     for (int k = 0; k < Cell::kSlots; k++) s[k] = load(row.gates + j * Cell::kSlots + k * w);
-    const Vec<C> h_prev = Cell::kUsesHPrev ? load(row.h_prev + j, n) : Vec<C>{};
+    const Vec<C> h_prev = Cell::kUsesHPrev || row.keep_h ? load(row.h_prev + j, n) : Vec<C>{};
     Vec<C> c = Cell::kHasCell ? load(row.c + j, n) : Vec<C>{};
-    const Vec<C> h = Cell::template forward<VectorMath>(s, h_prev, c);
+    const Vec<C> c_prev = c;
+    Vec<C> h = Cell::template forward<VectorMath>(s, h_prev, c);
+    if (row.candidate) store(row.candidate + j, h, n);
+    if (row.keep_h) h = zone_out<C>(row.keep_h.at(j, n), h_prev, h);
+    if (Cell::kHasCell && row.keep_c) c = zone_out<C>(row.keep_c.at(j, n), c_prev, c);
     store(row.h + j, h, n);
     if (row.y) store(row.y + j, h, n);
     if (Cell::kHasCell) store(row.c + j, c, n);
@@ -87,18 +99,16 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
     const PackedOffsets at = forward_offsets<C>(a, layer);
     const LayerInput<S> input(a, layer, below);
-    S* const out =
-        static_cast<S*>(layer == p.num_layers - 1 ? a.y
-                        : a.reserve ? a.reserve + reserve.output_offset(layer, seq.tokens)
-                                    : a.inner[layer % 2]);
+    S* const out = static_cast<S*>(layer == p.num_layers - 1   ? a.y
+                                   : kept_outputs<S>(a, layer) ? kept_outputs<S>(a, layer)
+                                                               : a.inner[layer % 2]);
     for (int64_t dir = 0; dir < D; dir++, packed += at.total) {
       const int64_t state = (layer * D + dir) * seq.batch;
       S* const saved =
           a.reserve ? reinterpret_cast<S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens))
                     : nullptr;
-      C* const saved_c =
-          a.reserve ? reinterpret_cast<C*>(a.reserve + reserve.cell_offset(layer, dir, seq.tokens))
-                    : nullptr;
+      const KeptCells<C> cells(a, layer, dir);
+      const bool keeps_candidates = a.reserve && Reserve::keeps_candidates(p);
 
       for (int64_t r = 0; r < rows; r++) {
         const int64_t b = seq.order[first + r];
@@ -111,6 +121,19 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
         if (a.cx) convert_row(c, static_cast<const S*>(a.cx) + (state + b) * H, H);
       }
 
+      // What a row starts a step from: a state of zeros, or of the step before through dropout.
+      auto prepare = [&](int64_t t, int64_t r) {
+        const int64_t b = seq.order[first + r];
+        int64_t before;
+        C* h = buf.h[0] + r * buf.ld_h;
+        if (seq.start(dir, t, b, &before) == Sequence::Start::kZeros) {
+          for (int64_t j = 0; j < P; j++) h[j] = 0;
+          for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.c[r * H + j] = 0;
+        }
+        if (!a.h_mask) return;
+        const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
+        for (int64_t j = 0; j < P; j++) buf.dropped[r * buf.ld_h + j] = h[j] * mask[j];
+      };
       const int64_t columns = G::gate_columns(H);
       auto at_value = [&](int64_t token) {
         return packed + at.w_ih + a.one_hot.which[token] * columns;
@@ -149,6 +172,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           const int64_t n = active_rows(seq, first, end, t);
           for (int64_t r = 0; r < n; r++) {
             const int64_t token = seq.token(t, seq.order[first + r]);
+            const int64_t index = (layer * D + dir) * seq.tokens + token;
             ForwardRow<S>& row = step[r];
             row.gates = gates + r * buf.ld_gates;
             row.h_prev = buf.h[0] + r * buf.ld_h;
@@ -156,12 +180,17 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             row.c = Cell::kHasCell ? buf.c + r * H : nullptr;
             row.y = p.proj_size ? nullptr : out + (token * D + dir) * P;
             row.saved = saved ? saved + token * Cell::kSaved * H : nullptr;
-            row.saved_c = saved_c ? saved_c + token * H : nullptr;
+            row.saved_c = Cell::kHasCell ? cells.of(token) : nullptr;
+            row.candidate = keeps_candidates ? cells.of(token) : nullptr;
+            row.keep_h = p.proj_size ? Keep<C>() : Keep<C>(a.zoneout_h, index, P);
+            row.keep_c = Keep<C>(a.zoneout_c, index, H);
+            prepare(t, r);
           }
+          const C* operand = a.h_mask ? buf.dropped : buf.h[0];
           G::each(H, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
-            gemm(n, blocks * Cell::kGates * G::kWidth, P, buf.h[0], buf.ld_h,
+            gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_h,
                  packed + at.w_hh + block * Cell::kGates * G::kWidth * P, to, buf.ld_gates,
                  {to, buf.ld_gates});
             for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
@@ -170,7 +199,14 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             gemm(n, P, H, buf.hidden, buf.ld_hidden, packed + at.w_hr, buf.h[1], buf.ld_h, {});
             for (int64_t r = 0; r < n; r++) {
               const int64_t token = seq.token(t, seq.order[first + r]);
-              convert_row(out + (token * D + dir) * P, buf.h[1] + r * buf.ld_h, P);
+              C* h = buf.h[1] + r * buf.ld_h;
+              const Keep<C> keep(a.zoneout_h, (layer * D + dir) * seq.tokens + token, P);
+              for (int64_t j = 0; keep && j < P; j += G::kWidth) {
+                const int64_t width = min(G::kWidth, P - j);
+                const Vec<C> before = load(buf.h[0] + r * buf.ld_h + j, width);
+                store(h + j, zone_out<C>(keep.at(j, width), before, load(h + j, width)), width);
+              }
+              convert_row(out + (token * D + dir) * P, h, P);
             }
           }
           for (int64_t r = n; r < rows; r++)  // rows that rest at this step

@@ -213,6 +213,54 @@ struct LayerInput {
   }
 };
 
+// The outputs of a layer but the last, where they are kept for all tokens; else null.
+template <class S>
+FUSEDRNN_INLINE S* kept_outputs(const Common& a, int64_t layer) {
+  const Problem& p = a.problem;
+  if (a.hs) return static_cast<S*>(a.hs) + layer * a.seq.tokens * p.num_directions * p.out_size();
+  if (!a.reserve) return nullptr;
+  return reinterpret_cast<S*>(a.reserve + Reserve(p).output_offset(layer, a.seq.tokens));
+}
+
+// The cell states of a layer and direction: rows of hidden_size, `row` elements apart.
+template <class C>
+struct KeptCells {
+  C* at;
+  int64_t row;
+
+  KeptCells(const Common& a, int64_t layer, int64_t dir) : at(nullptr), row(0) {
+    const Problem& p = a.problem;
+    const int64_t H = p.hidden_size;
+    if (a.cs) {
+      row = p.num_directions * H;
+      at = static_cast<C*>(a.cs) + layer * a.seq.tokens * row + dir * H;
+    } else if (a.reserve) {
+      row = H;
+      at = reinterpret_cast<C*>(a.reserve + Reserve(p).cell_offset(layer, dir, a.seq.tokens));
+    }
+  }
+  FUSEDRNN_INLINE C* of(int64_t token) const { return at ? at + token * row : nullptr; }
+};
+
+// Zoneout of one row: how much of its old values stays.
+template <class C>
+struct Keep {
+  const uint8_t* mask = nullptr;
+  C rate = 0;
+
+  Keep() = default;
+  // `index` of all layers, directions and tokens
+  Keep(const Zoneout& z, int64_t index, int64_t width)
+      : mask(z.mask ? z.mask + index * width : nullptr), rate(C(z.rate)) {}
+  FUSEDRNN_INLINE explicit operator bool() const { return mask || rate > 0; }
+  FUSEDRNN_INLINE Vec<C> at(int64_t j, int64_t n) const {
+    if (!mask) return broadcast<C>(rate);
+    Vec<C> v{};
+    for (int64_t i = 0; i < n; i++) v[i] = mask[j + i];
+    return v;
+  }
+};
+
 // Hands out consecutive arrays of a scratch buffer; with null it only adds up their size.
 struct Scratch {
   char* base;

@@ -14,15 +14,22 @@ struct Sequence {
   const int64_t* offset;         // [steps]
   const int64_t* length;         // [batch]
   const int64_t* order;          // [batch] rows by falling length
+  const uint8_t* resets;         // [tokens] whether a new sequence begins there; null: nowhere
   // The tokens that exist, in storage order; fewer than `tokens` where rows are padded.
   int64_t valid;
   const int64_t *valid_step, *valid_row;  // [valid]
 
   FUSEDRNN_HD int64_t token(int64_t t, int64_t b) const { return offset[t] + b; }
-  // The step before t in a direction; false at a row's first one.
-  FUSEDRNN_HD bool previous(int64_t dir, int64_t t, int64_t b, int64_t* before) const {
+  // What step t of a direction starts from: zeros, the call's initial state, or the state that
+  // step `before` left.
+  enum class Start { kZeros, kInitial, kBefore };
+  FUSEDRNN_HD Start start(int64_t dir, int64_t t, int64_t b, int64_t* before) const {
     *before = dir == 0 ? t - 1 : t + 1;
-    return dir == 0 ? t > 0 : t + 1 < length[b];
+    const bool has_before = dir == 0 ? t > 0 : t + 1 < length[b];
+    // The reverse direction comes to the last step of a sequence from one of the next sequence.
+    if (resets && (dir == 0 || has_before) && resets[token(dir == 0 ? t : t + 1, b)])
+      return Start::kZeros;
+    return has_before ? Start::kBefore : Start::kInitial;
   }
 };
 
@@ -42,6 +49,12 @@ struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
 
+// Zoneout: what part of an old value stays, and the rest is the new one.
+struct Zoneout {
+  const uint8_t* mask;  // [layers * directions, tokens, width], 1: all of it; null: `rate`
+  double rate;
+};
+
 struct Common {
   Problem problem;
   Sequence seq;
@@ -52,6 +65,14 @@ struct Common {
   const void *hx, *cx;  // storage type [layers * directions, batch, ...], null: zeros
   const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out], null: none
   double mask_scale;
+  // Recurrent dropout: h is multiplied with it before W_hh; null: none. Compute type
+  // [layers * directions, batch, out].
+  const void* h_mask;
+  Zoneout zoneout_h, zoneout_c;
+  // Where all states are results: the outputs of all layers but the last, storage type
+  // [layers - 1, tokens, directions * out], and all cell states, compute type
+  // [layers, tokens, directions * hidden]; null where they are not.
+  void *hs, *cs;
   const Weights* weights;  // [layers * directions]
   const void* packed;      // compute type, one PackedOffsets::total per layer and direction
   char* reserve;           // null: nothing is kept for backward
@@ -68,6 +89,8 @@ struct Backward : Common {
   // input, written (null: not wanted); dhx, dcx null: not wanted.
   const void *grad_hn, *grad_cn, *grad_out;
   void *grad_in, *dhx, *dcx;
+  bool onto_grad_in;    // grad_in holds a gradient already, to which this layer's is added
+  const void* grad_cs;  // of this layer's cell states, as in `cs`; null: zeros
   void* dgates;  // [directions, tokens, slots * hidden], the gradients of the pre-activations
   void* dproj;   // [directions, tokens, out], gradients of h, with a projection
   void* hidden;  // [directions, tokens, hidden], what was projected, with a projection

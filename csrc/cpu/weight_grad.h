@@ -190,10 +190,8 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
 
   C* dst = static_cast<C*>(dweights[matrix == kIH ? kPlaceIH : kPlaceHH]);
   if (!dst) return;
-  const Reserve reserve(p);
   auto output_of = [&](int64_t l) {
-    return static_cast<const S*>(
-        l == p.num_layers - 1 ? a.y : a.reserve + reserve.output_offset(l, seq.tokens));
+    return l == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, l);
   };
   const LayerInput<S> input(a, layer, layer ? output_of(layer - 1) : nullptr);
   auto input_row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
@@ -210,12 +208,16 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
     const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
     int64_t before;
     const S* from = nullptr;
-    if (seq.previous(dir, t, b, &before)) {
+    const int64_t state = ((layer * D + dir) * seq.batch + b) * P;
+    const auto start = seq.start(dir, t, b, &before);
+    if (start == Sequence::Start::kBefore) {
       from = output_of(layer) + (seq.token(before, b) * D + dir) * P;
-    } else if (a.hx) {
-      from = static_cast<const S*>(a.hx) + ((layer * D + dir) * seq.batch + b) * P;
+    } else if (start == Sequence::Start::kInitial && a.hx) {
+      from = static_cast<const S*>(a.hx) + state;
     }
-    vectors(from, n0, cols, put);
+    if (!a.h_mask) return vectors(from, n0, cols, put);
+    const C* keep = static_cast<const C*>(a.h_mask) + state + n0;
+    vectors(from, n0, cols, [&](int64_t n, Vec<C> v) { put(n, v * load(keep + n, cols - n)); });
   };
 
   // Rows [begin, begin + rows) of the weight, run by run.

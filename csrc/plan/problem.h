@@ -23,6 +23,8 @@ struct Problem {
   int64_t proj_size;  // 0: no projection
   int64_t num_layers, num_directions;
   bool bias;
+  bool zoneout;     // of h or c
+  bool all_states;  // outputs and cell states of all layers are results, and not in the reserve
 
   // Width of h: what a layer's direction puts out and feeds back.
   FUSEDRNN_HD constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
@@ -47,18 +49,27 @@ struct Weights {  // of one layer and direction, in torch.nn's layout; biases an
 
 // The reserve holds, for every layer and direction, one row per token (a row of the batch at a
 // step): first all cell states (compute type), then all saved slots (storage type), then the
-// outputs of all layers but the last (storage type). Offsets are bytes for `tokens` tokens.
+// outputs of all layers but the last (storage type). In place of cell states a cell that saves no
+// slot has with zoneout what it would have put out without. Offsets are bytes for `tokens` tokens.
 struct Reserve {
   int64_t cell_row, slots_row,
       output_row;  // bytes per token, of one layer and direction (output: layer)
   int64_t layers, directions;
 
   FUSEDRNN_HD explicit constexpr Reserve(const Problem& p)
-      : cell_row(traits(p.cell).has_cell ? p.hidden_size * compute_bytes(p.dtype) : 0),
+      : cell_row(keeps_cells(p) || keeps_candidates(p) ? p.hidden_size * compute_bytes(p.dtype)
+                                                       : 0),
         slots_row(traits(p.cell).saved * p.hidden_size * bytes(p.dtype)),
-        output_row(p.num_directions * p.out_size() * bytes(p.dtype)),
+        output_row(p.all_states ? 0 : p.num_directions * p.out_size() * bytes(p.dtype)),
         layers(p.num_layers),
         directions(p.num_directions) {}
+
+  static FUSEDRNN_HD constexpr bool keeps_cells(const Problem& p) {
+    return traits(p.cell).has_cell && !p.all_states;
+  }
+  static FUSEDRNN_HD constexpr bool keeps_candidates(const Problem& p) {
+    return p.zoneout && traits(p.cell).saved == 0;
+  }
 
   FUSEDRNN_HD constexpr int64_t bytes_per_token() const {
     return layers * directions * (cell_row + slots_row) + (layers - 1) * output_row;

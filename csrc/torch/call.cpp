@@ -68,6 +68,29 @@ Call::Call(const Inputs& in, const Config& config)
   STD_TORCH_CHECK(in.dropout >= 0 && in.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
   mask_scale = in.dropout < 1 ? 1 / (1 - in.dropout) : 0;
   for (const Tensor& w : in.weights) weights.push_back(torch::stable::contiguous(w));
+  resets = contiguous(in.resets), h_mask = contiguous(in.h_mask);
+  zone_h = contiguous(in.zone_h), zone_c = contiguous(in.zone_c);
+  check_regularisers(config);
+}
+
+void Call::check_regularisers(const Config& config) {
+  const Problem& p = problem;
+  auto check_mask = [&](const char* name, const OptionalTensor& t, ScalarType type,
+                        const std::vector<int64_t>& sizes) {
+    if (!t) return;
+    STD_TORCH_CHECK(t->scalar_type() == type, "fusedrnn: ", name, " has a wrong dtype");
+    STD_TORCH_CHECK(t->device() == x.device(), "fusedrnn: ", name,
+                    " is on another device than the input");
+    check_shape(name, *t, sizes);
+  };
+  check_mask("resets", resets, ScalarType::Bool,
+             packed() ? std::vector<int64_t>{tokens} : std::vector<int64_t>{steps, batch});
+  check_mask("h_mask", h_mask, compute(), {directions(), batch, p.out_size()});
+  check_mask("zone_h", zone_h, ScalarType::Byte, {directions(), tokens, p.out_size()});
+  check_mask("zone_c", zone_c, ScalarType::Byte, {directions(), tokens, p.hidden_size});
+  zoneout_h = config.zoneout_h, zoneout_c = config.zoneout_c;
+  STD_TORCH_CHECK((!zone_h || zoneout_h > 0) && (!zone_c || zoneout_c > 0),
+                  "fusedrnn: zoneout's masks need zoneout above 0");
 }
 
 void Call::read_batch_sizes(const Tensor& given) {
@@ -93,6 +116,19 @@ std::vector<int64_t> Call::token_sizes(int64_t width) const {
   return {steps, batch, width};
 }
 
+std::vector<int64_t> Call::hs_sizes() const {
+  if (!problem.all_states) return {0};
+  std::vector<int64_t> sizes = token_sizes(out_width());
+  sizes.insert(sizes.begin(), problem.num_layers - 1);
+  return sizes;
+}
+std::vector<int64_t> Call::cs_sizes() const {
+  if (!problem.all_states || !traits(problem.cell).has_cell) return {0};
+  std::vector<int64_t> sizes = token_sizes(problem.num_directions * problem.hidden_size);
+  sizes.insert(sizes.begin(), problem.num_layers);
+  return sizes;
+}
+
 Weights Call::weights_of(int64_t layer, int64_t dir) const {
   auto next =
       weights.begin() + (layer * problem.num_directions + dir) * problem.weights_per_direction();
@@ -111,11 +147,12 @@ ForwardOutputs Call::outputs(bool save) const {
           empty({directions(), batch, p.out_size()}, type()),
           traits(p.cell).has_cell ? empty({directions(), batch, p.hidden_size}, type())
                                   : empty({0}, type()),
-          empty({save ? tokens : 0, reserve_row}, ScalarType::Byte)};
+          empty({save ? tokens : 0, reserve_row}, ScalarType::Byte),
+          empty(hs_sizes(), type()),
+          empty(cs_sizes(), compute())};
 }
 
-GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
-                                 const Tensor& output, const Tensor& reserve,
+GradientTensors::GradientTensors(const Call& call, const OutputGradients& given, const Kept& kept,
                                  const std::vector<bool>& needs) {
   const Problem& p = call.problem;
   const bool has_cell = traits(p.cell).has_cell;
@@ -124,13 +161,18 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
       outputs = call.token_sizes(call.out_width());
   STD_TORCH_CHECK(needs.size() == 3 + call.weights.size(), "fusedrnn: expected ",
                   3 + call.weights.size(), " needs, got ", needs.size());
-  check_like("the output", output, call.like);
-  check_shape("the output", output, outputs);
-  check_shape("the reserve", reserve, {call.tokens, Reserve(p).bytes_per_token()});
-  STD_TORCH_CHECK(output.is_contiguous() && reserve.is_contiguous() &&
-                      reserve.device() == call.x.device() &&
-                      reserve.scalar_type() == ScalarType::Byte,
-                  "fusedrnn: expected output and reserve as forward made them");
+  auto check_kept = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                        ScalarType type) {
+    check_shape(name, t, sizes);
+    STD_TORCH_CHECK(t.is_contiguous() && t.device() == call.x.device() && t.scalar_type() == type,
+                    "fusedrnn: expected ", name, " as forward made it");
+  };
+  check_like("the output", kept.y, call.like);
+  check_kept("the output", kept.y, outputs, call.type());
+  check_kept("the reserve", kept.reserve, {call.tokens, Reserve(p).bytes_per_token()},
+             ScalarType::Byte);
+  check_kept("hs", kept.hs, call.hs_sizes(), call.type());
+  check_kept("cs", kept.cs, call.cs_sizes(), call.compute());
   auto gradient = [&](const char* name, const OptionalTensor& g,
                       const std::vector<int64_t>& sizes) -> OptionalTensor {
     if (!g) return std::nullopt;
@@ -142,6 +184,10 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   hn = gradient("the gradient of h_n", given.hn, hidden);
   cn = gradient("the gradient of c_n", has_cell ? given.cn : std::nullopt, cells);
   y = gradient("the gradient of the output", given.y, outputs);
+  if (p.all_states) {
+    hs = gradient("the gradient of hs", given.hs, call.hs_sizes());
+    cs = gradient("the gradient of cs", has_cell ? given.cs : std::nullopt, call.cs_sizes());
+  }
 
   auto result = [&](bool needed, const std::vector<int64_t>& sizes) {
     return call.empty(needed ? sizes : std::vector<int64_t>{0}, call.compute());

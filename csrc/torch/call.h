@@ -10,11 +10,11 @@ struct Call {
   Problem problem;
   Tensor x;     // rows of which the elements follow each other; integers as int64
   Tensor like;  // what is computed has its dtype
-  OptionalTensor hx, cx, mask, lengths;
+  OptionalTensor hx, cx, mask, lengths, resets, h_mask, zone_h, zone_c;
   std::vector<Tensor> weights;
   int64_t steps, batch, tokens;
   std::vector<int64_t> batch_sizes;  // of packed input: rows at each step
-  double mask_scale;
+  double mask_scale, zoneout_h, zoneout_c;
 
   Call(const Inputs&, const Config&);
 
@@ -29,24 +29,26 @@ struct Call {
   }
   Weights weights_of(int64_t layer, int64_t dir) const;
 
-  // y, hn, cn and the reserve, unwritten.
+  // The sizes of the states of all layers and steps; nothing where they are not asked for.
+  std::vector<int64_t> hs_sizes() const, cs_sizes() const;
+  // y, hn, cn, the reserve, hs and cs, unwritten.
   ForwardOutputs outputs(bool save) const;
 
  private:
   void read_batch_sizes(const Tensor&);
+  void check_regularisers(const Config&);
 };
 
 // The tensors of a backward call beside those of its forward, all in the compute type.
 struct GradientTensors {
-  OptionalTensor y, hn, cn;  // given
-  Tensor x, hx, cx;          // to be written; empty where not wanted
+  OptionalTensor y, hn, cn, hs, cs;  // given
+  Tensor x, hx, cx;                  // to be written; empty where not wanted
   std::vector<Tensor> weights;
   bool need_x, need_hx, need_cx;
   // The lowest layer that anything asked for depends on; below it nothing is done.
   int64_t lowest;
 
-  GradientTensors(const Call&, const OutputGradients&, const Tensor& y, const Tensor& reserve,
-                  const std::vector<bool>& needs);
+  GradientTensors(const Call&, const OutputGradients&, const Kept&, const std::vector<bool>& needs);
 
   // Whether the gradient of a layer's input is needed, for the layer below or for itself.
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && need_x); }

@@ -21,6 +21,8 @@ struct Config {
   std::string mode;
   int64_t hidden_size, proj_size, num_layers;
   bool bias, bidirectional;
+  double zoneout_h, zoneout_c;  // how much of the old h and c stays
+  bool all_states;
 };
 
 inline std::string show(const Tensor& t) {
@@ -117,11 +119,16 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
   p.num_layers = c.num_layers;
   p.num_directions = c.bidirectional ? 2 : 1;
   p.bias = c.bias;
+  STD_TORCH_CHECK(c.zoneout_h >= 0 && c.zoneout_h <= 1 && c.zoneout_c >= 0 && c.zoneout_c <= 1,
+                  "fusedrnn: zoneout must lie in [0, 1]");
+  p.zoneout = c.zoneout_h > 0 || c.zoneout_c > 0;
+  p.all_states = c.all_states;
   STD_TORCH_CHECK(p.hidden_size > 0 && p.num_layers > 0,
                   "fusedrnn: hidden_size and num_layers must be positive");
   STD_TORCH_CHECK(p.proj_size >= 0 && p.proj_size < p.hidden_size,
                   "fusedrnn: proj_size must lie in [0, hidden_size)");
   STD_TORCH_CHECK(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
+  STD_TORCH_CHECK(!c.zoneout_c || traits(p.cell).has_cell, "fusedrnn: only LSTM takes zoneout_c");
 
   const size_t each = p.weights_per_direction();
   const int64_t directions = checked_product(p.num_layers, p.num_directions);

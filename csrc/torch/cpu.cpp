@@ -1,6 +1,7 @@
 // The ops on CPU tensors: checks, buffers and threads; the work is in csrc/cpu.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -51,6 +52,10 @@ struct CpuCall : Call {
     a.hx = pointer(hx), a.cx = pointer(cx);
     a.mask = static_cast<const uint8_t*>(pointer(mask));
     a.mask_scale = mask_scale;
+    a.seq.resets = static_cast<const uint8_t*>(pointer(resets));
+    a.h_mask = pointer(h_mask);
+    a.zoneout_h = {static_cast<const uint8_t*>(pointer(zone_h)), zoneout_h};
+    a.zoneout_c = {static_cast<const uint8_t*>(pointer(zone_c)), zoneout_c};
     for (int64_t i = 0; i < directions(); i++)
       pointers.push_back(weights_of(i / problem.num_directions, i % problem.num_directions));
     a.weights = pointers.data();
@@ -125,6 +130,13 @@ struct CpuCall : Call {
     a.one_hot = {int64_t(value.size()), value.data(), which.data(), begin.data(), token.data()};
   }
 
+  // Backward only reads them.
+  void set_states(Common& a, const Tensor& hs, const Tensor& cs) const {
+    if (!problem.all_states) return;
+    a.hs = const_cast<void*>(hs.const_data_ptr());
+    if (traits(problem.cell).has_cell) a.cs = const_cast<void*>(cs.const_data_ptr());
+  }
+
   // The list of tokens that exist, which only weight gradients need.
   void list_tokens(Sequence& s) {
     for (size_t t = 0; t < offset.size(); t++)
@@ -144,10 +156,11 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   const Problem& p = a.problem;
   const Kernels& k = kernels();
   const int64_t D = p.num_directions;
-  auto [y, hn, cn, reserve] = call.outputs(save);
-  if (call.padded_rows) torch::stable::zero_(y);
+  auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
+  if (call.padded_rows) torch::stable::zero_(y), torch::stable::zero_(hs), torch::stable::zero_(cs);
+  call.set_states(a, hs, cs);
   a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr(), a.cn = cn.mutable_data_ptr();
-  if (a.seq.batch == 0) return {y, hn, cn, reserve};
+  if (a.seq.batch == 0) return {y, hn, cn, reserve, hs, cs};
 
   // A reserve of no bytes (one-layer RNN) still says that outputs need not go elsewhere.
   static char nothing;
@@ -155,7 +168,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
               : reserve.numel() ? static_cast<char*>(reserve.mutable_data_ptr())
                                 : &nothing;
   std::vector<Tensor> inner;
-  for (int64_t i = 0; !save && i < std::min<int64_t>(2, p.num_layers - 1); i++) {
+  for (int64_t i = 0; !save && !a.hs && i < std::min<int64_t>(2, p.num_layers - 1); i++) {
     inner.push_back(call.empty({a.seq.tokens, call.out_width()}, call.type()));
     a.inner[i] = inner.back().mutable_data_ptr();
   }
@@ -176,25 +189,25 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   run_tasks(call.x, tasks, k.rows_scratch(p, rows), [&, rows = rows](int64_t i, char* scratch) {
     k.forward(a, i * rows, std::min(a.seq.batch, (i + 1) * rows), scratch);
   });
-  return {y, hn, cn, reserve};
+  return {y, hn, cn, reserve, hs, cs};
 }
 
 BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const OutputGradients& given,
-                             const Tensor& y, const Tensor& reserve,
-                             const std::vector<bool>& needs) {
+                             const Kept& kept, const std::vector<bool>& needs) {
   Backward a{};
   CpuCall call(in, config, a);
   call.list_tokens(a.seq);
   const Problem& p = a.problem;
   const Kernels& k = kernels();
   const int64_t D = p.num_directions, tokens = a.seq.tokens, B = a.seq.batch;
-  GradientTensors g(call, given, y, reserve, needs);
+  GradientTensors g(call, given, kept, needs);
   auto empty = [&](const std::vector<int64_t>& sizes) { return call.empty(sizes, call.compute()); };
   if (call.padded_rows) torch::stable::zero_(g.x);
   if (B == 0) return g.in_type(call.type());
 
-  a.y = y.const_data_ptr();
-  a.reserve = static_cast<char*>(const_cast<void*>(reserve.const_data_ptr()));  // only read
+  a.y = kept.y.const_data_ptr();
+  a.reserve = static_cast<char*>(const_cast<void*>(kept.reserve.const_data_ptr()));  // only read
+  call.set_states(a, kept.hs, kept.cs);
   a.grad_hn = pointer(g.hn), a.grad_cn = pointer(g.cn);
   if (g.need_hx) a.dhx = g.hx.mutable_data_ptr();
   if (g.need_cx) a.dcx = g.cx.mutable_data_ptr();
@@ -208,6 +221,11 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dproj = dproj.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr();
   const int64_t size = compute_bytes(p.dtype), threads = torch::stable::get_num_threads();
   const auto [rows, tasks] = plan_cpu(B, threads);
+  // One layer's rows of the gradient of all states.
+  auto of_layer = [&](const OptionalTensor& gradients, int64_t layer, int64_t width) {
+    const int64_t bytes = layer * tokens * D * width * size;
+    return gradients ? static_cast<const char*>(gradients->const_data_ptr()) + bytes : nullptr;
+  };
 
   for (int64_t layer = p.num_layers - 1; layer >= g.lowest; layer--) {
     a.layer = layer;
@@ -225,6 +243,11 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     const bool want_input = g.wants_input(layer);
     Tensor grad_in = layer == 0 ? g.x : empty({want_input ? tokens : 0, call.out_width()});
     a.grad_in = want_input ? grad_in.mutable_data_ptr() : nullptr;
+    a.onto_grad_in = want_input && layer > 0 && g.hs;
+    if (a.onto_grad_in)
+      std::memcpy(a.grad_in, of_layer(g.hs, layer - 1, p.out_size()),
+                  tokens * call.out_width() * size);
+    a.grad_cs = of_layer(g.cs, layer, p.hidden_size);
     run_tasks(call.x, tasks, k.rows_scratch(p, rows), [&, rows = rows](int64_t i, char* scratch) {
       k.backward(a, i * rows, std::min(B, (i + 1) * rows), scratch);
     });

@@ -131,8 +131,8 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, bool save) {
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch;
   const int64_t size = bytes(p.dtype), out = p.out_size();
-  auto [y, hn, cn, reserve] = call.outputs(save);
-  if (B == 0) return {y, hn, cn, reserve};
+  auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
+  if (B == 0) return {y, hn, cn, reserve, hs, cs};
   char *const hn_at = static_cast<char*>(hn.mutable_data_ptr()),
               *const cn_at =
                   traits(p.cell).has_cell ? static_cast<char*>(cn.mutable_data_ptr()) : nullptr;
@@ -168,18 +168,18 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, bool save) {
     run_recurrence(call, layers, "forward");
     below = outputs.back();
   }
-  return {y, hn, cn, reserve};
+  return {y, hn, cn, reserve, hs, cs};
 }
 
 BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
-                              const Tensor& y, const Tensor& reserve,
-                              const std::vector<bool>& needs) {
+                              const Kept& kept, const std::vector<bool>& needs) {
   CudaCall call(in, config, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size();
   const int64_t size = bytes(p.dtype), wide = compute_bytes(p.dtype);
-  GradientTensors g(call, given, y, reserve, needs);
+  const Tensor &y = kept.y, &reserve = kept.reserve;
+  GradientTensors g(call, given, kept, needs);
   if (B == 0) return g.in_type(call.type());
 
   auto output_of = [&](int64_t layer) {

@@ -43,11 +43,13 @@ Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden
 PyObject* reserve_bytes(PyObject*, PyObject* args) {
   const char *mode, *dtype;
   long long hidden, proj, layers;
-  int bidirectional;
-  if (!PyArg_ParseTuple(args, "ssLLLp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional))
+  int bidirectional, zoneout, all_states;
+  if (!PyArg_ParseTuple(args, "ssLLLppp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional,
+                        &zoneout, &all_states))
     return nullptr;
   return guarded([&] {
-    const Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
+    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
+    p.zoneout = zoneout, p.all_states = all_states;
     return PyLong_FromLongLong(Reserve(p).bytes_per_token());
   });
 }
@@ -132,8 +134,8 @@ PyObject* cuda_archs(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"reserve_bytes", reserve_bytes, METH_VARARGS,
-     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional) -> bytes per "
-     "token"},
+     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, zoneout, "
+     "all_states) -> bytes per token"},
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},

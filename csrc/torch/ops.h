@@ -11,25 +11,34 @@ struct Inputs {
              // (T, B), (tokens) that mean one-hot vectors
   OptionalTensor hx, cx;
   std::vector<Tensor> weights;
-  OptionalTensor batch_sizes;  // of packed input
-  OptionalTensor lengths;      // of padded input
-  OptionalTensor mask;         // of the dropout between layers, uint8
+  OptionalTensor batch_sizes;     // of packed input
+  OptionalTensor lengths;         // of padded input
+  OptionalTensor mask;            // of the dropout between layers, uint8
+  OptionalTensor resets;          // where a new sequence begins, bool
+  OptionalTensor h_mask;          // recurrent dropout, compute type
+  OptionalTensor zone_h, zone_c;  // zoneout, uint8
   double dropout;
 };
 
 struct OutputGradients {
-  OptionalTensor y, hn, cn;
+  OptionalTensor y, hn, cn, hs, cs;
 };
 
-using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, hn, cn, reserve
+// What forward leaves for backward. hs and cs, the states of all layers and steps, are empty unless
+// asked for.
+struct Kept {
+  Tensor y, reserve, hs, cs;
+};
+
+using ForwardOutputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // y, hn, cn, reserve, hs, cs
 using BackwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // of x, hx, cx, weights
 
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
 using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, bool save);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
-                                         const Tensor& y, const Tensor& reserve,
-                                         const std::vector<bool>& needs);
+                                         const Kept&, const std::vector<bool>& needs);
 
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
@@ -37,35 +46,48 @@ BackwardFunction backward_cpu, backward_cuda;
 // src/fusedrnn/ops.py documents the arguments.
 #define FUSEDRNN_INPUTS                                                                        \
   "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
-  "Tensor? mask, float dropout"
-#define FUSEDRNN_CONFIG \
-  "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
+  "Tensor? mask, Tensor? resets, Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout"
+#define FUSEDRNN_CONFIG                                                                       \
+  "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional, " \
+  "float zoneout_h, float zoneout_c, bool all_states"
 
-inline constexpr const char* kForwardSchema = "forward(" FUSEDRNN_INPUTS ", " FUSEDRNN_CONFIG
-                                              ", bool save) -> (Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* kForwardSchema =
+    "forward(" FUSEDRNN_INPUTS ", " FUSEDRNN_CONFIG
+    ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* kBackwardSchema =
-    "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor y, Tensor reserve, bool[] "
-    "needs, " FUSEDRNN_INPUTS ", " FUSEDRNN_CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])";
+    "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
+    "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, " FUSEDRNN_INPUTS
+    ", " FUSEDRNN_CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])";
 
 template <ForwardFunction& implementation>
 ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
                        OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
-                       double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
-                       int64_t num_layers, bool bias, bool bidirectional, bool save) {
-  return implementation({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
-                        {mode, hidden_size, proj_size, num_layers, bias, bidirectional}, save);
+                       OptionalTensor resets, OptionalTensor h_mask, OptionalTensor zone_h,
+                       OptionalTensor zone_c, double dropout, std::string mode, int64_t hidden_size,
+                       int64_t proj_size, int64_t num_layers, bool bias, bool bidirectional,
+                       double zoneout_h, double zoneout_c, bool all_states, bool save) {
+  return implementation(
+      {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
+      {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
+       all_states},
+      save);
 }
 
 template <BackwardFunction& implementation>
 BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, OptionalTensor grad_cn,
-                         Tensor y, Tensor reserve, std::vector<bool> needs, Tensor x,
-                         OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
-                         OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
+                         OptionalTensor grad_hs, OptionalTensor grad_cs, Tensor y, Tensor reserve,
+                         Tensor hs, Tensor cs, std::vector<bool> needs, Tensor x, OptionalTensor hx,
+                         OptionalTensor cx, std::vector<Tensor> weights, OptionalTensor batch_sizes,
+                         OptionalTensor lengths, OptionalTensor mask, OptionalTensor resets,
+                         OptionalTensor h_mask, OptionalTensor zone_h, OptionalTensor zone_c,
                          double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
-                         int64_t num_layers, bool bias, bool bidirectional) {
-  return implementation({x, hx, cx, weights, batch_sizes, lengths, mask, dropout},
-                        {mode, hidden_size, proj_size, num_layers, bias, bidirectional},
-                        {grad_y, grad_hn, grad_cn}, y, reserve, needs);
+                         int64_t num_layers, bool bias, bool bidirectional, double zoneout_h,
+                         double zoneout_c, bool all_states) {
+  return implementation(
+      {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
+      {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
+       all_states},
+      {grad_y, grad_hn, grad_cn, grad_hs, grad_cs}, {y, reserve, hs, cs}, needs);
 }
 
 }  // namespace fusedrnn

@@ -1,7 +1,14 @@
 # The functions of the extension module that take no tensors; the rest of it are ops.
 
 def reserve_bytes(
-    mode: str, dtype: str, hidden_size: int, proj_size: int, num_layers: int, bidirectional: bool
+    mode: str,
+    dtype: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    zoneout: bool,
+    all_states: bool,
 ) -> int: ...
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...

@@ -47,7 +47,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     packed = isinstance(input, PackedSequence)
     one_hot = is_one_hot(data, packed)
     if reason:
-        what = "plain PyTorch" if one_hot else "torch.nn's own kernels"
+        ours = one_hot or module.only_ours()
+        what = "plain PyTorch" if ours else "torch.nn's own kernels"
         return f"{head} {what}, because {reason}"
     if isinstance(input, PackedSequence):
         steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
@@ -69,6 +70,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} threads, "
         "each through all layers and steps without a barrier",
     ]
+    regularisers = module.only_ours()
+    if regularisers:
+        lines.append(f"{regularisers} in the kernels")
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
     if tasks < threads:

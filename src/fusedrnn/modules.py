@@ -7,7 +7,7 @@ They add no state, so parameters, checkpoints, hooks and `isinstance` are torch.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,6 +68,11 @@ class _DropIn(nn.Module):
         if type(self).__module__ != __name__:
             return self
         plain = getattr(nn, type(self).__name__)
+        regularisers = self.only_ours() if isinstance(self, _Fused) else None
+        if regularisers:
+            raise ValueError(
+                f"torch.jit.script takes torch.nn's class, which has no {regularisers}"
+            )
         warnings.warn(
             f"torch.jit.script puts torch.nn.{plain.__name__} in the place of fusedrnn's, also in "
             "the model that it is given: fusedrnn.swap undoes that",
@@ -78,17 +83,63 @@ class _DropIn(nn.Module):
         return twin
 
 
+class AllStates(NamedTuple):
+    """The states of every layer at every step: `h[l]` is shaped as the output, behind a length 0.
+
+    h of the last layer is the output itself; of an LSTM `c[l]` has hidden_size in place of
+    proj_size; None for the others. The directions lie side by side, as in the output. Of packed
+    input each is a PackedSequence.
+    """
+
+    h: tuple[Any, ...]
+    c: tuple[Any, ...] | None
+
+
+def _probability(name: str, value: Any) -> bool:
+    """Whether `value`, which must be a probability, is above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1] representing a probability")
+    return value > 0
+
+
 class _Fused(_DropIn, nn.RNNBase):
     """What the three modules share: torch.nn's checks, then one op for the whole stack."""
 
     # torch.nn words this error differently from class to class.
     _dim_error = "{}: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(self, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+    # Regularisers that torch.nn does not have. An instance has them only where they are on: what
+    # `swap` turns into one of ours has torch.nn's attributes alone.
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+
+    def __init__(
+        self,
+        *args: Any,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
         # Named here because torch.nn.utils.skip_init looks for `device` in the signature.
         given = {"device": device, "dtype": dtype}
         kwargs |= {k: v for k, v in given.items() if v is not None}
         super().__init__(*args, **kwargs)
+        if _probability("recurrent_dropout", recurrent_dropout):
+            self.recurrent_dropout = recurrent_dropout
+        if isinstance(zoneout, tuple):
+            if self.mode != "LSTM" or len(zoneout) != 2:
+                raise ValueError("zoneout is one number, or (of h, of c) for an LSTM")
+            on = any([_probability("zoneout", z) for z in zoneout])
+        else:
+            on = _probability("zoneout", zoneout)
+        if on:
+            self.zoneout = zoneout
+
+    def extra_repr(self) -> str:
+        names = [name for name in ("recurrent_dropout", "zoneout") if name in self.__dict__]
+        return ", ".join([super().extra_repr(), *(f"{n}={getattr(self, n)}" for n in names)])
 
     def _config(self) -> ops.Config:
         return ops.Config(
@@ -98,9 +149,29 @@ class _Fused(_DropIn, nn.RNNBase):
             self.num_layers,
             self.bias,
             self.bidirectional,
+            *self._zoneout_rates(),
         )
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
+    def _zoneout_rates(self) -> tuple[float, float]:
+        """Of h and of c."""
+        if isinstance(self.zoneout, tuple):
+            return self.zoneout
+        return self.zoneout, self.zoneout if self.mode == "LSTM" else 0.0
+
+    def only_ours(self) -> str | None:
+        """What this module does that torch.nn's code would leave out, if anything."""
+        names = [name for name in ("recurrent_dropout", "zoneout") if getattr(self, name)]
+        return " and ".join(names) or None
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | PackedSequence | None = None,
+        return_all: bool = False,
+    ) -> Any:
         """Runs the stack; see the class.
 
         Args:
@@ -113,9 +184,18 @@ class _Fused(_DropIn, nn.RNNBase):
             lengths: integers (B,) in [0, T] on any device and in any order: row b has lengths[b]
                 steps. Outputs past them are 0, h_n and c_n are those of each row's last step, and
                 the reverse direction starts there. Not with a PackedSequence.
+            resets: bool, shaped as the input without its last dimension, or a PackedSequence of
+                such: True where a new sequence begins in the middle of a row, as where an episode
+                of reinforcement learning ends and the next one starts. The forward direction
+                enters that step with states of zeros; the reverse direction enters the step before
+                it, the last one of the sequence that ended, with zeros. So sequences in one row
+                know as little of each other as those in two. hx is the state before the first step
+                (which a reset there replaces by zeros), in the reverse direction before the last.
+            return_all: whether the states of every layer at every step are returned as well.
 
         Returns:
-            output and h_n, for an LSTM output and (h_n, c_n), shaped as torch.nn's.
+            output and h_n, for an LSTM output and (h_n, c_n), shaped as torch.nn's; with
+            return_all a third value, `AllStates`.
 
         Raises:
             ValueError, RuntimeError: torch.nn's, for the same wrong arguments.
@@ -124,11 +204,13 @@ class _Fused(_DropIn, nn.RNNBase):
                 is NaN, and a length outside [0, T] counts as the nearer end.
         """
         if self._is_leaf(input):
-            return self._record(input, hx, **({} if lengths is None else {"lengths": lengths}))
+            given = {"lengths": lengths, "resets": resets, "return_all": return_all or None}
+            return self._record(input, hx, **{k: v for k, v in given.items() if v is not None})
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = is_one_hot(data, packed)
-        if lengths is None and not one_hot and fallback_reason(self, data):
+        more = lengths is not None or resets is not None or return_all or self.only_ours()
+        if not more and not one_hot and fallback_reason(self, data):
             return super().forward(input, hx)
         x, hx, cx, unsort, lengths = self._canonical(input, hx, lengths)
         batch_sizes = input.batch_sizes if packed else None
@@ -144,33 +226,57 @@ class _Fused(_DropIn, nn.RNNBase):
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
-        config = self._config()
-        mask = self._dropout_mask(x, config)
+        if resets is not None:
+            resets = self._checked_resets(resets, input, x, one_hot)
+        config = self._config()._replace(all_states=return_all)
+        masks = (
+            self._dropout_mask(x, config),
+            resets,
+            *self._regulariser_masks(x, batch_sizes, weights[0], config),
+        )
         # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
-        dropout = 0.0 if mask is None else self.dropout
-        call = (x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *config)
-        if no_kernel(x) is not None or torch._C._are_functorch_transforms_active():
-            # `lengths` on a device without kernels, and torch.func's transforms.
-            y, hn, cn = reference.forward(*call)
+        dropout = 0.0 if masks[0] is None else self.dropout
+        call = (x, hx, cx, weights, batch_sizes, lengths, *masks, dropout, *config)
+        cpu_only = resets is not None or return_all or self.only_ours()
+        if (
+            no_kernel(x) is not None
+            or (cpu_only and device != "cpu")
+            or torch._C._are_functorch_transforms_active()
+        ):
+            # What torch.nn does not have on a device without kernels, or what those of the CPU alone
+            # have; and torch.func's transforms.
+            y, hn, cn, hs, cs = reference.forward(*call)
         else:
             save = torch.is_grad_enabled() and any(
                 t.requires_grad for t in (x, hx, cx, *weights) if t is not None
             )
-            y, hn, cn, _ = ops.forward(*call, save)
+            y, hn, cn, _, hs, cs = ops.forward(*call, save)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
-        output: Any = y
+        unbatched = not packed and input.dim() + one_hot == 2
+
+        def shaped(steps: Tensor) -> Any:
+            if packed:
+                return input._replace(data=steps)
+            if unbatched:
+                return steps.squeeze(1)
+            return steps.transpose(0, 1) if self.batch_first else steps
+
         states: tuple[Tensor, ...] = (hn, cn) if self.mode == "LSTM" else (hn,)
-        if packed:
-            output = PackedSequence(y, batch_sizes, input.sorted_indices, input.unsorted_indices)
-            if unsort is not None:
-                states = tuple(s.index_select(1, unsort) for s in states)
-        elif input.dim() + one_hot == 2:
-            output, states = y.squeeze(1), tuple(s.squeeze(1) for s in states)
-        elif self.batch_first:
-            output = y.transpose(0, 1)
-        return output, states if self.mode == "LSTM" else states[0]
+        if unsort is not None:
+            states = tuple(s.index_select(1, unsort) for s in states)
+        if unbatched:
+            states = tuple(s.squeeze(1) for s in states)
+        results = shaped(y), states if self.mode == "LSTM" else states[0]
+        if not return_all:
+            return results
+        cells = None
+        if self.mode == "LSTM":
+            cells = tuple(shaped(c) for c in cs.to(cn.dtype).unbind())
+        return *results, AllStates(
+            (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
+        )
 
     def _canonical(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple:
         """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
@@ -248,6 +354,28 @@ class _Fused(_DropIn, nn.RNNBase):
             lengths = self._checked_lengths(lengths, batch, x.device)
         return (x, *states, *[None] * (2 - len(states)), unsort, lengths)
 
+    def _checked_resets(self, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
+        """Time first, or as the data of packed input."""
+        name = self._get_name()
+        if isinstance(resets, PackedSequence) and isinstance(input, PackedSequence):
+            resets = resets.data
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"{name}: resets should be a Tensor, got: {type(resets).__name__}")
+        if resets.dtype != torch.bool:
+            raise TypeError(f"{name}: resets should be bool, got {resets.dtype}")
+        data = input.data if isinstance(input, PackedSequence) else input
+        expected = data.shape if one_hot else data.shape[:-1]
+        if resets.shape != expected:
+            raise RuntimeError(
+                f"{name}: Expected resets of shape {list(expected)}, got {list(resets.shape)}"
+            )
+        if not isinstance(input, PackedSequence):
+            if resets.dim() == 1:
+                resets = resets.unsqueeze(1)
+            elif self.batch_first:
+                resets = resets.transpose(0, 1)
+        return resets.to(x.device)
+
     def _checked_lengths(self, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
         name = self._get_name()
         if not isinstance(lengths, Tensor):
@@ -292,6 +420,30 @@ class _Fused(_DropIn, nn.RNNBase):
         for layer in mask:
             layer.bernoulli_(1 - self.dropout)
         return mask
+
+    def _regulariser_masks(
+        self, x: Tensor, batch_sizes: Tensor | None, like: Tensor, config: ops.Config
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """h_mask, zone_h and zone_c as `fusedrnn.ops` has them, drawn in this order."""
+        if not self.training:
+            return None, None, None
+        rate = self.recurrent_dropout
+        states, tokens = config.num_layers * config.directions, ops.tokens_shape(x).numel()
+        h_mask = None
+        if rate:
+            batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
+            dtype = ops.compute_dtype(like.dtype)
+            h_mask = like.new_empty((states, batch, config.out_size), dtype=dtype)
+            h_mask = h_mask.bernoulli_(1 - rate).div_(1 - rate) if rate < 1 else h_mask.zero_()
+
+        def zones(rate: float, width: int) -> Tensor | None:
+            if not rate:
+                return None
+            mask = like.new_empty((states, tokens, width), dtype=torch.uint8)
+            return mask.bernoulli_(rate)
+
+        zone_h = zones(config.zoneout_h, config.out_size)
+        return h_mask, zone_h, zones(config.zoneout_c, config.hidden_size)
 
 
 dynamo.allow(_Fused)

@@ -11,10 +11,17 @@ the batch, D directions, H hidden units, P = proj_size or H, L layers:
     batch_sizes  int64 (T,), of a PackedSequence
     lengths      integers (B,) in [0, T]: steps of each row of padded input
     mask         uint8 (L - 1, tokens, D * P), the dropout between layers: 1 keeps
+    resets       bool (T, B) or (tokens,): where a row begins a new sequence, from zeros
+    h_mask       (L * D, B, P), float64 for float64 and float32 for the rest: h is multiplied with
+                 it before W_hh (recurrent dropout)
+    zone_h       uint8 (L * D, tokens, P), zone_c with H: 1 keeps the unit's old value (zoneout);
+                 without them each keeps the part that Config says
     dropout      the probability that mask was drawn with
     save         whether the reserve is filled, without which there is no backward
 
-forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the reserve.
+forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the reserve; then, with
+all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers but the last, and an
+LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are wanted, the
 others come back empty.
 """
@@ -43,6 +50,9 @@ class Config(NamedTuple):
     num_layers: int
     bias: bool
     bidirectional: bool
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    all_states: bool = False
 
     @property
     def out_size(self) -> int:
@@ -62,6 +72,11 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
             )
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of sums and cell states."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def tokens_shape(x: Tensor) -> torch.Size:
     """(T, B) or (tokens,), also where x is integers."""
     return x.shape[:-1] if x.is_floating_point() else x.shape
@@ -69,9 +84,9 @@ def tokens_shape(x: Tensor) -> torch.Size:
 
 @torch.library.register_fake("fusedrnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
-    x, hx, cx, weights, batch_sizes, lengths, mask, dropout, *rest
+    x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout, *rest
 ):
-    _check_devices(x, hx, cx, mask, *weights)
+    _check_devices(x, hx, cx, mask, resets, h_mask, zone_h, zone_c, *weights)
     _check_devices(x, *(t for t in (batch_sizes, lengths) if t is not None and t.is_meta))
     config, save = Config(*rest[:-1]), rest[-1]
     like, shape = x if x.is_floating_point() else weights[0], tokens_shape(x)
@@ -92,28 +107,40 @@ def _fake_forward(  # type: ignore[no-untyped-def]
         config.proj_size,
         config.num_layers,
         config.bidirectional,
+        config.zoneout_h > 0 or config.zoneout_c > 0,
+        config.all_states,
     )
-    return y, hn, cn, like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
+    reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
+    return y, hn, cn, reserve, *_fake_states(y, config)
+
+
+def _fake_states(y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    layers, dtype = config.num_layers, compute_dtype(y.dtype)
+    width = config.directions * config.hidden_size
+    hs = y.new_empty((layers - 1, *y.shape) if config.all_states else (0,))
+    lstm = config.all_states and config.mode == "LSTM"
+    return hs, y.new_empty((layers, *y.shape[:-1], width) if lstm else (0,), dtype=dtype)
 
 
 @torch.library.register_fake("fusedrnn::backward")
 def _fake_backward(  # type: ignore[no-untyped-def]
-    grad_y, grad_hn, grad_cn, y, reserve, needs, x, hx, cx, weights, *rest
+    grad_y, grad_hn, grad_cn, grad_hs, grad_cs, y, reserve, hs, cs, needs, x, hx, cx, weights, *rest
 ):
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return y.new_empty(tensor.shape if needed and tensor is not None else (0,))
 
-    batch_sizes, lengths, mask = rest[:3]
-    _check_devices(x, grad_y, grad_hn, grad_cn, y, reserve, hx, cx, mask, *weights)
+    batch_sizes, lengths, *masks = rest[:7]
+    grads = (grad_y, grad_hn, grad_cn, grad_hs, grad_cs)
+    _check_devices(x, *grads, y, reserve, hs, cs, hx, cx, *masks, *weights)
     _check_devices(x, *(t for t in (batch_sizes, lengths) if t is not None and t.is_meta))
-    config = Config(*rest[-6:])
+    config = Config(*rest[8:])
     hidden = hx
     if hx is None and needs[1]:
         packed = batch_sizes is not None
         batch = torch.library.get_ctx().new_dynamic_size() if packed else x.shape[1]
         hidden = y.new_empty((config.num_layers * config.directions, batch, config.out_size))
-    grads = [like(w, needed) for w, needed in zip(weights, needs[3:], strict=True)]
-    return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), grads
+    of_weights = [like(w, needed) for w, needed in zip(weights, needs[3:], strict=True)]
+    return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), of_weights
 
 
 # Autograd is registered by hand and not with torch.library.register_autograd: that flattens
@@ -122,25 +149,38 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 # argument list together from both.
 
 
+OTHERS = 7  # tensors between cx and the weights, which have no gradient
+
+
+def without_others(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of one value for each of Call.tensors, those of x, hx, cx and the weights."""
+    return (*values[:3], *values[3 + OTHERS :])
+
+
 class Call(NamedTuple):
     """The arguments shared by both ops, split into tensors and constants."""
 
-    tensors: tuple[Tensor | None, ...]  # x, hx, cx, batch_sizes, lengths, mask, *weights
+    # x, hx, cx, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, *weights
+    tensors: tuple[Tensor | None, ...]
     constants: tuple  # dropout, *Config
 
     @staticmethod
     def of(*arguments: Any) -> Call:
-        x, hx, cx, weights, batch_sizes, lengths, mask, *constants = arguments
-        return Call((x, hx, cx, batch_sizes, lengths, mask, *weights), tuple(constants))
+        x, hx, cx, weights, *rest = arguments
+        return Call((x, hx, cx, *rest[:OTHERS], *weights), tuple(rest[OTHERS:]))
 
     def arguments(self) -> tuple:
-        x, hx, cx, batch_sizes, lengths, mask, *weights = self.tensors
-        return (x, hx, cx, weights, batch_sizes, lengths, mask, *self.constants)
+        x, hx, cx, *rest = self.tensors
+        return (x, hx, cx, rest[OTHERS:], *rest[:OTHERS], *self.constants)
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """x, hx, cx and the weights."""
+        return without_others(self.tensors)
 
 
 def _of_inputs(x: Any, hx: Any, cx: Any, weights: Any) -> tuple:
     """Gradients in the order of Call.tensors."""
-    return (x, hx, cx, None, None, None, *weights)
+    return (x, hx, cx, *[None] * OTHERS, *weights)
 
 
 def _redispatch(op: Any, keys: Any, arguments: tuple) -> Any:
@@ -152,27 +192,26 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, save: bool, constants: tuple, *tensors: Any) -> tuple:
         call = Call(tensors, constants)
-        y, hn, cn, reserve = _redispatch(forward, keys, (*call.arguments(), save))
+        results = _redispatch(forward, keys, (*call.arguments(), save))
+        y, _, _, reserve, hs, cs = results
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(reserve)
-        ctx.save_for_backward(y, reserve, *tensors)
+        ctx.save_for_backward(y, reserve, hs, cs, *tensors)
         ctx.constants, ctx.save = constants, save
-        return y, hn, cn, reserve
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
         if not ctx.save:
             raise RuntimeError("fusedrnn: the forward op was called with save=False: no backward")
-        y, reserve, *tensors = ctx.saved_tensors
-        grad_y, grad_hn, grad_cn, _ = grads
-        x, hx, cx, _, _, _, *weights = ctx.needs_input_grad[3:]
-        needs = [x, hx, cx, *weights]
+        y, reserve, hs, cs, *tensors = ctx.saved_tensors
+        grads = (*grads[:3], *grads[4:])
+        needs = list(without_others(ctx.needs_input_grad[3:]))
         call = Call(tuple(tensors), ctx.constants)
-        if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads[:3]):
+        if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
-            return (None, None, None, *_plain_gradients(call, ctx.needs_input_grad[3:], grads[:3]))
-        arguments = call.arguments()
-        *states, dweights = backward(grad_y, grad_hn, grad_cn, y, reserve, needs, *arguments)
+            return (None, None, None, *_plain_gradients(call, ctx.needs_input_grad[3:], grads))
+        *states, dweights = backward(*grads, y, reserve, hs, cs, needs, *call.arguments())
         dx, dhx, dcx, *dweights = (
             g if n else None for g, n in zip([*states, *dweights], needs, strict=True)
         )
@@ -201,12 +240,15 @@ def _plain_gradients(
     return tuple(next(found) if need else None for need in needs)
 
 
+RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keys: Any, y: Tensor, reserve: Tensor, needs: list[bool], *rest: Any):  # type: ignore[no-untyped-def]
-        constants, *grads, tensors = rest[0], *rest[1:4], rest[4:]
+    def forward(ctx: Any, keys: Any, made: tuple, needs: list[bool], constants: tuple, *rest: Any):  # type: ignore[no-untyped-def]
+        grads, tensors = rest[:RESULTS], rest[RESULTS:]
         call = Call(tensors, constants)
-        arguments = (*grads, y, reserve, needs, *call.arguments())
+        arguments = (*grads, *made, needs, *call.arguments())
         *states, dweights = _redispatch(backward, keys, arguments)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*grads, *tensors)
@@ -217,9 +259,9 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Any) -> tuple:
         saved = ctx.saved_tensors
         grads = _second_derivatives(
-            saved[:3], Call(saved[3:], ctx.constants), ctx.needs, grad_grads
+            saved[:RESULTS], Call(saved[RESULTS:], ctx.constants), ctx.needs, grad_grads
         )
-        return (None,) * 5 + grads
+        return (None,) * 4 + grads
 
 
 def _second_derivatives(
@@ -239,13 +281,12 @@ def _second_derivatives(
             t.view_as(t) if t is not None and t.requires_grad else t
             for t in (*grads_out, *call.tensors)
         ]
-        here = Call(tuple(sources[3:]), call.constants)
+        here = Call(tuple(sources[RESULTS:]), call.constants)
         outputs = reference.forward(*here.arguments())
-        pairs = [(o, g) for o, g in zip(outputs, sources[:3], strict=True) if g is not None]
-        x, hx, cx, _, _, _, *weights = here.tensors
+        pairs = [(o, g) for o, g in zip(outputs, sources[:RESULTS], strict=True) if g is not None]
         wanted = [
             (t, gg)
-            for t, need, gg in zip((x, hx, cx, *weights), needs, grad_grads, strict=True)
+            for t, need, gg in zip(here.differentiable(), needs, grad_grads, strict=True)
             if need and gg is not None
         ]
         if not pairs or not wanted:
@@ -288,16 +329,16 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     call = Call.of(*rest)
     if _has_tangent(*call.tensors):
         # Forward mode goes through the plain implementation, and so does its backward.
-        y, hn, cn = reference.forward(*rest)
-        return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8)
+        y, hn, cn, hs, cs = reference.forward(*rest)
+        return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
     if not _needs_graph(*call.tensors):
         return _redispatch(forward, keys, arguments)
     return _Forward.apply(keys, save, call.constants, *call.tensors)
 
 
 def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
-    *grads, y, reserve, needs = arguments[:6]
-    call = Call.of(*arguments[6:])
+    grads, made, needs = arguments[:RESULTS], arguments[RESULTS : RESULTS + 4], arguments[9]
+    call = Call.of(*arguments[10:])
     if _has_tangent(*grads, *call.tensors):
         raise NotImplementedError(
             "fusedrnn: forward-mode derivatives of a backward pass are not supported yet: "
@@ -306,7 +347,7 @@ def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
     if not _needs_graph(*grads, *call.tensors):
         return _redispatch(backward, keys, arguments)
     dx, dhx, dcx, *dweights = _Backward.apply(
-        keys, y, reserve, needs, call.constants, *grads, *call.tensors
+        keys, made, needs, call.constants, *grads, *call.tensors
     )
     return dx, dhx, dcx, dweights
 

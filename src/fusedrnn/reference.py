@@ -7,6 +7,7 @@ Formulas are those of torch.nn.RNN, GRU and LSTM; csrc/cells states the same for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,27 @@ STEPS: dict[str, Step] = {
 }
 
 
+class Regularisers(NamedTuple):
+    """Of one layer and direction: what changes the recurrence itself.
+
+    Recurrent dropout (Gal and Ghahramani, arXiv:1512.05287): W_hh h becomes W_hh (h * h_mask), with
+    one mask (B, P) for the whole sequence. Zoneout (Krueger et al., arXiv:1606.01305): h and c
+    become zone * before + (1 - zone) * new, where zone is a mask (T, B, width) or its expectation.
+    """
+
+    h_mask: Tensor | None
+    zone_h: Tensor | float
+    zone_c: Tensor | float
+
+
+def zone_out(zone: Tensor | float, t: int, before: Tensor, new: Tensor) -> Tensor:
+    if isinstance(zone, Tensor):
+        zone = zone[t].to(new.dtype)
+    elif not zone:
+        return new
+    return zone * before + (1 - zone) * new
+
+
 def layer(
     step: Step,
     x: Tensor,
@@ -57,10 +79,14 @@ def layer(
     weights: Sequence[Tensor],
     bias: bool,
     lengths: Tensor | None,
+    resets: Tensor | None,
+    regularisers: Regularisers,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n, cs.
 
+    cs (T, B, H) are the cell states of all steps, None without. resets (T, B) says where a row
+    begins a new sequence, which neither direction enters with a state of another.
     x may be integers (T, B), which stand for one-hot vectors: a column of W_ih each.
     """
     w_ih, w_hh, *more = weights
@@ -72,23 +98,41 @@ def layer(
         gx = embedding(x, w_ih.t()) + (0 if b_ih is None else b_ih)
     steps = range(len(x))
     outputs: list[Tensor] = []
+    cells: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
-        h_new, c_new = step(gx[t], linear(h, w_hh, b_hh), h, c)
+        begin = t + 1 if reverse else t
+        if resets is not None and begin < len(x):
+            anew = resets[begin]
+            if lengths is not None:
+                anew = anew & (begin < lengths)
+            h = torch.where(anew[:, None], 0, h)
+            c = c if c is None else torch.where(anew[:, None], 0, c)
+        operand = h if regularisers.h_mask is None else h * regularisers.h_mask.to(h.dtype)
+        h_new, c_new = step(gx[t], linear(operand, w_hh, b_hh), h, c)
         if w_hr is not None:
             h_new = linear(h_new, w_hr)
-        out = h_new
+        h_new = zone_out(regularisers.zone_h, t, h, h_new)
+        if c is not None and c_new is not None:
+            c_new = zone_out(regularisers.zone_c, t, c, c_new)
+        out, cell = h_new, c_new
         if lengths is not None:
             active = (t < lengths)[:, None]
             out = torch.where(active, h_new, 0)
             h_new = torch.where(active, h_new, h)
             if c is not None and c_new is not None:
+                cell = torch.where(active, c_new, 0)
                 c_new = torch.where(active, c_new, c)
         h, c = h_new, c_new
         outputs.append(out)
+        if cell is not None:
+            cells.append(cell)
     if reverse:
         outputs.reverse()
+        cells.reverse()
     y = torch.stack(outputs) if outputs else h.new_empty((0, *h.shape))
-    return y, h, c
+    if c is None:
+        return y, h, c, None
+    return y, h, c, torch.stack(cells) if cells else c.new_empty((0, *c.shape))
 
 
 def forward(
@@ -99,6 +143,10 @@ def forward(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     mask: Tensor | None,
+    resets: Tensor | None,
+    h_mask: Tensor | None,
+    zone_h: Tensor | None,
+    zone_c: Tensor | None,
     dropout: float,
     mode: str,
     hidden_size: int,
@@ -106,7 +154,10 @@ def forward(
     num_layers: int,
     bias: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    zoneout_h: float = 0.0,
+    zoneout_c: float = 0.0,
+    all_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op in plain PyTorch; arguments and results as in `fusedrnn.ops`, no reserve."""
     if batch_sizes is not None:
         x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
@@ -123,26 +174,66 @@ def forward(
         hx = like.new_zeros(states, x.shape[1], proj_size or hidden_size)
     if cx is None and mode == "LSTM":
         cx = like.new_zeros(states, x.shape[1], hidden_size)
+    tokens = x.shape[:2]
+
+    def padded(values: Tensor) -> Tensor:
+        """(tokens, ...) as (T, B, ...)."""
+        shape = (*tokens, *values.shape[1:])
+        if batch_sizes is None:
+            return values.view(shape)
+        return values.new_zeros(shape).index_put((valid,), values)
+
+    if resets is not None and batch_sizes is not None:
+        resets = padded(resets)
     each = len(weights) // states
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
+    hs: list[Tensor] = []
+    cs: list[Tensor] = []
     for i in range(num_layers):
         if i and mask is not None:
-            keep = mask[i - 1].to(x.dtype)
-            if batch_sizes is not None:
-                keep = x.new_zeros(x.shape).index_put((valid,), keep)
-            x = x * (keep.view(x.shape) * (1 / (1 - dropout) if dropout < 1 else 0.0))
-        outputs = []
+            keep = padded(mask[i - 1].to(x.dtype))
+            x = x * (keep * (1 / (1 - dropout) if dropout < 1 else 0.0))
+        outputs, cells = [], []
         for d in range(2 if bidirectional else 1):
             j = len(h_n)
             c0 = None if cx is None else cx[j]
             part = weights[each * j : each * (j + 1)]
-            y, h, c = layer(STEPS[mode], x, hx[j], c0, part, bias, lengths, reverse=d == 1)
+            regularisers = Regularisers(
+                None if h_mask is None else h_mask[j],
+                zoneout_h if zone_h is None else padded(zone_h[j]),
+                zoneout_c if zone_c is None else padded(zone_c[j]),
+            )
+            y, h, c, of_steps = layer(
+                STEPS[mode],
+                x,
+                hx[j],
+                c0,
+                part,
+                bias,
+                lengths,
+                resets,
+                regularisers,
+                reverse=d == 1,
+            )
             outputs.append(y)
             h_n.append(h)
-            if c is not None:
+            if c is not None and of_steps is not None:
                 c_n.append(c)
+                cells.append(of_steps)
         x = torch.cat(outputs, -1)
+        hs.append(x)
+        if cells:
+            cs.append(torch.cat(cells, -1))
+    y = hs.pop()
     if batch_sizes is not None:
-        x = x[valid]
-    return x, torch.stack(h_n), torch.stack(c_n) if c_n else hx.new_empty(0)
+        y, hs, cs = y[valid], [h[valid] for h in hs], [c[valid] for c in cs]
+    none = hx.new_empty(0)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (
+        y,
+        torch.stack(h_n),
+        torch.stack(c_n) if c_n else none,
+        (torch.stack(hs) if hs else y.new_empty((0, *y.shape))) if all_states else none,
+        torch.stack(cs).to(wide) if all_states and cs else none.to(wide),
+    )

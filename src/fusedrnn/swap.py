@@ -40,7 +40,15 @@ def swap(model: Model) -> Model:
 
 
 def unswap(model: Model) -> Model:
-    """Undoes `swap`, in place: every fused layer becomes torch.nn's. Returns `model` itself."""
+    """Undoes `swap`, in place: every fused layer becomes torch.nn's. Returns `model` itself.
+
+    Raises:
+        ValueError: a layer has a regulariser that torch.nn does not know; nothing is changed.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        regularisers = module.only_ours() if isinstance(module, modules._Fused) else None
+        if regularisers:
+            raise ValueError(f"torch.nn has no {regularisers}: {module}")
     return _change(model, {fused: plain for plain, fused in PAIRS.items()})
 
 
