@@ -306,10 +306,10 @@ WRONG_BACKWARD = {
     "grad_cn shape": ({}, {"grad_cn": zeros(4, 4)}, "c_n of shape [4, 4, 3], got [4, 4]"),
     "y shape": ({}, {"y": zeros(3, 4, 5)}, "the output of shape [3, 4, 6], got [3, 4, 5]"),
     "y dtype": ({}, {"y": zeros(3, 4, 6, dtype=torch.half)}, "the output has another dtype"),
-    "y strided": ({}, lambda c: {"y": c["y"].mT.contiguous().mT}, "as forward made them"),
+    "y strided": ({}, lambda c: {"y": c["y"].mT.contiguous().mT}, "as forward made it"),
     "reserve shape": ({}, lambda c: {"reserve": c["reserve"][1:]}, "the reserve of shape [12, "),
     "reserve empty": ({}, lambda c: {"reserve": c["reserve"][:0]}, "the reserve of shape [12, "),
-    "reserve dtype": ({}, lambda c: {"reserve": c["reserve"].bool()}, "as forward made them"),
+    "reserve dtype": ({}, lambda c: {"reserve": c["reserve"].bool()}, "as forward made it"),
     "reserve strided": (
         {},
         lambda c: {"reserve": c["reserve"].T.contiguous().T},

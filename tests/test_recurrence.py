@@ -480,3 +480,23 @@ def test_opcheck(cell, packed):
     needs = [True, not packed, False, *[True] * len(weights)]
     grads = (torch.randn_like(y), None, None, torch.randn_like(hs), torch.randn_like(cs))
     torch.library.opcheck(ops.backward, (*grads, y, reserve, hs, cs, needs, *call))
+
+
+@pytest.mark.parametrize("which", ["none", "both"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_compiles_for_any_length(cell, which):
+    _, fused = regularised(cell, which, WIDTH, HIDDEN, num_layers=2)
+
+    def call(x, resets):
+        return fused(x, resets=resets, return_all=True)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps in (5, 9):
+        x, resets = torch.randn(steps, B, WIDTH), torch.rand(steps, B) < 0.3
+        found = []
+        for run in (call, compiled):
+            torch.manual_seed(2)
+            _, _, states = run(x, resets)
+            found.append([*states.h, *(states.c or ())])
+            sum(s.sum() for s in found[-1]).backward()
+        assert all(map(torch.equal, *found))

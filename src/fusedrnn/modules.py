@@ -6,6 +6,7 @@ They add no state, so parameters, checkpoints, hooks and `isinstance` are torch.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -258,7 +259,9 @@ class _Fused(_DropIn, nn.RNNBase):
 
         def shaped(steps: Tensor) -> Any:
             if packed:
-                return input._replace(data=steps)
+                return PackedSequence(
+                    steps, batch_sizes, input.sorted_indices, input.unsorted_indices
+                )
             if unbatched:
                 return steps.squeeze(1)
             return steps.transpose(0, 1) if self.batch_first else steps
@@ -411,7 +414,7 @@ class _Fused(_DropIn, nn.RNNBase):
         """The masks between layers (L - 1, tokens, D * P), drawn in torch.nn's order."""
         if not (self.training and self.dropout > 0 and self.num_layers > 1):
             return None
-        tokens = ops.tokens_shape(x).numel()
+        tokens = math.prod(ops.tokens_shape(x))
         mask = x.new_empty(
             (self.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
         )
@@ -425,10 +428,11 @@ class _Fused(_DropIn, nn.RNNBase):
         self, x: Tensor, batch_sizes: Tensor | None, like: Tensor, config: ops.Config
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """h_mask, zone_h and zone_c as `fusedrnn.ops` has them, drawn in this order."""
-        if not self.training:
+        if not (self.training and self.only_ours()):
             return None, None, None
         rate = self.recurrent_dropout
-        states, tokens = config.num_layers * config.directions, ops.tokens_shape(x).numel()
+        # Not Size.numel(), which torch.export would take for a constant.
+        states, tokens = config.num_layers * config.directions, math.prod(ops.tokens_shape(x))
         h_mask = None
         if rate:
             batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
