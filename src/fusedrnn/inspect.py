@@ -45,9 +45,11 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
     reason = fallback_reason(module, data)
     packed = isinstance(input, PackedSequence)
-    one_hot = is_one_hot(data, packed)
+    one_hot, regularisers = is_one_hot(data, packed), module.only_ours()
+    if not reason and regularisers and data.device.type == "cuda":
+        reason = f"no CUDA kernel has {regularisers}"
     if reason:
-        ours = one_hot or module.only_ours()
+        ours = one_hot or regularisers
         what = "plain PyTorch" if ours else "torch.nn's own kernels"
         return f"{head} {what}, because {reason}"
     if isinstance(input, PackedSequence):
@@ -70,7 +72,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} threads, "
         "each through all layers and steps without a barrier",
     ]
-    regularisers = module.only_ours()
     if regularisers:
         lines.append(f"{regularisers} in the kernels")
     if one_hot:

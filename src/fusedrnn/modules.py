@@ -244,8 +244,7 @@ class _Fused(_DropIn, nn.RNNBase):
             or (cpu_only and device != "cpu")
             or torch._C._are_functorch_transforms_active()
         ):
-            # What torch.nn does not have on a device without kernels, or what those of the CPU alone
-            # have; and torch.func's transforms.
+            # torch.func's transforms, and what torch.nn does not have where no kernel has it either.
             y, hn, cn, hs, cs = reference.forward(*call)
         else:
             save = torch.is_grad_enabled() and any(
