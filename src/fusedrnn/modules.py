@@ -244,7 +244,7 @@ class _Fused(_DropIn, nn.RNNBase):
             or (cpu_only and device != "cpu")
             or torch._C._are_functorch_transforms_active()
         ):
-            # torch.func's transforms, and what torch.nn does not have where no kernel has it either.
+            # torch.func's transforms, and what torch.nn lacks where no kernel has it either.
             y, hn, cn, hs, cs = reference.forward(*call)
         else:
             save = torch.is_grad_enabled() and any(
