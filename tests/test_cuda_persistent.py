@@ -225,8 +225,9 @@ def check(mode: str, engine: str, dtype: torch.dtype, cluster: bool, *args, **kw
         exact.append(
             reference.layer(
                 reference.STEPS[mode], x, own["h0"], own["c0"] if stack.lstm else None,
-                [own[name] for name in NAMES], True, stack.lengths, stack.reverse(i),
-            )
+                [own[name] for name in NAMES], True, stack.lengths, None,
+                reference.Regularisers(None, 0.0, 0.0), stack.reverse(i),
+            )[:3]
         )  # fmt: skip
         leaves.append(own)
 

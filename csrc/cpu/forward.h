@@ -80,6 +80,42 @@ FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks,
   }
 }
 
+// The initial states of a layer and direction, for the rows at places first .. of Sequence::order;
+// c is not touched where a cell has none.
+template <class S>
+void read_states(const Forward& a, int64_t layer, int64_t dir, int64_t first, int64_t rows,
+                 Compute<S>* h, int64_t ld_h, Compute<S>* c) {
+  const Problem& p = a.problem;
+  const int64_t P = p.out_size(), H = p.hidden_size;
+  for (int64_t r = 0; r < rows; r++, h += ld_h, c += H) {
+    const int64_t at = (layer * p.num_directions + dir) * a.seq.batch + a.seq.order[first + r];
+    for (int64_t j = 0; j < P; j++) h[j] = 0;
+    if (a.hx) convert_row(h, static_cast<const S*>(a.hx) + at * P, P);
+    if (!traits(p.cell).has_cell) continue;
+    for (int64_t j = 0; j < H; j++) c[j] = 0;
+    if (a.cx) convert_row(c, static_cast<const S*>(a.cx) + at * H, H);
+  }
+}
+// The same to the final ones.
+template <class S>
+void write_states(const Forward& a, int64_t layer, int64_t dir, int64_t first, int64_t rows,
+                  const Compute<S>* h, int64_t ld_h, const Compute<S>* c) {
+  const Problem& p = a.problem;
+  const int64_t P = p.out_size(), H = p.hidden_size;
+  for (int64_t r = 0; r < rows; r++, h += ld_h, c += H) {
+    const int64_t at = (layer * p.num_directions + dir) * a.seq.batch + a.seq.order[first + r];
+    convert_row(static_cast<S*>(a.hn) + at * P, h, P);
+    if (traits(p.cell).has_cell) convert_row(static_cast<S*>(a.cn) + at * H, c, H);
+  }
+}
+// Where the outputs of a layer go.
+template <class S>
+S* output_of(const Forward& a, int64_t layer) {
+  if (layer == a.problem.num_layers - 1) return static_cast<S*>(a.y);
+  S* const kept = kept_outputs<S>(a, layer);
+  return kept ? kept : static_cast<S*>(a.inner[layer % 2]);
+}
+
 template <class Cell, class S>
 void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   using C = Compute<S>;
@@ -99,9 +135,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
     const PackedOffsets at = forward_offsets<C>(a, layer);
     const LayerInput<S> input(a, layer, below);
-    S* const out = static_cast<S*>(layer == p.num_layers - 1   ? a.y
-                                   : kept_outputs<S>(a, layer) ? kept_outputs<S>(a, layer)
-                                                               : a.inner[layer % 2]);
+    S* const out = output_of<S>(a, layer);
     for (int64_t dir = 0; dir < D; dir++, packed += at.total) {
       const int64_t state = (layer * D + dir) * seq.batch;
       S* const saved =
@@ -110,16 +144,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
       const KeptCells<C> cells(a, layer, dir);
       const bool keeps_candidates = a.reserve && Reserve::keeps_candidates(p);
 
-      for (int64_t r = 0; r < rows; r++) {
-        const int64_t b = seq.order[first + r];
-        C* h = buf.h[0] + r * buf.ld_h;
-        for (int64_t j = 0; j < P; j++) h[j] = 0;
-        if (a.hx) convert_row(h, static_cast<const S*>(a.hx) + (state + b) * P, P);
-        if (!Cell::kHasCell) continue;
-        C* c = buf.c + r * H;
-        for (int64_t j = 0; j < H; j++) c[j] = 0;
-        if (a.cx) convert_row(c, static_cast<const S*>(a.cx) + (state + b) * H, H);
-      }
+      read_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
 
       // What a row starts a step from: a state of zeros, or of the step before through dropout.
       auto prepare = [&](int64_t t, int64_t r) {
@@ -217,11 +242,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
         }
       }
 
-      for (int64_t r = 0; r < rows; r++) {
-        const int64_t b = seq.order[first + r];
-        convert_row(static_cast<S*>(a.hn) + (state + b) * P, buf.h[0] + r * buf.ld_h, P);
-        if (Cell::kHasCell) convert_row(static_cast<S*>(a.cn) + (state + b) * H, buf.c + r * H, H);
-      }
+      write_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
     }
     below = out;
   }

@@ -3,6 +3,7 @@
 //
 // Every function has internal linkage (see simd.h). The table at the end is all that leaves.
 #include "cpu/backward.h"
+#include "cpu/direct.h"
 #include "cpu/forward.h"
 #include "cpu/weight_grad.h"
 
@@ -83,6 +84,31 @@ void backward_of(const Backward& a, int64_t first, int64_t end, void* scratch) {
     backward_rows<decltype(cell), decltype(s)>(a, first, end, scratch);
   });
 }
+int64_t direct_scratch_of(const Problem& p, int64_t rows) {
+  return rows * max(p.input_size, p.num_directions * p.out_size()) * compute_bytes(p.dtype);
+}
+void direct_begin_of(const Forward& a, const DirectStep& step) {
+  with_dtype(a.problem.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = Compute<S>;
+    read_states<S>(a, step.layer, step.dir, 0, a.seq.batch, static_cast<C*>(step.h_prev),
+                   a.problem.hidden_size, static_cast<C*>(step.c));
+  });
+}
+void direct_step_of(const Forward& a, const DirectStep& step, int64_t part, int64_t parts,
+                    void* scratch) {
+  with_both(a.problem, [&](auto cell, auto s) {
+    direct_step<decltype(cell), decltype(s)>(a, step, part, parts, scratch);
+  });
+}
+void direct_end_of(const Forward& a, const DirectStep& step) {
+  with_dtype(a.problem.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = Compute<S>;
+    write_states<S>(a, step.layer, step.dir, 0, a.seq.batch, static_cast<const C*>(step.h_prev),
+                    a.problem.hidden_size, static_cast<const C*>(step.c));
+  });
+}
 int64_t weight_scratch_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
                     [&](auto s) { return weight_scratch<Compute<decltype(s)>>(p, layer); });
@@ -107,6 +133,10 @@ const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
     rows_scratch_of,
     forward_of,
     backward_of,
+    direct_scratch_of,
+    direct_begin_of,
+    direct_step_of,
+    direct_end_of,
     weight_tasks,
     weight_scratch_of,
     weight_grad_of,

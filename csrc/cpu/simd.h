@@ -165,6 +165,10 @@ FUSEDRNN_INLINE void store(Float16* p, Vec<float> v) {
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> load(const S* p, int64_t n) {
   if (n >= Lanes<Compute<S>>::kWidth) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+#endif
   S part[Lanes<Compute<S>>::kWidth] = {};
   for (int64_t i = 0; i < n; i++) part[i] = p[i];
   return load(part);

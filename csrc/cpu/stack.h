@@ -98,6 +98,13 @@ struct Backward : Common {
   int64_t layer;
 };
 
+// One step of a layer and direction without packed weights (direct.h), for the first `rows` rows in
+// Sequence::order.
+struct DirectStep {
+  int64_t layer, dir, t, rows;
+  void *h_prev, *h, *c;  // compute type [batch, hidden], rows in that order too
+};
+
 // One variant of the kernels, compiled for one instruction set; every entry takes what the dtype
 // and cell of the problem ask for. `part` of `parts` is a share of the work that needs no other
 // share.
@@ -113,6 +120,12 @@ struct Kernels {
   int64_t (*rows_scratch)(const Problem&, int64_t rows);  // bytes, for forward and backward
   void (*forward)(const Forward&, int64_t first_row, int64_t end_row, void* scratch);
   void (*backward)(const Backward&, int64_t first_row, int64_t end_row, void* scratch);
+  int64_t (*direct_scratch)(const Problem&, int64_t rows);  // bytes
+  // Of all rows: h_prev and c from the call's initial states, and to its final ones.
+  void (*direct_begin)(const Forward&, const DirectStep&);
+  void (*direct_step)(const Forward&, const DirectStep&, int64_t part, int64_t parts,
+                      void* scratch);
+  void (*direct_end)(const Forward&, const DirectStep&);
   int64_t (*weight_tasks)(const Problem&, int64_t layer, int64_t threads);
   int64_t (*weight_scratch)(const Problem&, int64_t layer);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);

@@ -5,6 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
+namespace fusedrnn {
+// What a thread moves at once.
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+}  // namespace fusedrnn
+
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -42,6 +49,8 @@ __device__ inline float to_compute(Float16 x) { return __half2float(x); }
 
 __device__ inline uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 __device__ inline float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+// Without the branches that rounding correctly takes; 0 above 2^126.
+__device__ inline float reciprocal(float x) { return __fdividef(1.f, x); }
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -117,7 +126,7 @@ __device__ inline void add_release(int* p, int value) {
 // this many looks take longer than any kernel does.
 __device__ inline void wait_until(const int* p, int value) {
   for (int looks = 0; load_acquire(p) < value; looks++)
-    if (looks == 1 << 28) __trap();
+    if (looks == 1 << 24) __trap();
 }
 
 // ---- copies of a thread from global to shared memory ----
@@ -171,6 +180,12 @@ __device__ inline bool mbarrier_try_wait(Mbarrier* m, int parity) {
   return done;
 }
 
+// The same until it has; with a bound, for an error is better than a program that hangs.
+__device__ inline void mbarrier_wait(Mbarrier* m, int parity) {
+  for (int looks = 0; !mbarrier_try_wait(m, parity); looks++)
+    if (looks == 1 << 24) __trap();
+}
+
 // What this thread wrote to shared memory is seen by the bulk copies it starts.
 __device__ inline void async_fence() {
   FUSEDRNN_SM90("fence.proxy.async.shared::cta;" :: : "memory");
@@ -200,6 +215,15 @@ __device__ inline void store_async(T* mine, T value, Mbarrier* m, int rank) {
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
         "l"(bits), "r"(at) : "memory");
   }
+}
+
+// The same of 16 bytes, aligned.
+__device__ inline void store_async(Words* mine, const Words& w, Mbarrier* m, int rank) {
+  FUSEDRNN_SM90(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(cluster_address(mine, rank)),
+      "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]), "r"(w.word[3]),
+      "r"(cluster_address(m, rank)) : "memory");
 }
 
 // ---- matrix products of a warp: d += a b ----
@@ -284,8 +308,8 @@ __device__ inline S from_compute(Compute<S> x) {
 // ---- mathematics of one value, for the cells ----
 
 struct ScalarMath {
-  // Good to 2 ulp with CUDA's own functions. exp overflows only where 1 / inf = 0 is the answer.
-  static __device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+  // Good to some 3 ulp with CUDA's own functions; below -87, where the answer is under 1e-38, 0.
+  static __device__ inline float sigmoid(float x) { return reciprocal(1 + expf(-x)); }
   static __device__ inline double sigmoid(double x) { return 1 / (1 + exp(-x)); }
   static __device__ inline float tanh(float x) { return tanhf(x); }
   static __device__ inline double tanh(double x) { return ::tanh(x); }
@@ -327,9 +351,15 @@ int launch(void (*kernel)(P...), const Grid& grid, void* stream, const A&... arg
   }
   cudaError_t error = cudaSuccess;
   // Above these a kernel has to ask: 48 KiB serve every GPU, clusters of 8 every GPU that has them.
-  if (grid.shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(grid.shared_bytes));
+  // What was asked for holds for launches of other threads too: so always the most there is.
+  if (grid.shared_bytes > 48 * 1024) {
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error == cudaSuccess && grid.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, P(args)...);

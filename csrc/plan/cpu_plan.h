@@ -20,4 +20,14 @@ inline CpuPlan plan_cpu(int64_t batch, int64_t threads) {
   return {rows, divide(batch, rows)};
 }
 
+// How many threads share the steps of a call whose weights are read as they lie; 0: they are
+// packed, which pays from some tokens on. `weights`: bytes of those of one layer and direction.
+inline int64_t plan_direct(int64_t tokens, int64_t weights, int64_t threads) {
+  constexpr int64_t kMostTokens = 8;
+  constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
+  if (tokens > kMostTokens) return 0;
+  const int64_t parts = weights / kBytesOfThread;
+  return parts < 1 ? 1 : parts < threads ? parts : threads;
+}
+
 }  // namespace fusedrnn

@@ -47,6 +47,7 @@ struct PersistentShape {
   ProductShape recurrent, input;  // the second of chained layers only
   int x, input_x, staging;        // where they begin, in bytes
   int inbox;                      // backward, of clusters
+  int arrivals;                   // of clusters: two mbarriers
   int shared_bytes;
 };
 
@@ -58,7 +59,7 @@ constexpr int padded_row(int elements, int bytes) {
   return (round_up(elements * bytes, 128) + 16) / bytes;
 }
 
-inline ProductShape product_shape(const EngineTile& tile, int rows, int depth) {
+inline ProductShape product_shape(const EngineTile& tile, int rows, int depth, int units) {
   ProductShape s{};
   s.row_tiles = divide_up(rows, tile.rows), s.depth_tiles = divide_up(depth, tile.depth);
   // As few parts of the depth as keep every warp busy: each costs a sum to store and to add.
@@ -68,7 +69,10 @@ inline ProductShape product_shape(const EngineTile& tile, int rows, int depth) {
   s.split = kPersistentWarps / groups;
   while (s.split > s.depth_tiles) s.split /= 2;
   while (1 << s.split_bits < s.split) s.split_bits++;
-  s.partial_row = s.row_tiles * tile.rows + 4;
+  // Other banks for the next row of the batch: as FFMA's threads read it, `units` after `units` of
+  // a row, and as tensor cores' lanes store it.
+  const int pad = tile.rows == 32 && units < 32 ? units : 4;
+  s.partial_row = s.row_tiles * tile.rows + pad;
   return s;
 }
 
@@ -80,7 +84,7 @@ inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int
   PersistentShape s{};
   s.units = units, s.rows = round_up(rows, tile.columns), s.team = divide_up(hidden_size, units);
   const int gate_rows = traits(cell).gates * units;
-  s.recurrent = product_shape(tile, gate_rows, hidden_size);
+  s.recurrent = product_shape(tile, gate_rows, hidden_size, units);
   s.input = s.recurrent;
   const int width = std::max(s.team * units, s.recurrent.depth_tiles * tile.depth);
   s.x_row = s.input_row = padded_row(width, tile.operand_bytes);
@@ -98,6 +102,7 @@ inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int
   s.recurrent.partial = s.input.partial =
       take(s.recurrent.split * s.rows * s.recurrent.partial_row * 4);
   s.staging = take(s.rows * units * tile.operand_bytes);
+  s.arrivals = take(cluster ? 16 : 0);
   s.shared_bytes = at;
   return s;
 }
@@ -115,7 +120,7 @@ inline PersistentShape backward_shape(Cell cell, Engine engine, bool cluster, in
   const EngineTile tile = tile_of(engine);
   PersistentShape s{};
   s.units = units, s.rows = round_up(rows, tile.columns), s.team = divide_up(hidden_size, units);
-  s.recurrent = product_shape(tile, s.team * units, traits(cell).gates * units);
+  s.recurrent = product_shape(tile, s.team * units, traits(cell).gates * units, units);
   s.input = s.recurrent;
   // Slots before the recurrent ones come on top of a depth that is a whole number of tiles.
   const int first = (traits(cell).slots - traits(cell).gates) * units;
@@ -134,6 +139,7 @@ inline PersistentShape backward_shape(Cell cell, Engine engine, bool cluster, in
   s.recurrent.partial = take(partial);
   s.input.partial = chained ? take(partial) : 0;
   s.inbox = take(cluster ? 2 * inbox_floats(s, chained) * 4 : 0);
+  s.arrivals = take(cluster ? 16 : 0);
   s.shared_bytes = at;
   return s;
 }

@@ -148,6 +148,48 @@ struct CpuCall : Call {
 
 constexpr int64_t kPackParts = 8;
 
+// How many threads take the call without packing its weights; 0: it is not for that path.
+int64_t direct_threads(const Forward& a) {
+  const Problem& p = a.problem;
+  if (p.one_hot || p.proj_size || p.zoneout || a.h_mask || a.seq.resets || a.hs) return 0;
+  const int64_t depth = std::max(p.input_size, p.num_directions * p.hidden_size) + p.hidden_size;
+  return plan_direct(a.seq.tokens, p.gate_rows() * depth * bytes(p.dtype),
+                     torch::stable::get_num_threads());
+}
+
+void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int64_t threads) {
+  const Problem& p = a.problem;
+  const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
+  const int64_t scratch = (k.direct_scratch(p, B) + 63) / 64 * 64;
+  const Tensor memory = call.empty({3 * B * row + threads * scratch + 64}, ScalarType::Byte);
+  char* const states = static_cast<char*>(memory.mutable_data_ptr());
+  char* const inputs = states + (3 * B * row + 63) / 64 * 64;
+  const int64_t longest = B ? call.length[a.seq.order[0]] : 0;
+  for (int64_t i = 0; i < call.directions(); i++) {
+    DirectStep s{};
+    s.layer = i / p.num_directions, s.dir = i % p.num_directions;
+    s.h_prev = states, s.h = states + B * row, s.c = states + 2 * B * row;
+    k.direct_begin(a, s);
+    for (int64_t step = 0; step < longest; step++) {
+      s.t = s.dir == 0 ? step : longest - 1 - step;
+      s.rows = B;
+      while (call.length[a.seq.order[s.rows - 1]] <= s.t) s.rows--;
+      if (threads == 1)
+        k.direct_step(a, s, 0, 1, inputs);
+      else
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t part = begin; part < end; part++)
+            k.direct_step(a, s, part, threads, inputs + part * scratch);
+        });
+      // Rows that rest.
+      std::memcpy(static_cast<char*>(s.h) + s.rows * row,
+                  static_cast<char*>(s.h_prev) + s.rows * row, (B - s.rows) * row);
+      std::swap(s.h, s.h_prev);
+    }
+    k.direct_end(a, s);
+  }
+}
+
 }  // namespace
 
 ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
@@ -171,6 +213,11 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   for (int64_t i = 0; !save && !a.hs && i < std::min<int64_t>(2, p.num_layers - 1); i++) {
     inner.push_back(call.empty({a.seq.tokens, call.out_width()}, call.type()));
     a.inner[i] = inner.back().mutable_data_ptr();
+  }
+
+  if (const int64_t threads = direct_threads(a)) {
+    forward_direct(call, a, k, threads);
+    return {y, hn, cn, reserve, hs, cs};
   }
 
   std::vector<int64_t> at{0};

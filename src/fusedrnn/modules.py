@@ -142,6 +142,14 @@ class _Fused(_DropIn, nn.RNNBase):
         names = [name for name in ("recurrent_dropout", "zoneout") if name in self.__dict__]
         return ", ".join([super().extra_repr(), *(f"{n}={getattr(self, n)}" for n in names)])
 
+    def _weights(self) -> list[Tensor]:
+        """torch.nn's, in its order; looked up where they mostly are before Module looks."""
+        parameters = self._parameters
+        return [
+            parameters[name] if name in parameters else getattr(self, name)  # type: ignore[misc]
+            for name in self._flat_weights_names
+        ]
+
     def _config(self) -> ops.Config:
         return ops.Config(
             self.mode,
@@ -161,8 +169,10 @@ class _Fused(_DropIn, nn.RNNBase):
 
     def only_ours(self) -> str | None:
         """What this module does that torch.nn's code would leave out, if anything."""
+        if not (self.recurrent_dropout or self.zoneout):
+            return None
         names = [name for name in ("recurrent_dropout", "zoneout") if getattr(self, name)]
-        return " and ".join(names) or None
+        return " and ".join(names)
 
     def forward(
         self,
@@ -210,12 +220,14 @@ class _Fused(_DropIn, nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = is_one_hot(data, packed)
-        more = lengths is not None or resets is not None or return_all or self.only_ours()
-        if not more and not one_hot and fallback_reason(self, data):
+        # What CUDA kernels do not have; what torch.nn does not have.
+        cpu_only = resets is not None or return_all or self.only_ours() is not None
+        more = cpu_only or lengths is not None or one_hot
+        if not more and fallback_reason(self, data):
             return super().forward(input, hx)
         x, hx, cx, unsort, lengths = self._canonical(input, hx, lengths)
         batch_sizes = input.batch_sizes if packed else None
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = self._weights()
         dtypes = None
         device = x.device.type
         dtype = weights[0].dtype if one_hot else x.dtype
@@ -238,9 +250,8 @@ class _Fused(_DropIn, nn.RNNBase):
         # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
         dropout = 0.0 if masks[0] is None else self.dropout
         call = (x, hx, cx, weights, batch_sizes, lengths, *masks, dropout, *config)
-        cpu_only = resets is not None or return_all or self.only_ours()
         if (
-            no_kernel(x) is not None
+            (more and no_kernel(x) is not None)
             or (cpu_only and device != "cpu")
             or torch._C._are_functorch_transforms_active()
         ):
@@ -250,7 +261,7 @@ class _Fused(_DropIn, nn.RNNBase):
             save = torch.is_grad_enabled() and any(
                 t.requires_grad for t in (x, hx, cx, *weights) if t is not None
             )
-            y, hn, cn, _, hs, cs = ops.forward(*call, save)
+            y, hn, cn, _, hs, cs = ops.run(call, save)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 

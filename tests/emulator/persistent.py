@@ -40,7 +40,7 @@ class Shape(Structure):
         ("team", c_int),
         ("units", c_int),
         ("rows", c_int),
-        ("rest", c_int * (2 + 2 * 7 + 5)),
+        ("rest", c_int * (2 + 2 * 7 + 6)),
     )
 
 

@@ -58,6 +58,7 @@ inline float to_compute(Float16 x) {
 
 inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline float reciprocal(float x) { return x > 0x1p126f ? 0 : 1 / x; }
 
 // ---- barriers and the cluster ----
 
@@ -120,6 +121,9 @@ inline bool mbarrier_try_wait(Mbarrier* m, int parity, FUSEDRNN_AT) {
   simt::mbarrier_wait(m, parity, at);
   return true;
 }
+inline void mbarrier_wait(Mbarrier* m, int parity, FUSEDRNN_AT) {
+  simt::mbarrier_wait(m, parity, at);
+}
 inline void async_fence() {}
 inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m, FUSEDRNN_AT) {
   simt::copy_bulk(shared, global, size_t(bytes), m, at);
@@ -127,6 +131,11 @@ inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m, 
 template <class T>
 void store_async(T* mine, T value, Mbarrier* m, int rank, FUSEDRNN_AT) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  simt::store_async(simt::map_shared(mine, rank, at), &value, sizeof value,
+                    simt::map_shared(m, rank, at), at);
+}
+
+inline void store_async(Words* mine, const Words& value, Mbarrier* m, int rank, FUSEDRNN_AT) {
   simt::store_async(simt::map_shared(mine, rank, at), &value, sizeof value,
                     simt::map_shared(m, rank, at), at);
 }

@@ -131,11 +131,13 @@ struct Copy {
   void* barrier = nullptr;
   char value[16] = {};  // of a store: `from` is null
   void* agent = nullptr;
+  int64_t distance = 0;  // how far away it lands
 };
 
 struct Mbarrier {
   int expected, pending;
   int64_t bytes = 0;
+  int64_t distance = 0, met_at[2] = {};  // as of a Barrier
   uint64_t phase = 0;
   std::vector<Fiber*> waiting;
   char sync[2];
@@ -462,6 +464,7 @@ void advance(Mbarrier& m) {
   state->polls = 0;
   if (m.pending || m.bytes) return;
   m.pending = m.expected;
+  m.met_at[m.phase & 1] = std::exchange(m.distance, 0);
   m.phase++;
   wake(m.waiting);
 }
@@ -486,11 +489,13 @@ void land(size_t which) {
   move(c);
 #endif
   m.bytes -= int64_t(c.bytes);
+  m.distance = std::max(m.distance, c.distance);
   advance(m);
 }
 
 void send(Copy c, const Where& at) {
   mbarrier_at(c.barrier, at);
+  c.distance = self()->distance + !c.from;  // a store to a peer, and not a copy from memory
   touch(c.to, c.bytes);
   if (c.from) touch(c.from, c.bytes);
 #if defined(SIMT_THREAD)
@@ -825,6 +830,7 @@ void mbarrier_arrive(void* barrier, int64_t expect_bytes, Where at) {
   const Unseen unseen;
   m.bytes += expect_bytes;
   m.pending--;
+  m.distance = std::max(m.distance, self()->distance);
   advance(m);
 }
 void mbarrier_wait(void* barrier, int parity, Where at) {
@@ -839,6 +845,7 @@ void mbarrier_wait(void* barrier, int parity, Where at) {
     }
     switch_to(next());
   }
+  self()->distance = std::max(self()->distance, m.met_at[parity & 1]);
   acquire(&m.sync[parity & 1]);
 }
 void copy_bulk(void* to, const void* from, size_t bytes, void* barrier, Where at) {

@@ -42,16 +42,17 @@ struct BackwardBlock {
   __device__ int64_t time(int64_t step) const { return stage.reverse ? step : me.last - 1 - step; }
 
   enum Kind { kRecurrent, kInput };
-  // Where block `rank` of the team finds what block `from` sent it for `step`.
-  __device__ float* inbox(int rank, Kind kind, int64_t step, int from) const {
+  // Where a block finds what block `from` sent it for `step`, from the beginning of its inbox.
+  __device__ int64_t place(Kind kind, int64_t step, int from) const {
     const int kinds = p.chained ? 2 : 1, each = s.rows * s.units;
-    const int64_t at = ((step % 2 * kinds + kind) * team.size + from) * each;
-    if constexpr (kCluster) {
-      return cluster_map(reinterpret_cast<float*>(shared + s.inbox), rank) + at;
-    } else {
-      const int64_t block = team.index * team.size + rank;
-      return static_cast<float*>(p.workspace) + block * 2 * kinds * team.size * each + at;
-    }
+    return ((step % 2 * kinds + kind) * team.size + from) * int64_t(each);
+  }
+  // This block's, in shared memory; teams that are not clusters have block `rank`'s in global
+  // memory.
+  __device__ float* own_inbox() const { return reinterpret_cast<float*>(shared + s.inbox); }
+  __device__ float* inbox_of(int rank) const {
+    const int64_t block = team.index * team.size + rank;
+    return static_cast<float*>(p.workspace) + block * 2 * inbox_floats(s, p.chained);
   }
   // Sends everyone the sums over this block's gates for the units that are theirs.
   __device__ void send(Kind kind, const ProductShape& product, int64_t step) const {
@@ -66,16 +67,32 @@ struct BackwardBlock {
       }
       Words w;
       for (int k = 0; k < 4; k++) w.word[k] = float_to_bits(sums[k]);
-      *reinterpret_cast<Words*>(inbox(to, kind, step, team.rank) + piece.row * s.units +
-                                piece.unit) = w;
+      const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
+      if constexpr (kCluster)
+        store_async(reinterpret_cast<Words*>(own_inbox() + at), w, arrivals().of(step), to);
+      else
+        *reinterpret_cast<Words*>(inbox_of(to) + at) = w;
     }
   }
   __device__ float received(Kind kind, int64_t step) const {
+    const float* from = kCluster ? own_inbox() : inbox_of(team.rank);
+    from += place(kind, step, 0) + me.row * s.units + me.unit;
     const int each = s.rows * s.units;
-    const float* from = inbox(team.rank, kind, step, 0) + me.row * s.units + me.unit;
     float sum = 0;
     for (int block = 0; block < team.size; block++) sum += from[block * each];
     return sum;
+  }
+
+  // What comes for a step, where the team is a cluster.
+  __device__ Arrivals arrivals() const {
+    return {reinterpret_cast<Mbarrier*>(shared + s.arrivals),
+            (feeds_next() ? 2 : 1) * team.size * s.rows * s.units * int(sizeof(float))};
+  }
+  __device__ void wait(int64_t step) const {
+    if constexpr (kCluster)
+      arrivals().wait(step);
+    else
+      team.wait(step);
   }
 
   __device__ void set_up() const {
@@ -94,6 +111,7 @@ struct BackwardBlock {
       });
     for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
       reinterpret_cast<S*>(shared + s.x)[i] = E::operand(0);
+    if constexpr (kCluster) arrivals().begin();
     team.begin();
   }
 
@@ -122,13 +140,15 @@ struct BackwardBlock {
       const bool first = before < 0 || before >= me.length;
       const int64_t token = me.exists && (runs || !p.offsets) ? token_of(p, t, me.b) : 0;
       float slots[kMostSlots] = {};
+      S raw[kMostSlots];
       float h = 0, h_prev = 0, c = 0, c_prev = 0, dy = 0;
       if (runs) {
         const int64_t earlier = first ? 0 : token_of(p, before, me.b);
+        if (layout.saved) {  // converted later: all loads are on their way together
+          const S* saved = static_cast<const S*>(stage.saved) + token * layout.saved * H + me.j;
 #pragma unroll
-        for (int k = 0; k < kMostSlots; k++)
-          if (k < layout.saved)
-            slots[k] = read<S>(stage.saved, (token * layout.saved + k) * H + me.j);
+          for (int k = 0; k < kMostSlots; k++) raw[k] = saved[(k < layout.saved ? k : 0) * H];
+        }
         if (layout.saved == 0) h = read<S>(stage.y, token * stage.y_stride + me.j);
         if (layout.uses_h_prev)
           h_prev =
@@ -144,10 +164,13 @@ struct BackwardBlock {
         if (stage.dy_mask) dy *= stage.dy_mask[token * H + me.j] ? p.mask_scale : 0.f;
       }
       if (step > 0) {
-        team.wait(step);
+        wait(step);
         if (me.exists) dh += received(kRecurrent, step);
         if (feeds_next() && me.exists) dx = received(kInput, step);
       }
+      if (runs && layout.saved)
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++) slots[k] = to_compute(raw[k]);
       if (runs)
         with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
           dh =
@@ -164,7 +187,7 @@ struct BackwardBlock {
       __syncthreads();
       send(kRecurrent, s.recurrent, step + 1);
       if (feeds_next()) send(kInput, s.input, step + 1);
-      team.arrive(step + 1);
+      if constexpr (!kCluster) team.arrive(step + 1);
       if (me.exists && (runs || !p.offsets))
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++)
@@ -173,7 +196,7 @@ struct BackwardBlock {
       if (feeds_next() && step > 0) finish_input(step, dx);
     }
     if (me.last > 0) {
-      team.wait(me.last);
+      wait(me.last);
       if (me.exists) dh += received(kRecurrent, me.last);
       if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, me.last) : 0.f);
     }

@@ -75,24 +75,47 @@ struct ForwardBlock {
     if (chained())
       for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
         reinterpret_cast<S*>(shared + s.input_x)[i] = E::operand(0);
+    if constexpr (kCluster) arrivals().begin();
     team.begin();
   }
+  __device__ Arrivals arrivals() const {
+    return {reinterpret_cast<Mbarrier*>(shared + s.arrivals),
+            team.size * s.rows * s.units * int(sizeof(S))};
+  }
 
-  // Adds the input's part of the step to the slots. All threads of the block.
-  __device__ void add_input(int64_t step, float (&slots)[kMostSlots]) const {
+  // Where the sums of each slot lie in a row of partial sums, of gates that begin with slot
+  // `first`; of slots that have none, somewhere in it: loads without a condition can be on the way
+  // together.
+  struct Offsets {
+    int at[kMostSlots];
+  };
+  __device__ Offsets offsets_from(int first) const {
+    Offsets o;
+#pragma unroll
+    for (int k = 0; k < kMostSlots; k++) {
+      const bool has = k >= first && k < first + p.layout.gates;
+      o.at[k] = (has ? k - first : 0) * s.units + me.unit;
+    }
+    return o;
+  }
+
+  // The input's part of the step, for slots that it reaches. All threads of the block.
+  __device__ void read_input(int64_t step, float (&input)[kMostSlots]) const {
     const int64_t H = p.hidden_size, t = time(step);
     if (!chained()) {
       if (!me.exists || t >= me.length) return;
-      const int64_t row = token_of(p, t, me.b) * (p.layout.gates * H) + me.j;
+      const float* gates = static_cast<const float*>(stage.gates_x) +
+                           token_of(p, t, me.b) * (p.layout.gates * H) + me.j;
 #pragma unroll
-      for (int k = 0; k < kMostSlots; k++)
-        if (p.layout.x_gate[k] >= 0)
-          slots[k] += read<float>(stage.gates_x, row + p.layout.x_gate[k] * H);
+      for (int k = 0; k < kMostSlots; k++) {
+        const int gate = p.layout.x_gate[k];
+        input[k] = gates[(gate > 0 ? gate : 0) * H];
+      }
       return;
     }
     wait_for(team.before_done, team.size, step + 1);
     const ForwardStage& below = p.stage[team.stage - 1];
-    S* input = reinterpret_cast<S*>(shared + s.input_x);
+    S* x_in = reinterpret_cast<S*>(shared + s.input_x);
     const Share mine(s.rows);
     for (int row = mine.row; row < s.rows; row += mine.rows) {
       const int64_t b = team.slice * s.rows + row;
@@ -101,17 +124,13 @@ struct ForwardBlock {
       for (int column = mine.lane; column < H; column += mine.lanes) {
         float value = runs ? read<S>(below.y, token * below.y_stride + column) : 0.f;
         if (runs && stage.mask) value *= stage.mask[token * H + column] ? p.mask_scale : 0.f;
-        input[row * s.x_row + column] = E::operand(value);
+        x_in[row * s.x_row + column] = E::operand(value);
       }
     }
     __syncthreads();
-    multiply<E>(shared, s.input, s.rows, input, s.x_row);
+    multiply<E>(shared, s.input, s.rows, x_in, s.x_row);
     __syncthreads();
-    if (me.in_block)
-#pragma unroll
-      for (int k = 0; k < kMostSlots; k++)
-        if (p.layout.x_gate[k] >= 0)
-          slots[k] += total(shared, s.input, s.rows, me.row, k * s.units + me.unit);
+    if (me.in_block) totals(input, shared, s.input, s.rows, me.row, offsets_from(0).at);
     __syncthreads();  // the next product writes where these sums were
   }
 
@@ -122,16 +141,18 @@ struct ForwardBlock {
     const int at = piece.row * s.x_row + team.rank * s.units + piece.unit;
     if constexpr (kCluster) {
       for (int to = piece.first; to < team.size; to += piece.every)
-        *reinterpret_cast<Words*>(cluster_map(x(step) + at, to)) = words;
+        store_async(reinterpret_cast<Words*>(x(step) + at), words, arrivals().of(step), to);
     } else {
       if (piece.first == 0) *reinterpret_cast<Words*>(outside(step) + at) = words;
+      team.arrive(step);
     }
-    team.arrive(step);
   }
   // Waits until x of `step` is complete.
   __device__ void await(int64_t step) const {
-    team.wait(step);
-    if constexpr (!kCluster) {
+    if constexpr (kCluster) {
+      arrivals().wait(step);
+    } else {
+      team.wait(step);
       constexpr int kElements = 16 / sizeof(S);
       const Share mine(s.rows);
       for (int row = mine.row; row < s.rows; row += mine.rows)
@@ -159,13 +180,8 @@ struct ForwardBlock {
     }
     set_up();
 
-    float next[kMostSlots];  // what is known of the next step's slots
-    auto prepare = [&](int64_t step) {
-#pragma unroll
-      for (int k = 0; k < kMostSlots; k++) next[k] = bias[k];
-      add_input(step, next);
-    };
-    if (me.last > 0) prepare(0);
+    float input[kMostSlots] = {};  // of the next step
+    if (me.last > 0) read_input(0, input);
     for (int64_t step = 0; step < me.last; step++) {
       const int64_t t = time(step);
       const bool runs = me.exists && t < me.length, more = step + 1 < me.last;
@@ -173,14 +189,15 @@ struct ForwardBlock {
       multiply<E>(shared, s.recurrent, s.rows, x(step), s.x_row);
       __syncthreads();
       float slots[kMostSlots];
-#pragma unroll
-      for (int k = 0; k < kMostSlots; k++) slots[k] = next[k];
       if (runs) {
+        float sums[kMostSlots];
+        totals(sums, shared, s.recurrent, s.rows, me.row, offsets_from(layout.first()).at);
 #pragma unroll
-        for (int k = 0; k < kMostSlots; k++)
-          if (layout.h_gate[k] >= 0)
-            slots[k] += total(shared, s.recurrent, s.rows, me.row,
-                              (k - layout.first()) * s.units + me.unit);
+        for (int k = 0; k < kMostSlots; k++) {
+          slots[k] = bias[k];
+          if (layout.x_gate[k] >= 0) slots[k] += input[k];
+          if (layout.h_gate[k] >= 0) slots[k] += sums[k];
+        }
         with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
           h = decltype(cell)::template forward<ScalarMath>(own, h, c);
         });
@@ -192,15 +209,17 @@ struct ForwardBlock {
         const int64_t token = token_of(p, t, me.b);
         write<S>(stage.y, token * stage.y_stride + me.j, h);
         if (layout.has_cell) write<float>(stage.saved_c, token * H + me.j, c);
+        if (stage.saved) {
+          S* const saved = static_cast<S*>(stage.saved) + token * layout.saved * H + me.j;
 #pragma unroll
-        for (int k = 0; k < kMostSlots; k++)
-          if (k < layout.saved)
-            write<S>(stage.saved, (token * layout.saved + k) * H + me.j, slots[k]);
+          for (int k = 0; k < kMostSlots; k++)
+            if (k < layout.saved) saved[k * H] = from_compute<S>(slots[k]);
+        }
       } else if (me.exists && !p.offsets) {
         write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
       }
       if (p.chained && team.stage + 1 < p.stages) raise(team.own_done, step + 1);
-      if (more) prepare(step + 1);
+      if (more) read_input(step + 1, input);
     }
     if (me.exists) {
       write<S>(stage.hn, at, h);

@@ -10,10 +10,6 @@
 
 namespace fusedrnn {
 
-struct alignas(16) Words {
-  uint32_t word[4];
-};
-
 // Multiply-adds of float32: a lane owns a row of the tile.
 template <Engine kEngine>
 struct Ffma {
@@ -100,12 +96,15 @@ __device__ inline void load_weights(char* shared, const ProductShape& s, int row
     const int lane = i % 32, tile = i / 32;
     const int row0 = tile % s.row_tiles * E::kTile.rows,
               depth0 = tile / s.row_tiles * E::kTile.depth;
-    alignas(16) Operand elements[kElements];
+    Operand elements[kElements];
+#pragma unroll
     for (int e = 0; e < kElements; e++) {
       const int row = row0 + E::row(lane, e), column = depth0 + E::depth(lane, e);
       elements[e] = E::operand(row < rows && column < depth ? float(w(row, column)) : 0.f);
     }
-    memcpy(&tiles[i], elements, sizeof(Words));
+    Words words;
+    memcpy(&words, elements, sizeof(Words));
+    tiles[i] = words;
   }
 }
 
@@ -126,12 +125,14 @@ __device__ inline void multiply(char* shared, const ProductShape& s, int rows,
     for (int r = group * kTilesAtOnce; r < s.row_tiles; r += groups * kTilesAtOnce) {
       float sums[kTilesAtOnce][E::kSums] = {};
       const bool both = r + 1 < s.row_tiles;
-#pragma unroll 2
-      for (int k = begin; k < end; k++) {
-        const Words* from = tiles + (k * s.row_tiles + r) * 32 + lane;
+      const Words* from = tiles + (begin * s.row_tiles + r) * 32 + lane;
+      const int second = both ? 32 : 0, next = s.row_tiles * 32;
+      const typename E::Operand* xs = x + n * x_row + begin * E::kTile.depth;
+#pragma unroll 4
+      for (int k = begin; k < end; k++, from += next, xs += E::kTile.depth) {
         // Past the last row of tiles the first is taken once more, and its sums are left.
-        const Words tile[kTilesAtOnce] = {from[0], from[both ? 32 : 0]};
-        E::multiply(sums, tile, x + n * x_row + k * E::kTile.depth, x_row, lane);
+        const Words tile[kTilesAtOnce] = {from[0], from[second]};
+        E::multiply(sums, tile, xs, x_row, lane);
       }
 #pragma unroll
       for (int i = 0; i < kTilesAtOnce; i++)
@@ -144,13 +145,40 @@ __device__ inline void multiply(char* shared, const ProductShape& s, int rows,
   }
 }
 
-// The sum of all parts, in their order.
-__device__ inline float total(const char* shared, const ProductShape& s, int rows, int n, int row) {
-  const float* partial = reinterpret_cast<const float*>(shared + s.partial);
-  float sum = 0;
-  for (int part = 0; part < s.split; part++)
-    sum += partial[(part * rows + n) * s.partial_row + row];
-  return sum;
+// sums[k] = all parts of element offset[k], in their order. Loads come before additions.
+template <int kSplit, int N>
+__device__ inline void add_parts(float (&sums)[N], const float* at, int from_part,
+                                 const int (&offset)[N]) {
+  float parts[kSplit][N];
+#pragma unroll
+  for (int i = 0; i < kSplit; i++)
+#pragma unroll
+    for (int k = 0; k < N; k++) parts[i][k] = at[i * from_part + offset[k]];
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    sums[k] = parts[0][k];
+#pragma unroll
+    for (int i = 1; i < kSplit; i++) sums[k] += parts[i][k];
+  }
+}
+
+// The sums of elements offset[0], offset[1], ... of row n of the batch.
+template <int N>
+__device__ inline void totals(float (&sums)[N], const char* shared, const ProductShape& s, int rows,
+                              int n, const int (&offset)[N]) {
+  static_assert(kPersistentWarps == 8);
+  const float* at = reinterpret_cast<const float*>(shared + s.partial) + n * s.partial_row;
+  const int from_part = rows * s.partial_row;
+  switch (s.split_bits) {
+    case 0:
+      return add_parts<1>(sums, at, from_part, offset);
+    case 1:
+      return add_parts<2>(sums, at, from_part, offset);
+    case 2:
+      return add_parts<4>(sums, at, from_part, offset);
+    default:
+      return add_parts<8>(sums, at, from_part, offset);
+  }
 }
 
 }  // namespace fusedrnn

@@ -1,7 +1,7 @@
 // A team of blocks: who they are, and how they wait for each other.
 //
-// Teams that are clusters meet at the cluster's barrier and write into each other's shared memory.
-// Others write to global memory and tell each other by flags, one for each block, that count steps.
+// Blocks of a cluster store into each other's shared memory and count what has come. Those of other
+// teams write to global memory and tell each other by flags, one for each block, that count steps.
 #pragma once
 #include "cuda/persistent/persistent.h"
 #include "cuda/primitives.h"
@@ -48,20 +48,30 @@ struct Team {
       __syncthreads();
     }
   }
-  // What this block wrote for others is ready; each arrival is followed by a wait of the same step.
-  __device__ void arrive(int64_t step) const {
-    if constexpr (kCluster) {
-      cluster_arrive();
-    } else {
-      raise(flags + rank, step);
-    }
+  // Of teams that are not clusters: what this block wrote for the others is ready; all have come.
+  __device__ void arrive(int64_t step) const { raise(flags + rank, step); }
+  __device__ void wait(int64_t step) const { wait_for(flags, size, step); }
+};
+
+// How a block of a cluster knows that all others' stores to its shared memory have come: two
+// mbarriers in turn, for steps 1, 2, ..., count their bytes. Unlike a cluster's barrier this orders
+// nothing else, and needs no fence of all memory.
+struct Arrivals {
+  Mbarrier* m;
+  int bytes;  // of a step
+
+  __device__ Mbarrier* of(int64_t step) const { return m + step % 2; }
+  __device__ void begin() const {
+    if (threadIdx.x > 0) return;
+    for (int i = 0; i < 2; i++) mbarrier_init(m + i, 1);
+    mbarrier_init_fence();
+    for (int i = 0; i < 2; i++) mbarrier_arrive(m + i, bytes);
   }
+  // All threads. The same mbarrier's next step is announced at once: its bytes come when every
+  // block has all of the step between, for which this one has to send first.
   __device__ void wait(int64_t step) const {
-    if constexpr (kCluster) {
-      cluster_wait();
-    } else {
-      wait_for(flags, size, step);
-    }
+    mbarrier_wait(of(step), int(step - 1) / 2 % 2);
+    if (threadIdx.x == 0) mbarrier_arrive(of(step), bytes);
   }
 };
 
