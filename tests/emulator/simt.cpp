@@ -472,7 +472,9 @@ void advance(Mbarrier& m) {
 // A copy in flight comes to its end, whoever is running: only its issue is ordered before.
 void land(size_t which) {
   State& s = *state;
-  const Copy c = s.in_flight[which];
+  // Not on the stack: that is the running fiber's, whose earlier values there the agent would race.
+  static Copy c;
+  c = s.in_flight[which];
   s.in_flight.erase(s.in_flight.begin() + ptrdiff_t(which));
   const auto it = s.mbarriers.find(c.barrier);
   Mbarrier& m = it->second;
