@@ -83,6 +83,33 @@ def test_forced_backends(cell, dtype, backend, monkeypatch):
     test_numbers.compare(plain, fused.cuda(), torch.randn(9, 33, 28).to(dtype), None)
 
 
+@pytest.mark.parametrize("backend", ["grid", "cluster"], indirect=True)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm-proj"])
+def test_layers_in_one_launch(cell, backend, monkeypatch):
+    """Clusters that wait for each other's flags need a launch that is cooperative as well."""
+    monkeypatch.setenv("FUSEDRNN_PLAN", f"{backend},layers=2")
+    if backend == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need sm_90")
+    plain, fused = make_pair(cell, 28, 128, num_layers=2)
+    test_numbers.compare(plain, fused.cuda(), torch.randn(35, 16, 28), None)
+
+
+@pytest.mark.parametrize("backend", ["the plan's"], indirect=True)
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])  # the slope of relu jumps
+def test_tf32_where_torch_permits_it(cell, backend):
+    """Ten bits of a product's operands: far from float32, and no further."""
+    plain, fused = make_pair(cell, 28, 256, num_layers=2)
+    x = torch.randn(35, 32, 28)
+    exact = run(copy.deepcopy(plain).double(), x.double(), None)
+    fused = fused.cuda()
+    for permitted, few in ((False, 1e-4), (True, 2e-2)):
+        torch.backends.cudnn.allow_tf32 = permitted
+        found = run(fused, x, None)
+        for name, true in exact.items():
+            error = (found[name].double() - true).square().mean().sqrt()
+            assert error <= few * true.square().mean().sqrt(), (name, permitted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed(cell, dtype):
