@@ -294,3 +294,24 @@ def test_outputs_are_fully_written():
 
 def test_module_is_exported():
     assert {"RNN", "GRU", "LSTM"} <= set(fusedrnn.__all__)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_few_tokens(cell, dtype):
+    """Their weights are not packed; the bits are those of any number of threads."""
+    plain, fused = make_pair(cell, 33, 257, num_layers=2, dtype=dtype)
+    for T, B in ((1, 1), (1, 2), (2, 3), (2, 4), (1, 8)):
+        x = torch.randn(T, B, 33).to(dtype)
+        compare(plain, fused, x, random_state(plain, B))
+        one, _ = fused(x)
+        torch.set_num_threads(2)
+        assert torch.equal(fused(x)[0], one)
+        torch.set_num_threads(1)
+    lengths = torch.tensor([1, 0, 2])
+    y, _ = fused(x.view(-1, 33)[:6].view(2, 3, 33), lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        assert (y[n:, b] == 0).all()
+        if n:
+            alone, _ = fused(x.view(-1, 33)[:6].view(2, 3, 33)[:n, b : b + 1])
+            assert torch.equal(y[:n, b : b + 1], alone)

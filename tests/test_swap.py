@@ -278,9 +278,9 @@ def test_explain_names_the_kernels(name):
     [
         (torch.zeros(5, 7, 3), False, 7),
         (torch.zeros(5, 7, 3), True, 5),
-        (torch.zeros(5, 3), False, 1),
-        (torch.zeros(5, 3), True, 1),
-        (pack_padded_sequence(torch.zeros(5, 2, 3), [5, 2]), False, 2),
+        (torch.zeros(9, 3), False, 1),
+        (torch.zeros(9, 3), True, 1),
+        (pack_padded_sequence(torch.zeros(7, 2, 3), [7, 2]), False, 2),
     ],
 )
 def test_explain_counts_rows(x, batch_first, batch):
@@ -294,7 +294,11 @@ def test_explain_counts_rows(x, batch_first, batch):
 def test_explain_says_what_is_slow():
     layer = fusedrnn.LSTM(3, 4)
     torch.set_num_threads(2)  # the next test sets its own
-    assert "1 threads idle" in fusedrnn.explain(layer, torch.zeros(5, 1, 3))
+    assert "1 threads idle" in fusedrnn.explain(layer, torch.zeros(9, 1, 3))
+    few = fusedrnn.explain(layer, torch.zeros(8, 1, 3))
+    assert "without packing, units divided among 1 of 2" in few and "idle" not in few
+    large = fusedrnn.LSTM(256, 256)
+    assert "among 2 of 2 threads" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
     assert "idle" not in fusedrnn.explain(layer, torch.zeros(5, 2, 3))
     half = torch.zeros(5, 2, 3, dtype=torch.bfloat16)
     assert "computed in float32" in fusedrnn.explain(layer.bfloat16(), half)

@@ -1,6 +1,9 @@
 // How the CPU divides a call, a pure function of its shape and the number of threads.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+
+#include "plan/problem.h"
 
 namespace fusedrnn {
 
@@ -20,14 +23,15 @@ inline CpuPlan plan_cpu(int64_t batch, int64_t threads) {
   return {rows, divide(batch, rows)};
 }
 
-// How many threads share the steps of a call whose weights are read as they lie; 0: they are
-// packed, which pays from some tokens on. `weights`: bytes of those of one layer and direction.
-inline int64_t plan_direct(int64_t tokens, int64_t weights, int64_t threads) {
-  constexpr int64_t kMostTokens = 8;
+// How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:
+// they are packed. For what plain layers do: a call may need more than the problem says.
+inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
+  constexpr int64_t kMostTokens = 8;             // more than these pay for the packing
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
-  if (tokens > kMostTokens) return 0;
-  const int64_t parts = weights / kBytesOfThread;
-  return parts < 1 ? 1 : parts < threads ? parts : threads;
+  if (tokens > kMostTokens || p.one_hot || p.proj_size || p.zoneout || p.all_states) return 0;
+  const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size);
+  const int64_t parts = p.gate_rows() * depth * bytes(p.dtype) / kBytesOfThread;
+  return std::max<int64_t>(1, std::min(parts, threads));
 }
 
 }  // namespace fusedrnn

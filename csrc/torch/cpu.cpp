@@ -148,15 +148,6 @@ struct CpuCall : Call {
 
 constexpr int64_t kPackParts = 8;
 
-// How many threads take the call without packing its weights; 0: it is not for that path.
-int64_t direct_threads(const Forward& a) {
-  const Problem& p = a.problem;
-  if (p.one_hot || p.proj_size || p.zoneout || a.h_mask || a.seq.resets || a.hs) return 0;
-  const int64_t depth = std::max(p.input_size, p.num_directions * p.hidden_size) + p.hidden_size;
-  return plan_direct(a.seq.tokens, p.gate_rows() * depth * bytes(p.dtype),
-                     torch::stable::get_num_threads());
-}
-
 void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int64_t threads) {
   const Problem& p = a.problem;
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
@@ -215,8 +206,9 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
     a.inner[i] = inner.back().mutable_data_ptr();
   }
 
-  if (const int64_t threads = direct_threads(a)) {
-    forward_direct(call, a, k, threads);
+  const int64_t direct = plan_direct(p, a.seq.tokens, torch::stable::get_num_threads());
+  if (direct && !a.h_mask && !a.seq.resets) {
+    forward_direct(call, a, k, direct);
     return {y, hn, cn, reserve, hs, cs};
   }
 

@@ -124,6 +124,20 @@ PyObject* cpu_plan(PyObject*, PyObject* args) {
   return Py_BuildValue("(LL)", (long long)plan.rows_per_task, (long long)plan.tasks);
 }
 
+PyObject* cpu_direct(PyObject*, PyObject* args) {
+  const char *mode, *dtype;
+  long long input, hidden, proj, tokens, threads;
+  int bidirectional;
+  if (!PyArg_ParseTuple(args, "ssLLLpLL", &mode, &dtype, &input, &hidden, &proj, &bidirectional,
+                        &tokens, &threads))
+    return nullptr;
+  return guarded([&] {
+    Problem p = problem_named(mode, dtype, hidden, proj, 1, bidirectional);
+    p.input_size = input;
+    return PyLong_FromLongLong(plan_direct(p, tokens, threads));
+  });
+}
+
 PyObject* cuda_archs(PyObject*, PyObject*) {
 #ifdef FUSEDRNN_CUDA_ARCHS
   return PyUnicode_FromString(FUSEDRNN_CUDA_ARCHS);
@@ -142,6 +156,9 @@ PyMethodDef methods[] = {
     {"cpu_plan", cpu_plan, METH_VARARGS, "cpu_plan(batch, threads) -> (rows a task, tasks)"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
+    {"cpu_direct", cpu_direct, METH_VARARGS,
+     "cpu_direct(mode, dtype, input_size, hidden_size, proj_size, bidirectional, tokens, threads) "
+     "-> threads that read the weights without packing them, 0 where they are packed"},
     {"cuda_plan", cuda_plan, METH_VARARGS,
      "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
      "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "

@@ -32,4 +32,15 @@ def cuda_plan(
     forced: str,
     /,
 ) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
+def cpu_direct(
+    mode: str,
+    dtype: str,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    bidirectional: bool,
+    tokens: int,
+    threads: int,
+    /,
+) -> int: ...
 def cuda_archs() -> str: ...

@@ -59,24 +59,33 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     else:
         batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
     if data.device.type == "cuda":
-        dtype: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
+        stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
         config, spec = module._config(), cuda.spec(data.device)
         forward, backward = (
-            cuda.plan(config, dtype, steps, batch, backward, spec) for backward in (False, True)
+            cuda.plan(config, stored, steps, batch, backward, spec) for backward in (False, True)
         )
         return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
     threads = torch.get_num_threads()
     rows, tasks = _C.cpu_plan(batch, threads)
-    lines = [
-        f"fused CPU kernels for {_C.cpu_variant()}",
-        f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} threads, "
-        "each through all layers and steps without a barrier",
-    ]
+    direct = 0
+    if not regularisers and not one_hot:
+        tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
+        size = (module.input_size, module.hidden_size, module.proj_size, module.bidirectional)
+        dtype = str(data.dtype).removeprefix("torch.")
+        direct = _C.cpu_direct(module.mode, dtype, *size, tokens, threads)
+    if direct:
+        how = f"weights read without packing, units divided among {direct} of {threads} threads"
+    else:
+        how = (
+            f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} "
+            "threads, each through all layers and steps without a barrier"
+        )
+    lines = [f"fused CPU kernels for {_C.cpu_variant()}", how]
     if regularisers:
         lines.append(f"{regularisers} in the kernels")
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
-    if tasks < threads:
+    if not direct and tasks < threads:
         lines.append(f"{threads - tasks} threads idle: the batch has too few rows to divide")
     if data.dtype in (torch.bfloat16, torch.float16):
         lines.append(f"{data.dtype} is computed in float32: half the memory, not twice the speed")
