@@ -58,21 +58,28 @@ struct BackwardBlock {
   __device__ void send(Kind kind, const ProductShape& product, int64_t step) const {
     const float* partial = reinterpret_cast<const float*>(shared + product.partial) +
                            piece.row * product.partial_row + piece.unit;
-    for (int to = piece.first; to < team.size; to += piece.every) {
-      float sums[4] = {};
-      for (int part = 0; part < product.split; part++) {
-        const Words w = *reinterpret_cast<const Words*>(
-            partial + part * s.rows * product.partial_row + to * s.units);
-        for (int k = 0; k < 4; k++) sums[k] += bits_to_float(w.word[k]);
+    const int from_part = s.rows * product.partial_row;
+    with_split(product, [&](auto split) {
+      constexpr int kSplit = decltype(split)::kValue;
+      for (int to = piece.first; to < team.size; to += piece.every) {
+        Words parts[kSplit];
+#pragma unroll
+        for (int i = 0; i < kSplit; i++)
+          parts[i] = *reinterpret_cast<const Words*>(partial + i * from_part + to * s.units);
+        Words sums = parts[0];
+#pragma unroll
+        for (int i = 1; i < kSplit; i++)
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            sums.word[k] =
+                float_to_bits(bits_to_float(sums.word[k]) + bits_to_float(parts[i].word[k]));
+        const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
+        if constexpr (kCluster)
+          store_async(reinterpret_cast<Words*>(own_inbox() + at), sums, arrivals().of(step), to);
+        else
+          *reinterpret_cast<Words*>(inbox_of(to) + at) = sums;
       }
-      Words w;
-      for (int k = 0; k < 4; k++) w.word[k] = float_to_bits(sums[k]);
-      const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
-      if constexpr (kCluster)
-        store_async(reinterpret_cast<Words*>(own_inbox() + at), w, arrivals().of(step), to);
-      else
-        *reinterpret_cast<Words*>(inbox_of(to) + at) = w;
-    }
+    });
   }
   __device__ float received(Kind kind, int64_t step) const {
     const float* from = kCluster ? own_inbox() : inbox_of(team.rank);
@@ -99,8 +106,9 @@ struct BackwardBlock {
     const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
     const int gates = p.layout.gates, first = p.layout.first();
     // Column c of the tiles is gate c / units, in the order of the slots, of unit c % units.
-    auto weights = [&](const void* w, int gate, int unit, int row) -> float {
-      return unit0 + unit < H ? read<S>(w, (gate * H + unit0 + unit) * H + row) : 0.f;
+    auto weights = [&](const void* w, int gate, int unit, int row) -> const S* {
+      if (unit0 + unit >= H) return nullptr;
+      return static_cast<const S*>(w) + (gate * H + unit0 + unit) * H + row;
     };
     load_weights<E>(shared, s.recurrent, int(H), gates * s.units, [&](int row, int column) {
       return weights(stage.w_hh, p.layout.h_gate[first + column / s.units], column % s.units, row);

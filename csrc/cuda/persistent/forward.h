@@ -55,8 +55,9 @@ struct ForwardBlock {
     const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
     const int gates = p.layout.gates, first = p.layout.first();
     // Row r of the tiles is gate r / units, in the order of the slots, of unit r % units.
-    auto weights = [&](const void* w, int gate, int unit, int column) -> float {
-      return unit0 + unit < H ? read<S>(w, (gate * H + unit0 + unit) * H + column) : 0.f;
+    auto weights = [&](const void* w, int gate, int unit, int column) -> const S* {
+      if (unit0 + unit >= H) return nullptr;
+      return static_cast<const S*>(w) + (gate * H + unit0 + unit) * H + column;
     };
     load_weights<E>(shared, s.recurrent, gates * s.units, int(H), [&](int row, int column) {
       return weights(stage.w_hh, p.layout.h_gate[first + row / s.units], row % s.units, column);

@@ -20,6 +20,7 @@ struct Ffma {
   static __device__ inline int row(int lane, int) { return lane; }
   static __device__ inline int depth(int, int element) { return element; }
   static __device__ inline Operand operand(float x) { return x; }
+  static __device__ inline Operand rounded(Operand x) { return x; }
 
   // sums[i] += tile i times x, for the rows x, x + x_row, ...
   template <int N>
@@ -53,6 +54,7 @@ struct Tf32 : MmaSums {
   static __device__ inline int row(int lane, int element) { return lane / 4 + element % 2 * 8; }
   static __device__ inline int depth(int lane, int element) { return lane % 4 + element / 2 * 4; }
   static __device__ inline Operand operand(float x) { return bits_to_float(to_tf32(x)); }
+  static __device__ inline Operand rounded(Operand x) { return operand(x); }
 
   template <int N>
   static __device__ inline void multiply(float (&sums)[N][kSums], const Words (&tile)[N],
@@ -73,6 +75,7 @@ struct Half : MmaSums {
     return lane % 4 * 2 + element % 2 + element / 4 * 8;
   }
   static __device__ inline Operand operand(float x) { return from_compute<S>(x); }
+  static __device__ inline Operand rounded(Operand x) { return x; }
 
   template <int N>
   static __device__ inline void multiply(float (&sums)[N][kSums], const Words (&tile)[N],
@@ -85,8 +88,8 @@ struct Half : MmaSums {
   }
 };
 
-// Fills the tiles with w(row, column), which is asked only for rows below `rows` and columns below
-// `depth`: the rest is zero. All threads of the block.
+// Fills the tiles with what w(row, column) points at, which is asked only for rows below `rows` and
+// columns below `depth`; null and the rest are zero. All threads of the block.
 template <class E, class F>
 __device__ inline void load_weights(char* shared, const ProductShape& s, int rows, int depth, F w) {
   using Operand = typename E::Operand;
@@ -96,14 +99,17 @@ __device__ inline void load_weights(char* shared, const ProductShape& s, int row
     const int lane = i % 32, tile = i / 32;
     const int row0 = tile % s.row_tiles * E::kTile.rows,
               depth0 = tile / s.row_tiles * E::kTile.depth;
-    Operand elements[kElements];
+    Operand elements[kElements];  // converted later: all loads are on their way together
 #pragma unroll
     for (int e = 0; e < kElements; e++) {
       const int row = row0 + E::row(lane, e), column = depth0 + E::depth(lane, e);
-      elements[e] = E::operand(row < rows && column < depth ? float(w(row, column)) : 0.f);
+      const Operand* at = row < rows && column < depth ? w(row, column) : nullptr;
+      elements[e] = at ? *at : Operand(from_compute<Operand>(0));
     }
+#pragma unroll
+    for (int e = 0; e < kElements; e++) elements[e] = E::rounded(elements[e]);
     Words words;
-    memcpy(&words, elements, sizeof(Words));
+    memcpy(&words, elements, sizeof words);
     tiles[i] = words;
   }
 }
@@ -145,40 +151,46 @@ __device__ inline void multiply(char* shared, const ProductShape& s, int rows,
   }
 }
 
-// sums[k] = all parts of element offset[k], in their order. Loads come before additions.
-template <int kSplit, int N>
-__device__ inline void add_parts(float (&sums)[N], const float* at, int from_part,
-                                 const int (&offset)[N]) {
-  float parts[kSplit][N];
-#pragma unroll
-  for (int i = 0; i < kSplit; i++)
-#pragma unroll
-    for (int k = 0; k < N; k++) parts[i][k] = at[i * from_part + offset[k]];
-#pragma unroll
-  for (int k = 0; k < N; k++) {
-    sums[k] = parts[0][k];
-#pragma unroll
-    for (int i = 1; i < kSplit; i++) sums[k] += parts[i][k];
+template <int N>
+struct Count {
+  static constexpr int kValue = N;
+};
+// Calls f with the number of parts as a constant: with it, loads come before additions.
+template <class F>
+__device__ inline void with_split(const ProductShape& s, F f) {
+  static_assert(kPersistentWarps == 8);
+  switch (s.split_bits) {
+    case 0:
+      return f(Count<1>{});
+    case 1:
+      return f(Count<2>{});
+    case 2:
+      return f(Count<4>{});
+    default:
+      return f(Count<8>{});
   }
 }
 
-// The sums of elements offset[0], offset[1], ... of row n of the batch.
+// sums[k]: of all parts, in their order, element offset[k] of row n of the batch.
 template <int N>
 __device__ inline void totals(float (&sums)[N], const char* shared, const ProductShape& s, int rows,
                               int n, const int (&offset)[N]) {
-  static_assert(kPersistentWarps == 8);
   const float* at = reinterpret_cast<const float*>(shared + s.partial) + n * s.partial_row;
   const int from_part = rows * s.partial_row;
-  switch (s.split_bits) {
-    case 0:
-      return add_parts<1>(sums, at, from_part, offset);
-    case 1:
-      return add_parts<2>(sums, at, from_part, offset);
-    case 2:
-      return add_parts<4>(sums, at, from_part, offset);
-    default:
-      return add_parts<8>(sums, at, from_part, offset);
-  }
+  with_split(s, [&](auto split) {
+    constexpr int kSplit = decltype(split)::kValue;
+    float parts[kSplit][N];
+#pragma unroll
+    for (int i = 0; i < kSplit; i++)
+#pragma unroll
+      for (int k = 0; k < N; k++) parts[i][k] = at[i * from_part + offset[k]];
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      sums[k] = parts[0][k];
+#pragma unroll
+      for (int i = 1; i < kSplit; i++) sums[k] += parts[i][k];
+    }
+  });
 }
 
 }  // namespace fusedrnn
