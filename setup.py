@@ -43,6 +43,7 @@ ISAS = {
         "baseline": "",
         "avx2": "-march=x86-64-v3",
         "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+        "avx512bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
     },
     "aarch64": {
         "neon": "",

@@ -55,10 +55,14 @@ def numbers():
 
 
 def bits():
-    """A digest of a result that differs with the order and the rounding of its sums."""
-    _, fused = make_pair("gru", 64, 128)
-    y, _ = fused(torch.randn(20, 16, 64, generator=torch.Generator().manual_seed(0)))
-    return hashlib.sha256(y.detach().numpy().tobytes()).hexdigest()
+    """By dtype a digest of a result that differs with the order and the rounding of its sums."""
+    found = {}
+    for dtype in DTYPES:
+        _, fused = make_pair("gru", 64, 128, dtype=dtype)
+        x = torch.randn(20, 16, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        y, _ = fused(x)
+        found[str(dtype)] = hashlib.sha256(y.detach().double().numpy().tobytes()).hexdigest()
+    return found
 
 
 def points(dtype):
@@ -176,12 +180,22 @@ def test_variant(variant, check):
 def test_variants_are_different_code():
     """Without fused multiply-add sums round otherwise: proof that not all runs used one variant."""
     pytest.importorskip("numpy")
-    with_fma = [v for v in VARIANTS if v in ("avx2", "avx512")]
+    with_fma = [v for v in VARIANTS if v in ("avx2", "avx512", "avx512bf16")]
     if not with_fma or "baseline" not in VARIANTS:
         pytest.skip("needs baseline and a variant with fused multiply-add")
     digests = {variant: findings(variant)["bits"] for variant in ("baseline", *with_fma)}
-    assert all(len(d) == 64 for d in digests.values()), digests
-    assert all(digests[v] != digests["baseline"] for v in with_fma)
+    for dtype in ("torch.float64", "torch.float32"):
+        assert all(digests[v][dtype] != digests["baseline"][dtype] for v in with_fma), digests
+
+
+def test_pairs_of_bfloat16():
+    """avx512bf16 computes bfloat16 in another way, and leaves all else to avx512."""
+    pytest.importorskip("numpy")
+    if "avx512bf16" not in VARIANTS:
+        pytest.skip("needs a processor with AVX512-BF16")
+    pairs, plain = (findings(v)["bits"] for v in ("avx512bf16", "avx512"))
+    assert pairs.keys() == plain.keys()
+    assert [d for d in pairs if pairs[d] != plain[d]] == ["torch.bfloat16"]
 
 
 def test_the_best_variant_is_the_default():

@@ -12,21 +12,23 @@ namespace {
 template <class S>
 struct BackwardBuffers {
   using C = Compute<S>;
+  using X = Operand<S>;
   int64_t tokens, ld_gates, ld_dh, ld_proj, ld_input;
-  C *gates, *dh, *dc, *dhidden, *dproj, *input, *dropped;
+  X *gates, *dproj;
+  C *dh, *dc, *dhidden, *input, *dropped;
 
   BackwardBuffers(const Problem& p, int64_t rows, Scratch& s)
       : tokens(max(rows, kChunkTokens)),
-        ld_gates(p.slot_columns() + kRowPad),
+        ld_gates(operands<X>(p.slot_columns()) + kRowPad),
         ld_dh(p.out_size()),
-        ld_proj(p.out_size() + kRowPad),
+        ld_proj(operands<X>(p.out_size()) + kRowPad),
         ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
-    gates = s.take<C>(tokens * ld_gates);
+    gates = s.take<X>(tokens * ld_gates);
     dh = s.take<C>(rows * ld_dh);
     dropped = s.take<C>(rows * ld_dh);
     dc = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     dhidden = s.take<C>(p.proj_size ? rows * p.hidden_size : 0);
-    dproj = s.take<C>(p.proj_size ? rows * ld_proj : 0);
+    dproj = s.take<X>(p.proj_size ? rows * ld_proj : 0);
     input = s.take<C>(tokens * ld_input);
   }
 };
@@ -39,7 +41,8 @@ struct BackwardRow {
   const S *saved, *h, *h_prev, *c0;  // c0: c_prev when it is the initial state
   const C *c, *c_prev, *candidate;   // candidate: h without zoneout, where it is not h itself
   const C *dh, *dy, *dcs;            // dL/dh of this row is dh + dy; dy may be null
-  C *dh_direct, *dc, *dgates, *dgates_out, *hidden;
+  C *dh_direct, *dc, *dgates, *hidden;
+  Element<Operand<S>>* factors;  // dgates once more, as the products read them
   Keep<C> keep_h, keep_c;
 };
 
@@ -66,7 +69,7 @@ void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
       } else {
         c = load(row.c + j, n);
       }
-      if (row.hidden) store(row.hidden + j, s[3] * VectorMath::tanh(c), n);
+      if (row.hidden) store(row.hidden + j, s[3] * Math<S>::tanh(c), n);
     }
     Vec<C> dh = load(row.dh + j, n);
     if (row.dy) dh += load(row.dy + j, n);
@@ -74,12 +77,12 @@ void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
       kept_h = row.keep_h.at(j, n) * dh;
       dh -= kept_h;
     }
-    const Vec<C> direct = Cell::template backward<VectorMath>(s, h_prev, h, c_prev, c, dh, dc);
+    const Vec<C> direct = Cell::template backward<Math<S>>(s, h_prev, h, c_prev, c, dh, dc);
     if (row.dh_direct) store(row.dh_direct + j, direct + kept_h, n);
     if (Cell::kHasCell) store(row.dc + j, dc + kept_c, n);
     for (int k = 0; k < Cell::kSlots; k++) {
       store(row.dgates + k * H + j, s[k], n);
-      store(row.dgates_out + k * H + j, s[k], n);
+      store(row.factors + k * H + j, s[k], n);
     }
   };
   int64_t j = 0;
@@ -90,6 +93,8 @@ void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
 template <class Cell, class S>
 void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch) {
   using C = Compute<S>;
+  using X = Operand<S>;
+  using E = Element<X>;
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
@@ -97,13 +102,22 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
   const Reserve reserve(p);
   Scratch scratch_space{static_cast<char*>(scratch)};
   const BackwardBuffers<S> buf(p, rows, scratch_space);
-  const PackedOffsets at = backward_offsets<C>(p, layer);
+  const PackedOffsets at = backward_offsets<X>(p, layer);
+  auto row_of_gates = [&](X* gates, int64_t r) {
+    return reinterpret_cast<E*>(gates + r * buf.ld_gates);
+  };
+  // The last run may end in half a pair. A run before it ends in the next slot's first value, times
+  // 0: what is not finite there reaches the same sums anyway.
+  for (int64_t r = 0; r < buf.tokens; r++) row_of_gates(buf.gates, r)[p.slot_columns()] = E{};
+  auto of_slot = [&](const X* gates, int slot) {
+    return reinterpret_cast<const X*>(reinterpret_cast<const E*>(gates) + slot * H);
+  };
   const LayerInput<S> input(a, layer, nullptr);
   const S* out = layer == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, layer);
 
   for (int64_t dir = 0; dir < D; dir++) {
     const int64_t state = (layer * D + dir) * seq.batch;
-    const C* packed = static_cast<const C*>(a.packed) + dir * at.total;
+    const X* packed = static_cast<const X*>(a.packed) + dir * at.total;
     const S* saved =
         reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
     const KeptCells<C> cells(a, layer, dir);
@@ -140,7 +154,7 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
     const int64_t steps = chunk_steps(rows);
     for (int64_t chunk_end = longest; chunk_end > 0; chunk_end -= min(chunk_end, steps)) {
       const int64_t chunk = max(0, chunk_end - steps);
-      C* gates = buf.gates;
+      X* gates = buf.gates;
       for (int64_t i = chunk_end - 1; i >= chunk; i--) {
         const int64_t t = dir == 0 ? i : longest - 1 - i;
         const int64_t n = active_rows(seq, first, end, t);
@@ -148,13 +162,14 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
           for (int64_t r = 0; r < n; r++) {
             const int64_t token = seq.token(t, seq.order[first + r]);
             const C* dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
-            C *d = buf.dproj + r * buf.ld_proj, *dh = buf.dh + r * buf.ld_dh;
+            C *d = static_cast<C*>(a.dproj) + (dir * seq.tokens + token) * P,
+              *dh = buf.dh + r * buf.ld_dh;
             const Keep<C> keep(a.zoneout_h, (layer * D + dir) * seq.tokens + token, P);
             for (int64_t j = 0; j < P; j++) {
               const C all = dh[j] + dy[j], kept = keep ? keep.at(j, 1)[0] * all : C(0);
               d[j] = all - kept, dh[j] = kept;
             }
-            convert_row(static_cast<C*>(a.dproj) + (dir * seq.tokens + token) * P, d, P);
+            to_operands(buf.dproj + r * buf.ld_proj, d, P);
           }
           gemm(n, H, P, buf.dproj, buf.ld_proj, packed + at.w_hr, buf.dhidden, H, {});
         }
@@ -192,17 +207,17 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
             row.keep_h = Keep<C>(a.zoneout_h, (layer * D + dir) * seq.tokens + token, P);
             row.dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
           }
-          row.dgates = gates + r * buf.ld_gates;
-          row.dgates_out = dgates + token * p.slot_columns();
+          row.dgates = dgates + token * p.slot_columns();
+          row.factors = row_of_gates(gates, r);
           cell_backward_row<Cell, S>(H, row);
         }
-        const C* w_hh = packed + at.w_hh;
+        const X* w_hh = packed + at.w_hh;
         C* const product = a.h_mask ? buf.dropped : buf.dh;
         Addend<C> onto{adds_direct && !a.h_mask ? buf.dh : nullptr, buf.ld_dh};
         for (const Run& run : Cell::h_runs().run) {
-          gemm(n, P, run.count * H, gates + run.slot * H, buf.ld_gates, w_hh, product, buf.ld_dh,
-               onto);
-          w_hh += Panels<C>::size(run.count * H, P);
+          gemm(n, P, run.count * H, of_slot(gates, run.slot), buf.ld_gates, w_hh, product,
+               buf.ld_dh, onto);
+          w_hh += Panels<X>::size(run.count * H, P);
           onto.at = product;
         }
         for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
@@ -210,12 +225,12 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
       }
 
       if (!a.grad_in) continue;
-      const C* w_ih = packed + at.w_ih;
+      const X* w_ih = packed + at.w_ih;
       Addend<C> onto{nullptr, buf.ld_input};
       for (const Run& run : Cell::x_runs().run) {
         gemm((gates - buf.gates) / buf.ld_gates, input.width, run.count * H,
-             buf.gates + run.slot * H, buf.ld_gates, w_ih, buf.input, buf.ld_input, onto);
-        w_ih += Panels<C>::size(run.count * H, input.width);
+             of_slot(buf.gates, run.slot), buf.ld_gates, w_ih, buf.input, buf.ld_input, onto);
+        w_ih += Panels<X>::size(run.count * H, input.width);
         onto.at = buf.input;
       }
       C* from = buf.input;

@@ -12,6 +12,9 @@
 namespace fusedrnn {
 
 // The build says which variants are in the binary.
+#if FUSEDRNN_HAVE_avx512bf16
+extern const Kernels kernels_avx512bf16;
+#endif
 #if FUSEDRNN_HAVE_avx512
 extern const Kernels kernels_avx512;
 #endif
@@ -27,10 +30,16 @@ extern const Kernels kernels_baseline;
 
 const Variant* variants(int* count) {
 #define HAS(feature) bool(__builtin_cpu_supports(feature))
-  static const Variant all[] = {
 #if FUSEDRNN_HAVE_avx512
-      {&kernels_avx512, HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") &&
-                            HAS("avx512vl") && HAS("fma") && HAS("bmi2")},
+  const bool avx512 = HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") &&
+                      HAS("avx512vl") && HAS("fma") && HAS("bmi2");
+#endif
+  static const Variant all[] = {
+#if FUSEDRNN_HAVE_avx512bf16
+      {&kernels_avx512bf16, avx512 && HAS("avx512bf16")},
+#endif
+#if FUSEDRNN_HAVE_avx512
+      {&kernels_avx512, avx512},
 #endif
 #if FUSEDRNN_HAVE_avx2
       {&kernels_avx2, HAS("avx2") && HAS("fma") && HAS("bmi2")},
@@ -67,6 +76,15 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const Kernels& kernels(DType dtype) {
+#if FUSEDRNN_HAVE_avx512bf16
+  if (&kernels() == &kernels_avx512bf16 && dtype != DType::kBFloat16) return kernels_avx512;
+#else
+  (void)dtype;
+#endif
+  return kernels();
 }
 
 }  // namespace fusedrnn

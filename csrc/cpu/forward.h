@@ -13,22 +13,27 @@ namespace {
 template <class S>
 struct ForwardBuffers {
   using C = Compute<S>;
-  int64_t ld_input, ld_gates, ld_h, ld_hidden;
-  C *input, *gates, *h[2], *c, *hidden;  // h of the last step and of this one take turns
-  C* dropped;                            // h of the last step through recurrent dropout
+  using X = Operand<S>;
+  int64_t ld_input, ld_gates, ld_h, ld_hidden, ld_operand, ld_projected;
+  C *gates, *h[2], *c, *hidden;  // h of the last step and of this one take turns
+  X* input;
+  X *operand, *projected;  // h of the last step through recurrent dropout, and `hidden`, as factors
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& s)
-      : ld_input(max(p.product_input(0), p.num_directions * p.out_size()) + kRowPad),
+      : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) + kRowPad),
         ld_gates(traits(p.cell).slots * Panels<C>::padded(p.hidden_size) + kRowPad),
         ld_h(p.out_size() + kRowPad),
-        ld_hidden(p.hidden_size + kRowPad) {
+        ld_hidden(p.hidden_size + kRowPad),
+        ld_operand(operands<X>(p.out_size()) + kRowPad),
+        ld_projected(operands<X>(p.hidden_size) + kRowPad) {
     const int64_t tokens = max(rows, kChunkTokens);
-    input = s.take<C>(tokens * ld_input);
+    input = s.take<X>(tokens * ld_input);
     gates = s.take<C>(tokens * ld_gates);
     for (C*& buffer : h) buffer = s.take<C>(rows * ld_h);
-    dropped = s.take<C>(rows * ld_h);
+    operand = s.take<X>(rows * ld_operand);
     c = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     hidden = s.take<C>(p.proj_size ? rows * ld_hidden : 0);
+    projected = s.take<X>(p.proj_size && kDepth<X> > 1 ? rows * ld_projected : 0);
   }
 };
 
@@ -60,7 +65,7 @@ FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks,
     const Vec<C> h_prev = Cell::kUsesHPrev || row.keep_h ? load(row.h_prev + j, n) : Vec<C>{};
     Vec<C> c = Cell::kHasCell ? load(row.c + j, n) : Vec<C>{};
     const Vec<C> c_prev = c;
-    Vec<C> h = Cell::template forward<VectorMath>(s, h_prev, c);
+    Vec<C> h = Cell::template forward<Math<S>>(s, h_prev, c);
     if (row.candidate) store(row.candidate + j, h, n);
     if (row.keep_h) h = zone_out<C>(row.keep_h.at(j, n), h_prev, h);
     if (Cell::kHasCell && row.keep_c) c = zone_out<C>(row.keep_c.at(j, n), c_prev, c);
@@ -119,6 +124,7 @@ S* output_of(const Forward& a, int64_t layer) {
 template <class Cell, class S>
 void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   using C = Compute<S>;
+  using X = Operand<S>;
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
@@ -133,7 +139,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
   const void* below = nullptr;
 
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
-    const PackedOffsets at = forward_offsets<C>(a, layer);
+    const PackedOffsets at = forward_offsets<X>(a, layer);
     const LayerInput<S> input(a, layer, below);
     S* const out = output_of<S>(a, layer);
     for (int64_t dir = 0; dir < D; dir++, packed += at.total) {
@@ -142,6 +148,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           a.reserve ? reinterpret_cast<S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens))
                     : nullptr;
       const KeptCells<C> cells(a, layer, dir);
+      const X* const panels = reinterpret_cast<const X*>(packed);
       const bool keeps_candidates = a.reserve && Reserve::keeps_candidates(p);
 
       read_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
@@ -155,9 +162,19 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           for (int64_t j = 0; j < P; j++) h[j] = 0;
           for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.c[r * H + j] = 0;
         }
+        X* const to = buf.operand + r * buf.ld_operand;
+        if (kDepth<X> > 1) to_operands(to, h, P);
         if (!a.h_mask) return;
         const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
-        for (int64_t j = 0; j < P; j++) buf.dropped[r * buf.ld_h + j] = h[j] * mask[j];
+        Element<X>* const elements = reinterpret_cast<Element<X>*>(to);
+        for (int64_t j = 0; j < P; j++) elements[j] = from_compute<Element<X>>(h[j] * mask[j]);
+      };
+      // Rows as factors: converted, or as they are.
+      auto factors = [](const C* same, const X* converted) -> const X* {
+        if constexpr (kDepth<X> == 1) {
+          if (same) return same;
+        }
+        return converted;
       };
       const int64_t columns = G::gate_columns(H);
       auto at_value = [&](int64_t token) {
@@ -182,7 +199,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           G::each(H, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
-                 packed + at.w_ih + block * Cell::kGates * G::kWidth * input.width,
+                 panels + at.w_ih + block * Cell::kGates * G::kWidth * operands<X>(input.width),
                  buf.gates + column, buf.ld_gates, {packed + at.bias + column, 0});
             for (int k = Cell::kGates; k < Cell::kSlots;
                  k++)  // slots that the input does not reach
@@ -211,17 +228,20 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             row.keep_c = Keep<C>(a.zoneout_c, index, H);
             prepare(t, r);
           }
-          const C* operand = a.h_mask ? buf.dropped : buf.h[0];
+          const X* operand = factors(a.h_mask ? nullptr : buf.h[0], buf.operand);
           G::each(H, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
-            gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_h,
-                 packed + at.w_hh + block * Cell::kGates * G::kWidth * P, to, buf.ld_gates,
-                 {to, buf.ld_gates});
+            gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
+                 panels + at.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), to,
+                 buf.ld_gates, {to, buf.ld_gates});
             for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
           });
           if (p.proj_size) {
-            gemm(n, P, H, buf.hidden, buf.ld_hidden, packed + at.w_hr, buf.h[1], buf.ld_h, {});
+            for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
+              to_operands(buf.projected + r * buf.ld_projected, buf.hidden + r * buf.ld_hidden, H);
+            gemm(n, P, H, factors(buf.hidden, buf.projected), buf.ld_projected, panels + at.w_hr,
+                 buf.h[1], buf.ld_h, {});
             for (int64_t r = 0; r < n; r++) {
               const int64_t token = seq.token(t, seq.order[first + r]);
               C* h = buf.h[1] + r * buf.ld_h;

@@ -17,6 +17,10 @@ namespace {
 // Calls f with a value of the problem's storage type, and with its cell.
 template <class F>
 FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
+#if defined(__AVX512BF16__)
+  (void)dtype;  // dispatch.cpp asks for nothing else
+  return f(BFloat16{});
+#else
   switch (dtype) {
     case DType::kFloat64:
       return f(double{});
@@ -27,6 +31,7 @@ FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
     default:
       return f(Float16{});
   }
+#endif
 }
 template <class F>
 FUSEDRNN_INLINE auto with_cell(Cell cell, F f) {
@@ -48,11 +53,11 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
 
 PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {
   return with_dtype(a.problem.dtype,
-                    [&](auto s) { return forward_offsets<Compute<decltype(s)>>(a, layer); });
+                    [&](auto s) { return forward_offsets<Operand<decltype(s)>>(a, layer); });
 }
 PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
-                    [&](auto s) { return backward_offsets<Compute<decltype(s)>>(p, layer); });
+                    [&](auto s) { return backward_offsets<Operand<decltype(s)>>(p, layer); });
 }
 void pack_forward_of(const Common& a, int64_t which, void* to, int64_t part, int64_t parts) {
   with_both(a.problem, [&](auto cell, auto s) {
@@ -111,7 +116,7 @@ void direct_end_of(const Forward& a, const DirectStep& step) {
 }
 int64_t weight_scratch_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
-                    [&](auto s) { return weight_scratch<Compute<decltype(s)>>(p, layer); });
+                    [&](auto s) { return weight_scratch<Operand<decltype(s)>>(p, layer); });
 }
 void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
   with_both(a.problem, [&](auto cell, auto s) {

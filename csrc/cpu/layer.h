@@ -38,24 +38,27 @@ struct Groups {
   }
 };
 
-template <class C>
+template <class X>
 PackedOffsets forward_offsets(const Common& a, int64_t layer) {
   const Problem& p = a.problem;
-  const int64_t columns = Panels<C>::padded(p.hidden_size), gates = traits(p.cell).gates * columns;
+  const int64_t columns = Panels<X>::padded(p.hidden_size), gates = traits(p.cell).gates * columns;
   PackedOffsets o{};
   o.w_ih = traits(p.cell).slots * columns;
-  o.w_hh = o.w_ih + (p.indexed(layer) ? a.one_hot.distinct * o.w_ih : p.layer_input(layer) * gates);
-  o.w_hr = o.w_hh + p.out_size() * gates;
-  o.total = o.w_hr + Panels<C>::size(p.hidden_size, p.proj_size);
+  o.w_hh = o.w_ih + (p.indexed(layer) ? a.one_hot.distinct * o.w_ih
+                                      : operands<X>(p.layer_input(layer)) * gates);
+  o.w_hr = o.w_hh + operands<X>(p.out_size()) * gates;
+  o.total = o.w_hr + Panels<X>::size(p.hidden_size, p.proj_size);
   return o;
 }
 
-template <class C>
+template <class X>
 PackedOffsets backward_offsets(const Problem& p, int64_t layer) {
   PackedOffsets o{};
-  o.w_ih = Panels<C>::size(p.gate_rows(), p.out_size());
-  o.w_hr = o.w_ih + Panels<C>::size(p.gate_rows(), p.product_input(layer));
-  o.total = o.w_hr + Panels<C>::size(p.proj_size, p.hidden_size);
+  // A run of an odd number of rows rounds up, and a cell has at most two.
+  const int64_t rows = p.gate_rows() + kDepth<X> - 1;
+  o.w_ih = Panels<X>::size(rows, p.out_size());
+  o.w_hr = o.w_ih + Panels<X>::size(rows, p.product_input(layer));
+  o.total = o.w_hr + Panels<X>::size(p.proj_size, p.hidden_size);
   return o;
 }
 
@@ -68,15 +71,15 @@ FUSEDRNN_INLINE void share(int64_t N, int64_t part, int64_t parts, int64_t* begi
 }
 
 // Packs w [gates * H, K] transposed, group by group, for the kGates slots from `first_slot` on.
-template <class Cell, class C, class S, class R>
-void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int first_slot, int64_t part,
+template <class Cell, class X, class S, class R>
+void pack_groups(X* dst, const S* w, int64_t H, int64_t K, R runs, int first_slot, int64_t part,
                  int64_t parts) {
-  using G = Groups<Cell, C>;
+  using G = Groups<Cell, X>;
   int64_t group = 0;
   G::each(H, [&](int64_t block, int64_t blocks) {
     if (group++ % parts != part) return;
     pack_vectors(
-        dst + block * Cell::kGates * G::kWidth * K, w, K, K, blocks * Cell::kGates,
+        dst + block * Cell::kGates * G::kWidth * operands<X>(K), w, K, K, blocks * Cell::kGates,
         [&](int64_t v) {
           const int gate = gate_of(runs, first_slot + int(v % Cell::kGates));
           return gate * H + (block + v / Cell::kGates) * G::kWidth;
@@ -85,11 +88,11 @@ void pack_groups(C* dst, const S* w, int64_t H, int64_t K, R runs, int first_slo
   });
 }
 // B[k, n] = w[row0 + k, n]
-template <class C, class S>
-void pack_plain(C* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part,
+template <class X, class S>
+void pack_plain(X* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part,
                 int64_t parts) {
   int64_t begin, end;
-  share<C>(N, part, parts, &begin, &end);
+  share<X>(N, part, parts, &begin, &end);
   pack_panels(dst, w + row0 * N, K, N, begin, end);
 }
 
@@ -124,11 +127,13 @@ void pack_values(Compute<S>* dst, const OneHot& x, const Weights& w, int64_t H, 
 template <class Cell, class S>
 void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   using C = Compute<S>;
+  using X = Operand<S>;
   const Problem& p = a.problem;
   const Weights& w = a.weights[which];
   const int64_t layer = which / p.num_directions;
-  const PackedOffsets o = forward_offsets<C>(a, layer);
+  const PackedOffsets o = forward_offsets<X>(a, layer);
   C* to = static_cast<C*>(packed);
+  X* panels = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
   if (part == 0) {
     using G = Groups<Cell, C>;
@@ -146,35 +151,35 @@ void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, in
   if (p.indexed(layer))
     pack_values<Cell, S>(to + o.w_ih, a.one_hot, w, H, p.input_size, part, parts);
   else
-    pack_groups<Cell>(to + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
+    pack_groups<Cell>(panels + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
                       Cell::x_runs(), 0, part, parts);
-  pack_groups<Cell>(to + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(),
+  pack_groups<Cell>(panels + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(),
                     Cell::kSlots - Cell::kGates, part, parts);
   if (p.proj_size && part == parts - 1)
     pack_vectors(
-        to + o.w_hr, static_cast<const S*>(w.w_hr), H, H,
-        (P + Panels<C>::kWidth - 1) / Panels<C>::kWidth,
-        [](int64_t v) { return v * Panels<C>::kWidth; },
-        [&](int64_t v) { return min(Panels<C>::kWidth, P - v * Panels<C>::kWidth); });
+        panels + o.w_hr, static_cast<const S*>(w.w_hr), H, H,
+        (P + Panels<X>::kWidth - 1) / Panels<X>::kWidth,
+        [](int64_t v) { return v * Panels<X>::kWidth; },
+        [&](int64_t v) { return min(Panels<X>::kWidth, P - v * Panels<X>::kWidth); });
 }
 
 template <class Cell, class S>
 void pack_backward(const Problem& p, const Weights& w, int64_t layer, void* packed, int64_t part,
                    int64_t parts) {
-  using C = Compute<S>;
-  const PackedOffsets o = backward_offsets<C>(p, layer);
-  C* to = static_cast<C*>(packed);
+  using X = Operand<S>;
+  const PackedOffsets o = backward_offsets<X>(p, layer);
+  X* to = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
-  C* w_hh = to + o.w_hh;
+  X* w_hh = to + o.w_hh;
   for (const Run& run : Cell::h_runs().run) {
     pack_plain(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, P, run.count * H, part, parts);
-    w_hh += Panels<C>::size(run.count * H, P);
+    w_hh += Panels<X>::size(run.count * H, P);
   }
   const int64_t in = p.product_input(layer);
-  C* w_ih = to + o.w_ih;
+  X* w_ih = to + o.w_ih;
   for (const Run& run : Cell::x_runs().run) {
     pack_plain(w_ih, static_cast<const S*>(w.w_ih), run.gate * H, in, run.count * H, part, parts);
-    w_ih += Panels<C>::size(run.count * H, in);
+    w_ih += Panels<X>::size(run.count * H, in);
   }
   if (p.proj_size) pack_plain(to + o.w_hr, static_cast<const S*>(w.w_hr), 0, H, P, part, parts);
 }
@@ -202,14 +207,16 @@ struct LayerInput {
   FUSEDRNN_INLINE const S* at(int64_t t, int64_t b) const {
     return offset ? base + offset[t] + b * row : base + seq.token(t, b) * row;
   }
-  FUSEDRNN_INLINE void read(C* to, int64_t t, int64_t b) const {
-    convert_row(to, at(t, b), width);
-    if (mask) drop(to, t, b);
+  FUSEDRNN_INLINE void read(Operand<S>* to, int64_t t, int64_t b) const {
+    to_operands(to, at(t, b), width);
+    if (mask) drop(reinterpret_cast<Element<Operand<S>>*>(to), t, b);
   }
   // Multiplies a row by its mask: the input on the way up, its gradient on the way down.
-  void drop(C* values, int64_t t, int64_t b) const {
+  template <class E>
+  void drop(E* values, int64_t t, int64_t b) const {
     const uint8_t* m = mask + seq.token(t, b) * width;
-    for (int64_t j = 0; j < width; j++) values[j] *= m[j] * scale;
+    for (int64_t j = 0; j < width; j++)
+      values[j] = from_compute<E>(to_compute(values[j]) * (m[j] * scale));
   }
 };
 

@@ -43,6 +43,41 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
+// The type in which a product takes its factors: the compute type, or two neighbours along the sum
+// where the processor multiplies pairs of bfloat16 and adds them to a float32.
+struct Pair {
+  BFloat16 first, second;
+};
+template <class S>
+struct OperandOf {
+  using type = Compute<S>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+template <class S>
+using Operand = typename OperandOf<S>::type;
+template <class X>
+struct ElementOf {
+  using type = X;
+};
+template <>
+struct ElementOf<Pair> {
+  using type = BFloat16;
+};
+template <class X>
+using Element = typename ElementOf<X>::type;
+template <class X>
+constexpr int kDepth = sizeof(X) / sizeof(Element<X>);  // values in one operand
+// Operands that n values take; behind an odd value stands a zero.
+template <class X>
+constexpr int64_t operands(int64_t n) {
+  return (n + kDepth<X> - 1) / kDepth<X>;
+}
+
 template <class C>
 struct Lanes;
 template <>
@@ -58,6 +93,11 @@ struct Lanes<double> {
   static constexpr int kWidth = kVectorBytes / 8;
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Lanes<Pair> {
+  static constexpr int kWidth = kVectorBytes / 4;
+  typedef uint32_t Vec __attribute__((vector_size(kVectorBytes)));
 };
 template <class C>
 using Vec = typename Lanes<C>::Vec;
@@ -125,12 +165,17 @@ FUSEDRNN_INLINE Vec<float> load(const BFloat16* p) {
   return bit_cast<Vec<float>>(__builtin_convertvector(h, Lanes<float>::UInt) << 16);
 }
 FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(bit_cast<__m512>(v));  // subnormals become 0
+  std::memcpy(p, &h, sizeof h);
+#else
   using UInt = Lanes<float>::UInt;
   const UInt u = bit_cast<UInt>(v);
   UInt r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   r = v != v ? (u >> 16 | 0x40u) : r;
   const Lanes<float>::Half h = __builtin_convertvector(r, Lanes<float>::Half);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 FUSEDRNN_INLINE Vec<float> load(const Float16* p) {
@@ -185,6 +230,10 @@ template <class C>
 FUSEDRNN_INLINE Vec<C> broadcast(C x) {
   return x - Vec<C>{};  // not x + 0: -0 must stay -0
 }
+template <>
+FUSEDRNN_INLINE Vec<Pair> broadcast<Pair>(Pair x) {
+  return bit_cast<uint32_t>(x) + Vec<Pair>{};
+}
 
 // Rows of n values, converted; the compute type's own rows are copied.
 template <class To, class From>
@@ -193,6 +242,63 @@ FUSEDRNN_INLINE void convert_row(To* to, const From* from, int64_t n) {
   int64_t j = 0;
   for (; j + w <= n; j += w) store(to + j, load(from + j));
   if (j < n) store(to + j, load(from + j, n - j), n - j);
+}
+
+// ---- operands ----
+
+// Lane j of the operands of a row, or of the two rows next to each other in the sum.
+template <class X>
+FUSEDRNN_INLINE Vec<X> operand(Vec<Compute<X>> first, Vec<Compute<X>> second) {
+#if defined(__AVX512BF16__)
+  if constexpr (kDepth<X> == 2) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+    const Halves h =
+        bit_cast<Halves>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
+    return bit_cast<Vec<X>>(__builtin_shufflevector(h, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                                    6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12,
+                                                    28, 13, 29, 14, 30, 15, 31));
+  } else
+#endif
+  {
+    (void)second;
+    return first;
+  }
+}
+
+// The operands of n values that lie together, as many as a vector holds.
+template <class X, class S>
+FUSEDRNN_INLINE Vec<X> load_operands(const S* p, int64_t n) {
+  if constexpr (kDepth<X> == 1) {
+    return load(p, n);
+  } else {
+    constexpr int64_t most = Lanes<X>::kWidth * kDepth<X>;
+    Vec<X> v{};
+    if (n >= most) {
+      std::memcpy(&v, p, sizeof v);
+    } else {
+      std::memcpy(&v, p, n * sizeof(S));
+    }
+    return v;
+  }
+}
+
+// Rounds a row of n values to operands.
+template <class X, class From>
+FUSEDRNN_INLINE void to_operands(X* to, const From* from, int64_t n) {
+  Element<X>* elements = reinterpret_cast<Element<X>*>(to);
+  convert_row(elements, from, n);
+  if (n % kDepth<X>) elements[n] = Element<X>{};
+}
+
+template <class X>
+FUSEDRNN_INLINE Vec<Compute<X>> multiply_add(Vec<X> a, Vec<X> b, Vec<Compute<X>> sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kDepth<X> == 2)
+    return bit_cast<Vec<float>>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  else
+#endif
+    return sum + a * b;
 }
 
 }  // namespace

@@ -153,4 +153,48 @@ struct VectorMath {
   }
 };
 
+// The same within some ulp of float32 and at half the cost, for what is stored in 16 bits: no sums
+// keep their rounding error, and no quotient is corrected. Near 0 tanh keeps its relative accuracy.
+struct ShortMath {
+  template <class V>
+  static FUSEDRNN_INLINE V clamp(V x, float most) {
+    x = x > most ? broadcast<float>(most) : x;
+    return x < -most ? broadcast<float>(-most) : x;
+  }
+  template <class V>
+  static FUSEDRNN_INLINE V inverse(V x) {
+    const V y = reciprocal<float>(x);
+    return y + y * (1 - x * y);
+  }
+
+  template <class V>
+  static FUSEDRNN_INLINE V sigmoid(V x) {
+    const Reduced<float> e = reduce<float>(clamp(-x, 87));
+    const V two_n = power_of_two<float>(e.n);
+    return inverse(1 + two_n + e.expm1_r * two_n);
+  }
+
+  template <class V>
+  static FUSEDRNN_INLINE V tanh(V x) {
+    const Reduced<float> e = reduce<float>(2 * clamp(x, 20));
+    const V two_n = power_of_two<float>(e.n), m = two_n - 1 + e.expm1_r * two_n;
+    return m * inverse(m + 2);
+  }
+};
+
+template <class S>
+struct MathOf {
+  using type = ShortMath;
+};
+template <>
+struct MathOf<float> {
+  using type = VectorMath;
+};
+template <>
+struct MathOf<double> {
+  using type = VectorMath;
+};
+template <class S>
+using Math = typename MathOf<S>::type;
+
 }  // namespace

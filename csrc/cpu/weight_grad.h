@@ -16,6 +16,8 @@ constexpr int64_t kColumnBlock = 512;  // columns packed at a time
 constexpr int64_t kBiasTile = 64;      // slot columns of one bias task
 constexpr int64_t kBiasBlock = 16;     // tokens added before they join the sum, for the same sake
 
+constexpr int64_t kMostRows = 32 * kRows;  // of one task
+
 enum Matrix { kIH, kHH, kBias, kHR, kMatrices };
 // Places in Weights and in Backward::dweights.
 enum { kPlaceIH, kPlaceHH, kPlaceBiasIH, kPlaceBiasHH, kPlaceHR, kPlaces };
@@ -35,7 +37,7 @@ FUSEDRNN_INLINE int64_t matrix_rows(const Problem& p, int matrix) {
 FUSEDRNN_INLINE int64_t tile_rows(const Problem& p, int matrix, int64_t threads) {
   if (matrix == kBias) return kBiasTile;
   const int64_t want = matrix_rows(p, matrix) / (2 * threads);
-  return max(8, min(32, want / kRows)) * kRows;
+  return min(kMostRows, max(8, want / kRows) * kRows);
 }
 FUSEDRNN_INLINE int64_t tiles(const Problem& p, int matrix, int64_t threads) {
   const int64_t rows = tile_rows(p, matrix, threads);
@@ -48,38 +50,50 @@ inline int64_t weight_tasks(const Problem& p, int64_t, int64_t threads) {
   return n * p.num_directions;
 }
 
-template <class C>
+template <class X>
 int64_t weight_scratch(const Problem& p, int64_t layer) {
   const int64_t widest = max(max(p.layer_input(layer), p.out_size()), p.hidden_size);
-  return (kTokenBlock * (Panels<C>::padded(min(widest, kColumnBlock)) + 32 * kRows)) * sizeof(C) +
-         128;
+  const int64_t columns = Panels<X>::padded(min(widest, kColumnBlock));
+  return operands<X>(kTokenBlock) * (columns + kMostRows) * sizeof(X) + 128;
 }
 
-// dst [M, N] rows of ldd = sum over tokens of a[token, m] * row(token)[n]; row(k, tmp) returns the
-// k-th valid token's row of N values, or null for zeros.
-template <class C, class Row>
+// dst [M, N] = sum over tokens of a[token, m] * row(token)[n]; row(k) gives a function (n, lanes)
+// that loads from the k-th valid token's row of N values.
+template <class X, class C, class Row>
 void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_t lda, Row row,
                    C* dst, Scratch scratch) {
-  using P = Panels<C>;
-  C* const b_panels = scratch.take<C>(kTokenBlock * P::padded(min(N, kColumnBlock)));
-  C* const a_rows = scratch.take<C>(kTokenBlock * M);
+  using P = Panels<X>;
+  constexpr int w = P::kWidth;
+  X* const b_panels = scratch.take<X>(operands<X>(kTokenBlock) * P::padded(min(N, kColumnBlock)));
+  X* const a_rows = scratch.take<X>(operands<X>(kTokenBlock) * M);
+  auto row_of_a = [&](int64_t k) {
+    return a + seq.token(seq.valid_step[k], seq.valid_row[k]) * lda;
+  };
   for (int64_t n0 = 0; n0 < N; n0 += kColumnBlock) {
     const int64_t cols = min(kColumnBlock, N - n0);
     for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
-      const int64_t K = min(kTokenBlock, seq.valid - k0);
+      const int64_t tokens = min(kTokenBlock, seq.valid - k0), K = operands<X>(tokens);
       for (int64_t k = 0; k < K; k++) {
-        row(k0 + k, n0, cols, [&](int64_t n, Vec<C> v) __attribute__((always_inline)) {
-          const int64_t panel = n / P::kColumns,
-                        width = min(P::kColumns, P::padded(cols - panel * P::kColumns));
-          store(b_panels + panel * P::kColumns * K + k * width + (n - panel * P::kColumns), v);
-        });
-        const C* from = a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
+        // The tokens of one operand; without a second one zeros are in its place.
+        const int64_t first = k0 + k * kDepth<X>, second = min(first + 1, k0 + tokens - 1);
+        const auto row1 = row(first), row2 = row(second);
+        const bool pair = second > first;
+        for (int64_t n = 0; n < cols; n += w) {
+          const int64_t panel = n / P::kColumns * P::kColumns,
+                        width = min(P::kColumns, P::padded(cols - panel)), lanes = cols - n;
+          store(b_panels + panel * K + k * width + n - panel,
+                operand<X>(row1(n0 + n, lanes), pair ? row2(n0 + n, lanes) : Vec<C>{}));
+        }
+        X of_a[kMostRows + w];
+        const C *a1 = row_of_a(first), *a2 = row_of_a(second);
+        for (int64_t m = 0; m < M; m += w)
+          store(of_a + m, operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}));
         each_block(M, [&](int64_t m, int64_t rows) {
-          C* to = a_rows + m * K + k * rows;
+          X* to = a_rows + m * K + k * rows;
           if (rows == kRows) {  // a size the compiler knows
-            std::memcpy(to, from + m, kRows * sizeof(C));
+            std::memcpy(to, of_a + m, kRows * sizeof(X));
           } else {
-            for (int64_t r = 0; r < rows; r++) to[r] = from[m + r];
+            for (int64_t r = 0; r < rows; r++) to[r] = of_a[m + r];
           }
         });
       }
@@ -87,7 +101,7 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
         const int64_t width = min(P::kColumns, cols - n);
         each_block(M, [&](int64_t m, int64_t rows) {
           C* to = dst + m * N + n0 + n;
-          multiply_for<C>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, to, N, width,
+          multiply_for<X>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, to, N, width,
                                        {k0 > 0 ? to : nullptr, N});
         });
       }
@@ -151,6 +165,7 @@ void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, con
 template <class Cell, class S>
 void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch_space) {
   using C = Compute<S>;
+  using X = Operand<S>;
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, layer = a.layer;
@@ -172,19 +187,19 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
     return;
   }
 
-  auto vectors = [](const auto* from, int64_t n0, int64_t cols, auto put) {
-    for (int64_t n = 0; n < cols; n += Lanes<C>::kWidth)
-      put(n, from ? load(from + n0 + n, cols - n) : Vec<C>{});
+  auto zeros_if_null = [](const auto* from, int64_t n, int64_t lanes) {
+    return from ? load(from + n, lanes) : Vec<C>{};
   };
   if (matrix == kHR) {
     C* dst = static_cast<C*>(dweights[kPlaceHR]);
     if (!dst) return;
     const C* hidden = static_cast<const C*>(a.hidden) + dir * seq.tokens * H;
     const C* dproj = static_cast<const C*>(a.dproj) + dir * seq.tokens * P;
-    auto row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
-      vectors(hidden + seq.token(seq.valid_step[k], seq.valid_row[k]) * H, n0, cols, put);
+    auto row = [&](int64_t k) {
+      const C* from = hidden + seq.token(seq.valid_step[k], seq.valid_row[k]) * H;
+      return [from](int64_t n, int64_t lanes) { return load(from + n, lanes); };
     };
-    outer_product(seq, rows, H, dproj + begin, P, row, dst + begin * H, scratch);
+    outer_product<X>(seq, rows, H, dproj + begin, P, row, dst + begin * H, scratch);
     return;
   }
 
@@ -194,17 +209,17 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
     return l == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, l);
   };
   const LayerInput<S> input(a, layer, layer ? output_of(layer - 1) : nullptr);
-  auto input_row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
+  auto input_row = [&](int64_t k) {
     const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
     const S* from = input.at(t, b);
-    if (!input.mask) return vectors(from, n0, cols, put);
-    const uint8_t* keep = input.mask + seq.token(t, b) * input.width + n0;
-    vectors(from, n0, cols, [&](int64_t n, Vec<C> v) {
-      for (int i = 0; i < Lanes<C>::kWidth && n + i < cols; i++) v[i] *= keep[n + i] * input.scale;
-      put(n, v);
-    });
+    const uint8_t* keep = input.mask ? input.mask + seq.token(t, b) * input.width : nullptr;
+    return [from, keep, scale = input.scale](int64_t n, int64_t lanes) {
+      Vec<C> v = load(from + n, lanes);
+      for (int i = 0; keep && i < Lanes<C>::kWidth && i < lanes; i++) v[i] *= keep[n + i] * scale;
+      return v;
+    };
   };
-  auto state_row = [&](int64_t k, int64_t n0, int64_t cols, auto put) {
+  auto state_row = [&](int64_t k) {
     const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
     int64_t before;
     const S* from = nullptr;
@@ -215,9 +230,11 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
     } else if (start == Sequence::Start::kInitial && a.hx) {
       from = static_cast<const S*>(a.hx) + state;
     }
-    if (!a.h_mask) return vectors(from, n0, cols, put);
-    const C* keep = static_cast<const C*>(a.h_mask) + state + n0;
-    vectors(from, n0, cols, [&](int64_t n, Vec<C> v) { put(n, v * load(keep + n, cols - n)); });
+    const C* keep = a.h_mask ? static_cast<const C*>(a.h_mask) + state : nullptr;
+    return [zeros_if_null, from, keep](int64_t n, int64_t lanes) {
+      const Vec<C> v = zeros_if_null(from, n, lanes);
+      return keep ? v * load(keep + n, lanes) : v;
+    };
   };
 
   // Rows [begin, begin + rows) of the weight, run by run.
@@ -230,7 +247,7 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   };
   auto with_rows = [&](auto row) {
     return [&, row](int64_t M, int64_t N, const C* from, C* to) {
-      outer_product(seq, M, N, from, p.slot_columns(), row, to, scratch);
+      outer_product<X>(seq, M, N, from, p.slot_columns(), row, to, scratch);
     };
   };
   if (matrix == kHH) {

@@ -187,7 +187,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   Forward a{};
   CpuCall call(in, config, a);
   const Problem& p = a.problem;
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(p.dtype);
   const int64_t D = p.num_directions;
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
   if (call.padded_rows) torch::stable::zero_(y), torch::stable::zero_(hs), torch::stable::zero_(cs);
@@ -237,7 +237,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   CpuCall call(in, config, a);
   call.list_tokens(a.seq);
   const Problem& p = a.problem;
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(p.dtype);
   const int64_t D = p.num_directions, tokens = a.seq.tokens, B = a.seq.batch;
   GradientTensors g(call, given, kept, needs);
   auto empty = [&](const std::vector<int64_t>& sizes) { return call.empty(sizes, call.compute()); };
