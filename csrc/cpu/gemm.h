@@ -204,10 +204,12 @@ FUSEDRNN_INLINE Multiply<X> multiply_for(int64_t rows, int64_t columns) {
 // Cuts M rows into blocks of at most kRows and nearly equal height: f(first, rows) for each.
 template <class F>
 FUSEDRNN_INLINE void each_block(int64_t M, F f) {
-  for (int64_t m = 0, blocks = (M + kRows - 1) / kRows; m < M; blocks--) {
-    const int64_t rows = (M - m + blocks - 1) / blocks;
-    f(m, rows);
-    m += rows;
+  if (M == 0) return;
+  const int64_t blocks = (M + kRows - 1) / kRows, rows = M / blocks, higher = M % blocks;
+  for (int64_t m = 0, i = 0; i < blocks; i++) {
+    const int64_t height = rows + (i < higher);
+    f(m, height);
+    m += height;
   }
 }
 
