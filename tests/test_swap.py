@@ -300,8 +300,10 @@ def test_explain_says_what_is_slow():
     large = fusedrnn.LSTM(256, 256)
     assert "among 2 of 2 threads" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
     assert "idle" not in fusedrnn.explain(layer, torch.zeros(5, 2, 3))
-    half = torch.zeros(5, 2, 3, dtype=torch.bfloat16)
-    assert "computed in float32" in fusedrnn.explain(layer.bfloat16(), half)
+    half = torch.zeros(5, 2, 3, dtype=torch.float16)
+    assert "computed in float32" in fusedrnn.explain(layer.half(), half)
+    pairs = "products of pairs" in fusedrnn.explain(layer.bfloat16(), half.bfloat16())
+    assert pairs == (_C.cpu_variant() == "avx512bf16")
 
 
 def test_explain_says_why_not_ours():

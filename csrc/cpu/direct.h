@@ -134,7 +134,7 @@ void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t
         C* const c_row = Cell::kHasCell ? static_cast<C*>(step.c) + r * H + j : nullptr;
         Vec<C> c = Cell::kHasCell ? load(c_row, n) : Vec<C>{};
         const Vec<C> h_prev = Cell::kUsesHPrev ? load(before + i * H + j, n) : Vec<C>{};
-        const Vec<C> h = Cell::template forward<VectorMath>(s, h_prev, c);
+        const Vec<C> h = Cell::template forward<Math<S>>(s, h_prev, c);
         store(static_cast<C*>(step.h) + r * H + j, h, n);
         store(output_of<S>(a, layer) + (token * D + dir) * H + j, h, n);
         if (Cell::kHasCell) store(c_row, c, n);

@@ -207,9 +207,10 @@ struct LayerInput {
   FUSEDRNN_INLINE const S* at(int64_t t, int64_t b) const {
     return offset ? base + offset[t] + b * row : base + seq.token(t, b) * row;
   }
-  FUSEDRNN_INLINE void read(Operand<S>* to, int64_t t, int64_t b) const {
+  template <class X>
+  FUSEDRNN_INLINE void read(X* to, int64_t t, int64_t b) const {
     to_operands(to, at(t, b), width);
-    if (mask) drop(reinterpret_cast<Element<Operand<S>>*>(to), t, b);
+    if (mask) drop(reinterpret_cast<Element<X>*>(to), t, b);
   }
   // Multiplies a row by its mask: the input on the way up, its gradient on the way down.
   template <class E>

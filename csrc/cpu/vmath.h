@@ -153,7 +153,7 @@ struct VectorMath {
   }
 };
 
-// The same within some ulp of float32 and at half the cost, for what is stored in 16 bits: no sums
+// The same within 3 ulp of float32 and at half the cost, for what is stored in 16 bits: no sums
 // keep their rounding error, and no quotient is corrected. Near 0 tanh keeps its relative accuracy.
 struct ShortMath {
   template <class V>

@@ -87,6 +87,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
     if not direct and tasks < threads:
         lines.append(f"{threads - tasks} threads idle: the batch has too few rows to divide")
-    if data.dtype in (torch.bfloat16, torch.float16):
+    if data.dtype == torch.bfloat16 and _C.cpu_variant() == "avx512bf16" and not direct:
+        lines.append(f"products of pairs of {data.dtype}, all else in float32")
+    elif data.dtype in (torch.bfloat16, torch.float16):
         lines.append(f"{data.dtype} is computed in float32: half the memory, not twice the speed")
     return "\n  ".join([head, *lines])
