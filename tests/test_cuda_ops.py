@@ -149,7 +149,7 @@ def test_dropout_between_layers(backend, cell, kind):
     leaves = [None if t is None else t.requires_grad_() for t in (x, hx, cx, *module.parameters())]
     rest = (
         packed.batch_sizes if kind == "packed" else None, lengths if kind == "lengths" else None,
-        mask, 0.5, *config,
+        mask, *[None] * 4, 0.5, *config,
     )  # fmt: skip
     exact_leaves = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
     results = []
