@@ -192,12 +192,12 @@ def plain_results(call, grads_out):
 
 
 def fused_results(call, grads_out):
-    y, hn, cn, reserve = load().forward(*call.values())
+    y, hn, cn, *kept = load().forward(*call.values())  # kept: reserve, hs, cs
     leaves = [call["x"], call["hx"], call["cx"], *call["weights"]]
     needs = [t is not None and t.is_floating_point() for t in leaves]
     rest = [v for name, v in call.items() if name != "save"]
     given = [*grads_out, None][:3]
-    dx, dhx, dcx, dw = load().backward(*given, y, reserve, needs, *rest)
+    dx, dhx, dcx, dw = load().backward(*given, None, None, y, *kept, needs, *rest)
     grads = [g for g, need in zip([dx, dhx, dcx, *dw], needs, strict=True) if need]
     return [*(t for t in (y, hn, cn) if t.numel()), *grads]
 
@@ -266,13 +266,13 @@ def test_nothing_to_do(cell, steps, batch):
     call = test_ops.arguments(cell) | {"x": torch.randn(steps, batch, 2, dtype=torch.float64)}
     call["hx"] = call["hx"][:, :batch]
     call["cx"] = None if call["cx"] is None else call["cx"][:, :batch]
-    y, hn, _, reserve = load().forward(*call.values())
+    y, hn, _, *kept = load().forward(*call.values())
     assert y.shape[:2] == (steps, batch)
     assert torch.equal(hn, call["hx"])
     del call["save"]
     needs = [True, True, call["cx"] is not None] + [True] * len(call["weights"])
     dhn = torch.randn_like(hn)
-    dx, dhx, _, dw = load().backward(None, dhn, None, y, reserve, needs, *call.values())
+    dx, dhx, _, dw = load().backward(None, dhn, *[None] * 3, y, *kept, needs, *call.values())
     assert dx.shape == call["x"].shape
     assert torch.equal(dhx, dhn)
     for grad, weight in zip(dw, call["weights"], strict=True):
