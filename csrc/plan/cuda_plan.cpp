@@ -10,11 +10,11 @@ namespace {
 // are some, rough counts elsewhere: they order the candidates, and are to be replaced by
 // measurements.
 constexpr double kCyclesPerMicrosecond = 1700;
-constexpr double kClusterBarrier = 1100;  // 0.65 us
-constexpr double kGridBarrier = 1900;     // 1.1 us
-constexpr double kCell = 350;             // sums, cell, block barriers
-constexpr double kSharedBytes = 128;      // a cycle, of a block's own shared memory
-constexpr double kExchangeBytes = 32;     // a cycle, to and from other blocks
+constexpr double kClusterExchange = 1100;  // 0.65 us, a barrier's: counted stores may take less
+constexpr double kGridExchange = 1900;     // 1.1 us, a barrier's
+constexpr double kCell = 350;              // sums, cell, block barriers
+constexpr double kSharedBytes = 128;       // a cycle, of a block's own shared memory
+constexpr double kExchangeBytes = 32;      // a cycle, to and from other blocks
 constexpr double kLaunch = 5 * kCyclesPerMicrosecond;
 constexpr double kStepwiseStep = 10 * kCyclesPerMicrosecond;  // two launches and a product
 
@@ -87,8 +87,11 @@ struct Candidate {
     const auto make = r.backward ? backward_shape : forward_shape;
     if (units * round_up(rows, tile.columns) > kPersistentThreads) return false;
     plan.shape = make(p.cell, plan.engine, cluster(), int(p.hidden_size), units, rows, chained);
-    const PersistentShape& s = plan.shape;
+    PersistentShape& s = plan.shape;
     if (s.shared_bytes > device.shared_bytes) return false;
+    // Two blocks on a processor would each take twice as long, and their clusters wait for them:
+    // half of what one may ask for, and what the system adds, keeps them apart.
+    if (cluster()) s.shared_bytes = std::max(s.shared_bytes, round_up(device.shared_bytes / 2, 16));
     if (cluster() && s.team > kLargestCluster) return false;
     const int teams = cluster() ? device.clusters[s.team] : device.processors / s.team;
     const int64_t slices = (r.batch + s.rows - 1) / s.rows;
@@ -113,13 +116,14 @@ struct Candidate {
     const double moved = r.backward ? 2.0 * s.team * s.units * s.rows * 4
                                     : double(s.team) * s.units * s.rows * tile.operand_bytes;
     double step = product + sums + kCell + moved / kExchangeBytes;
-    double window = 0;  // between arrival and wait
+    double window = 0;  // while the exchange is on its way
     if (plan.layers > 1 && !r.backward) window = product + sums + kCell;
     if (plan.layers > 1 && r.backward) step += product + sums + moved / kExchangeBytes;
-    step += std::max(cluster() ? kClusterBarrier : kGridBarrier, window);
+    step += std::max(cluster() ? kClusterExchange : kGridExchange, window);
     const double depth = (plan.layers - 1) * (r.backward ? 2.0 : 1.0);
-    const int runs =
-        cluster() && plan.layers == 1 ? divide_up(plan.slices * stages, teams) : plan.launches();
+    const int runs = cluster() && plan.layers == 1
+                         ? int((int64_t(plan.slices) * stages + teams - 1) / teams)
+                         : plan.launches();
     const int groups = divide_up(int(p.num_layers), plan.layers);
     const double weights = tiles * kTileBytes / kExchangeBytes;
     const double steps = double(r.steps) + depth;

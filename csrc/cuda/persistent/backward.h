@@ -8,9 +8,9 @@
 // row i / units and unit i % units: dh and dc stay in its registers.
 //
 // A step: fetch what forward saved | wait until the partial sums have come | add them in the order
-// of blocks, cell | block barrier | products | block barrier | send, arrive | gate gradients and
-// the input's gradient to global memory. A block writes an inbox again when its owner has arrived
-// twice since it was written: once more than it takes to have read it.
+// of blocks, cell | block barrier | products | block barrier | send | gate gradients and the
+// input's gradient to global memory. There are two inboxes in turn: a block writes the one of step
+// s + 1 when the sums of step s have come from all, who have read those of step s - 1 by then.
 #pragma once
 #include "cuda/persistent/product.h"
 #include "cuda/persistent/team.h"

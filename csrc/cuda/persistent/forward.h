@@ -6,11 +6,11 @@
 // one, as the team's blocks write it. Thread i owns row i / units and unit i % units: h and c stay
 // in its registers; the warps share the product as product.h says.
 //
-// A step: wait until h is complete | product | block barrier | sums, cell | block barrier | hand h
-// to the team, arrive | y and what backward needs to global memory, the next step's input product.
-// The last part lies between arrival and wait: it costs nothing where the exchange takes longer.
-// A block writes the buffer of step s + 1 when all have arrived for step s, so have left step s -
-// 1, whose buffer it was.
+// A step: wait until h is complete | product | block barrier | sums, cell | block barrier | send h
+// to the team | y and what backward needs to global memory, the next step's input or its product.
+// The last part runs while h is on its way: it costs nothing where the exchange takes longer. A
+// block writes the buffer of step s + 1 when h of step s has come from all, who have left step
+// s - 1 then, whose buffer it was.
 #pragma once
 #include "cuda/persistent/product.h"
 #include "cuda/persistent/team.h"

@@ -38,8 +38,6 @@ inline bool fits(const Persistent& p) {
          p.hidden_size <= p.shape.team * p.shape.units && p.steps < INT32_MAX;
 }
 
-constexpr size_t kMoreThanHalf = 116 << 10;
-
 template <class Cell>
 CellLayout layout_of() {
   static_assert(Cell::kSlots <= kMostSlots);
@@ -64,9 +62,6 @@ int launch_persistent(P p, void* stream, F select) {
   // Whoever waits for another team's flag must know that it runs.
   grid.cooperative = !p.cluster || (p.chained && p.stages > 1);
   grid.shared_bytes = size_t(p.shape.shared_bytes);
-  // Two blocks on a processor would each take twice as long, and their clusters wait for them: more
-  // than half of the 228 KiB of any GPU with clusters keeps them apart.
-  if (p.cluster && grid.shared_bytes < kMoreThanHalf) grid.shared_bytes = kMoreThanHalf;
   return with_engine(p, [&](auto engine) { return launch(select(engine), grid, stream, p); });
 }
 
