@@ -57,7 +57,7 @@ def test_every_shape_has_a_plan_that_fits(device, **shape):
     assert stages <= 16 and p["layers"] <= shape["layers"]
     if p["backend"] == "cluster":
         assert spec.capability >= 90 and p["team"] <= 16
-        # A processor has 1 KiB more than a block may ask for, and each block takes that much beside.
+        # A processor has 1 KiB more than a block may ask for; each block takes that much beside.
         assert 2 * (p["shared_bytes"] + 1024) > spec.shared_bytes + 1024, "two on a processor"
         if p["layers"] > 1:
             assert p["at_once"] * stages <= spec.clusters[p["team"] - 1]
