@@ -316,10 +316,13 @@ def test_layers_overlap(layers, cluster):
 @pytest.mark.parametrize("emulation", ["address", "thread"])
 @TEAMS
 @pytest.mark.parametrize("engine, dtype", KINDS, ids=lambda v: str(v).removeprefix("torch."))
-def test_no_overrun_and_no_race(engine, dtype, cluster, emulation):
+@pytest.mark.parametrize(
+    "mode", [m if m == "GRU" else pytest.param(m, marks=pytest.mark.slow) for m in CELLS]
+)
+def test_no_overrun_and_no_race(mode, engine, dtype, cluster, emulation):
     rows = 2 if engine == "ffma narrow" else 8
     check(
-        "GRU", engine, dtype, cluster, (3, 3, 10), 8, rows, stages=2, dropout=0.5,
+        mode, engine, dtype, cluster, (3, 3, 10), 8, rows, stages=2, dropout=0.5,
         lengths=[1, 3, 2], emulation=emulation, seed=5,
     )  # fmt: skip
 

@@ -59,6 +59,16 @@ constexpr int padded_row(int elements, int bytes) {
   return (round_up(elements * bytes, 128) + 16) / bytes;
 }
 
+// Hands out consecutive arrays of a block's shared memory.
+struct SharedMemory {
+  int used = 0;
+  int take(int bytes) {
+    const int begin = used;
+    used += round_up(bytes, 128);
+    return begin;
+  }
+};
+
 inline ProductShape product_shape(const EngineTile& tile, int rows, int depth, int units) {
   ProductShape s{};
   s.row_tiles = divide_up(rows, tile.rows), s.depth_tiles = divide_up(depth, tile.depth);
@@ -88,22 +98,17 @@ inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int
   s.input = s.recurrent;
   const int width = std::max(s.team * units, s.recurrent.depth_tiles * tile.depth);
   s.x_row = s.input_row = padded_row(width, tile.operand_bytes);
-  int at = 0;
-  auto take = [&](int bytes) {
-    const int begin = at;
-    at += round_up(bytes, 128);
-    return begin;
-  };
+  SharedMemory memory;
   const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
-  s.recurrent.weights = take(weights);
-  s.input.weights = chained ? take(weights) : 0;
-  s.x = take((cluster ? 2 : 1) * s.rows * s.x_row * tile.operand_bytes);
-  s.input_x = chained ? take(s.rows * s.x_row * tile.operand_bytes) : 0;
+  s.recurrent.weights = memory.take(weights);
+  s.input.weights = chained ? memory.take(weights) : 0;
+  s.x = memory.take((cluster ? 2 : 1) * s.rows * s.x_row * tile.operand_bytes);
+  s.input_x = chained ? memory.take(s.rows * s.x_row * tile.operand_bytes) : 0;
   s.recurrent.partial = s.input.partial =
-      take(s.recurrent.split * s.rows * s.recurrent.partial_row * 4);
-  s.staging = take(s.rows * units * tile.operand_bytes);
-  s.arrivals = take(cluster ? 16 : 0);
-  s.shared_bytes = at;
+      memory.take(s.recurrent.split * s.rows * s.recurrent.partial_row * 4);
+  s.staging = memory.take(s.rows * units * tile.operand_bytes);
+  s.arrivals = memory.take(cluster ? 16 : 0);
+  s.shared_bytes = memory.used;
   return s;
 }
 
@@ -125,22 +130,17 @@ inline PersistentShape backward_shape(Cell cell, Engine engine, bool cluster, in
   // Slots before the recurrent ones come on top of a depth that is a whole number of tiles.
   const int first = (traits(cell).slots - traits(cell).gates) * units;
   s.x_row = padded_row(first + s.recurrent.depth_tiles * tile.depth, tile.operand_bytes);
-  int at = 0;
-  auto take = [&](int bytes) {
-    const int begin = at;
-    at += round_up(bytes, 128);
-    return begin;
-  };
+  SharedMemory memory;
   const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
   const int partial = s.recurrent.split * s.rows * s.recurrent.partial_row * 4;
-  s.recurrent.weights = take(weights);
-  s.input.weights = chained ? take(weights) : 0;
-  s.x = take(s.rows * s.x_row * tile.operand_bytes);
-  s.recurrent.partial = take(partial);
-  s.input.partial = chained ? take(partial) : 0;
-  s.inbox = take(cluster ? 2 * inbox_floats(s, chained) * 4 : 0);
-  s.arrivals = take(cluster ? 16 : 0);
-  s.shared_bytes = at;
+  s.recurrent.weights = memory.take(weights);
+  s.input.weights = chained ? memory.take(weights) : 0;
+  s.x = memory.take(s.rows * s.x_row * tile.operand_bytes);
+  s.recurrent.partial = memory.take(partial);
+  s.input.partial = chained ? memory.take(partial) : 0;
+  s.inbox = memory.take(cluster ? 2 * inbox_floats(s, chained) * 4 : 0);
+  s.arrivals = memory.take(cluster ? 16 : 0);
+  s.shared_bytes = memory.used;
   return s;
 }
 

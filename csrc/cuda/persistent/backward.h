@@ -12,33 +12,22 @@
 // input's gradient to global memory. There are two inboxes in turn: a block writes the one of step
 // s + 1 when the sums of step s have come from all, who have read those of step s - 1 by then.
 #pragma once
+#include "cuda/persistent/block.h"
 #include "cuda/persistent/product.h"
-#include "cuda/persistent/team.h"
 
 namespace fusedrnn {
 
 template <class E, bool kCluster>
-struct BackwardBlock {
+struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> {
   using S = typename E::Operand;  // the storage type too
-
-  const PersistentBackward& p;
-  const BackwardStage& stage;
-  const PersistentShape& s;
-  const Team<kCluster> team;
-  const Element me;
-  const Piece piece;
-  char* const shared;
+  using Base = Block<PersistentBackward, S, kCluster>;
+  using Base::feeds_next, Base::follows, Base::me, Base::p, Base::piece, Base::s, Base::shared,
+      Base::team, Base::weight;
+  const BackwardStage& stage = Base::stage();
 
   __device__ BackwardBlock(const PersistentBackward& p, char* shared)
-      : p(p),
-        stage(p.stage[Team<kCluster>(p).stage]),
-        s(p.shape),
-        team(p),
-        me(p, team.rank, team.slice),
-        piece(s, 4),
-        shared(shared) {}
+      : Base(p, shared, 16 / sizeof(float)) {}
 
-  __device__ bool feeds_next() const { return p.chained && team.stage + 1 < p.stages; }
   __device__ int64_t time(int64_t step) const { return stage.reverse ? step : me.last - 1 - step; }
 
   enum Kind { kRecurrent, kInput };
@@ -103,19 +92,15 @@ struct BackwardBlock {
   }
 
   __device__ void set_up() const {
-    const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
+    const int64_t H = p.hidden_size;
     const int gates = p.layout.gates, first = p.layout.first();
     // Column c of the tiles is gate c / units, in the order of the slots, of unit c % units.
-    auto weights = [&](const void* w, int gate, int unit, int row) -> const S* {
-      if (unit0 + unit >= H) return nullptr;
-      return static_cast<const S*>(w) + (gate * H + unit0 + unit) * H + row;
-    };
     load_weights<E>(shared, s.recurrent, int(H), gates * s.units, [&](int row, int column) {
-      return weights(stage.w_hh, p.layout.h_gate[first + column / s.units], column % s.units, row);
+      return weight(stage.w_hh, p.layout.h_gate[first + column / s.units], column % s.units, row);
     });
     if (feeds_next())
       load_weights<E>(shared, s.input, int(H), gates * s.units, [&](int row, int column) {
-        return weights(stage.w_ih, p.layout.x_gate[column / s.units], column % s.units, row);
+        return weight(stage.w_ih, p.layout.x_gate[column / s.units], column % s.units, row);
       });
     for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
       reinterpret_cast<S*>(shared + s.x)[i] = E::operand(0);
@@ -166,7 +151,7 @@ struct BackwardBlock {
           c_prev = first ? read<S>(stage.c0, at) : read<float>(stage.saved_c, earlier * H + me.j);
         }
       }
-      if (p.chained && team.stage > 0) wait_for(team.before_done, team.size, step + 1);
+      if (follows()) wait_for(team.before_done, team.size, step + 1);
       if (runs) {
         dy = read<float>(stage.dy, token * stage.dy_stride + me.j);
         if (stage.dy_mask) dy *= stage.dy_mask[token * H + me.j] ? p.mask_scale : 0.f;

@@ -12,33 +12,22 @@
 // block writes the buffer of step s + 1 when h of step s has come from all, who have left step
 // s - 1 then, whose buffer it was.
 #pragma once
+#include "cuda/persistent/block.h"
 #include "cuda/persistent/product.h"
-#include "cuda/persistent/team.h"
 
 namespace fusedrnn {
 
 template <class E, bool kCluster>
-struct ForwardBlock {
+struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
   using S = typename E::Operand;  // the storage type too
-
-  const PersistentForward& p;
-  const ForwardStage& stage;
-  const PersistentShape& s;
-  const Team<kCluster> team;
-  const Element me;
-  const Piece piece;
-  char* const shared;
+  using Base = Block<PersistentForward, S, kCluster>;
+  using Base::feeds_next, Base::follows, Base::me, Base::p, Base::piece, Base::s, Base::shared,
+      Base::team, Base::weight;
+  const ForwardStage& stage = Base::stage();
 
   __device__ ForwardBlock(const PersistentForward& p, char* shared)
-      : p(p),
-        stage(p.stage[Team<kCluster>(p).stage]),
-        s(p.shape),
-        team(p),
-        me(p, team.rank, team.slice),
-        piece(s, 16 / sizeof(S)),
-        shared(shared) {}
+      : Base(p, shared, 16 / sizeof(S)) {}
 
-  __device__ bool chained() const { return p.chained && team.stage > 0; }
   __device__ int64_t time(int64_t step) const { return stage.reverse ? me.last - 1 - step : step; }
 
   __device__ S* x(int64_t step) const {
@@ -52,19 +41,15 @@ struct ForwardBlock {
 
   // x of the first step is the initial state, which every block reads for itself.
   __device__ void set_up() const {
-    const int64_t H = p.hidden_size, unit0 = int64_t(team.rank) * s.units;
+    const int64_t H = p.hidden_size;
     const int gates = p.layout.gates, first = p.layout.first();
     // Row r of the tiles is gate r / units, in the order of the slots, of unit r % units.
-    auto weights = [&](const void* w, int gate, int unit, int column) -> const S* {
-      if (unit0 + unit >= H) return nullptr;
-      return static_cast<const S*>(w) + (gate * H + unit0 + unit) * H + column;
-    };
     load_weights<E>(shared, s.recurrent, gates * s.units, int(H), [&](int row, int column) {
-      return weights(stage.w_hh, p.layout.h_gate[first + row / s.units], row % s.units, column);
+      return weight(stage.w_hh, p.layout.h_gate[first + row / s.units], row % s.units, column);
     });
-    if (chained())
+    if (follows())
       load_weights<E>(shared, s.input, gates * s.units, int(H), [&](int row, int column) {
-        return weights(stage.w_ih, p.layout.x_gate[row / s.units], row % s.units, column);
+        return weight(stage.w_ih, p.layout.x_gate[row / s.units], row % s.units, column);
       });
     for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
@@ -73,7 +58,7 @@ struct ForwardBlock {
       reinterpret_cast<S*>(shared + s.x)[i] =
           E::operand(initial ? read<S>(stage.h0, b * H + column) : 0.f);
     }
-    if (chained())
+    if (follows())
       for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
         reinterpret_cast<S*>(shared + s.input_x)[i] = E::operand(0);
     if constexpr (kCluster) arrivals().begin();
@@ -103,7 +88,7 @@ struct ForwardBlock {
   // The input's part of the step, for slots that it reaches. All threads of the block.
   __device__ void read_input(int64_t step, float (&input)[kMostSlots]) const {
     const int64_t H = p.hidden_size, t = time(step);
-    if (!chained()) {
+    if (!follows()) {
       if (!me.exists || t >= me.length) return;
       const float* gates = static_cast<const float*>(stage.gates_x) +
                            token_of(p, t, me.b) * (p.layout.gates * H) + me.j;
@@ -219,7 +204,7 @@ struct ForwardBlock {
       } else if (me.exists && !p.offsets) {
         write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
       }
-      if (p.chained && team.stage + 1 < p.stages) raise(team.own_done, step + 1);
+      if (feeds_next()) raise(team.own_done, step + 1);
       if (more) read_input(step + 1, input);
     }
     if (me.exists) {
