@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedrnn.demo.options import DemoError
+
+_last_work: Any = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,16 @@ class Ranks:
         """``model`` with gradients averaged over the ranks."""
         if self.size == 1:
             return model
-        # The only buffer is a constant: no need to send it round before every forward.
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
 
     def mean(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Each value's mean over the ranks."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
+        # Kept until the next one: else gloo's thread is the last to let go of the tensor, needs the
+        # interpreter for that, and aborts the process where it has begun to end.
+        global _last_work
+        _last_work = dist.all_reduce(total, async_op=True)
+        _last_work.wait()
         return (total / self.size).tolist()
