@@ -16,7 +16,7 @@ constexpr int64_t kColumnBlock = 512;  // columns packed at a time
 constexpr int64_t kBiasTile = 64;      // slot columns of one bias task
 constexpr int64_t kBiasBlock = 16;     // tokens added before they join the sum, for the same sake
 
-constexpr int64_t kMostRows = 32 * kRows;  // of one task
+constexpr int64_t kMostRows = 64 * kRows;  // of one task
 
 enum Matrix { kIH, kHH, kBias, kHR, kMatrices };
 // Places in Weights and in Backward::dweights.
