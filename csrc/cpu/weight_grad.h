@@ -33,11 +33,12 @@ FUSEDRNN_INLINE int64_t matrix_rows(const Problem& p, int matrix) {
       return p.proj_size;
   }
 }
-// Rows of a task: some tasks a thread, so that a slow one can be evened out.
+// Rows of a task: as many as share one packing of the other factor, but one task of each matrix for
+// each thread.
 FUSEDRNN_INLINE int64_t tile_rows(const Problem& p, int matrix, int64_t threads) {
   if (matrix == kBias) return kBiasTile;
-  const int64_t want = matrix_rows(p, matrix) / (2 * threads);
-  return min(kMostRows, max(8, want / kRows) * kRows);
+  const int64_t want = (matrix_rows(p, matrix) + threads - 1) / threads;
+  return min(kMostRows, max(8, (want + kRows - 1) / kRows) * kRows);
 }
 FUSEDRNN_INLINE int64_t tiles(const Problem& p, int matrix, int64_t threads) {
   const int64_t rows = tile_rows(p, matrix, threads);
