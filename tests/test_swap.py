@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tolerances import assert_as_exact_as_torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -285,21 +287,45 @@ def test_explain_names_the_kernels(name):
 )
 def test_explain_counts_rows(x, batch_first, batch):
     layer = fusedrnn.GRU(3, 4, batch_first=batch_first)
-    rows, tasks = _C.cpu_plan(batch, 1)
-    assert f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows" in fusedrnn.explain(
+    assert f"{batch} rows of the batch as 1 tasks of up to {batch} rows" in fusedrnn.explain(
         layer, x
     )
 
 
-def test_explain_says_what_is_slow():
+@given(
+    hidden=st.integers(1, 600),
+    layers=st.integers(1, 4),
+    batch=st.integers(0, 300),
+    steps=st.integers(0, 100),
+    threads=st.integers(1, 64),
+)
+def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
+    size = ("GRU", "float32", 5, False, hidden, 0, layers, False, batch, batch * steps)
+    with pytest.MonkeyPatch.context() as context:
+        context.delenv("FUSEDRNN_THREADS")
+        _, used, rows, tasks = _C.cpu_plan(*size, threads)
+        _, fewer, *_ = _C.cpu_plan(*size, max(1, threads - 1))
+    assert 1 <= fewer <= used <= threads
+    assert rows <= 32 and (tasks - 1) * rows < batch <= tasks * rows if batch else tasks == 0
+    work = batch * steps * 3 * hidden * (5 + hidden + (layers - 1) * 2 * hidden + 8 * layers)
+    assert used == 1 or used * 2**20 <= work
+
+
+def test_explain_says_what_is_slow(monkeypatch):
+    monkeypatch.delenv("FUSEDRNN_THREADS")
     layer = fusedrnn.LSTM(3, 4)
     torch.set_num_threads(2)  # the next test sets its own
-    assert "1 threads idle" in fusedrnn.explain(layer, torch.zeros(9, 1, 3))
+    assert "1 threads idle: there is too little work" in fusedrnn.explain(
+        layer, torch.zeros(9, 1, 3)
+    )
     few = fusedrnn.explain(layer, torch.zeros(8, 1, 3))
     assert "without packing, units divided among 1 of 2" in few and "idle" not in few
     large = fusedrnn.LSTM(256, 256)
     assert "among 2 of 2 threads" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
-    assert "idle" not in fusedrnn.explain(layer, torch.zeros(5, 2, 3))
+    assert "1 threads idle: the batch has too few rows" in fusedrnn.explain(
+        large, torch.zeros(9, 1, 256)
+    )
+    assert "idle" not in fusedrnn.explain(large, torch.zeros(9, 2, 256))
     half = torch.zeros(5, 2, 3, dtype=torch.float16)
     assert "computed in float32" in fusedrnn.explain(layer.half(), half)
     pairs = "products of pairs" in fusedrnn.explain(layer.bfloat16(), half.bfloat16())

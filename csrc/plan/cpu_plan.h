@@ -8,19 +8,28 @@
 namespace fusedrnn {
 
 struct CpuPlan {
+  int64_t threads;        // that the call uses
   int64_t rows_per_task;  // rows of the batch that a thread takes through all layers and steps
   int64_t tasks;
 };
 
-// One share of the batch a thread; a share of more rows than keep their states and gates in the
-// second cache is cut into equal tasks.
-inline CpuPlan plan_cpu(int64_t batch, int64_t threads) {
+// As many threads as the work is worth, or all of them. Each has a share of the batch; one of more
+// rows than keep their states and gates in the second cache is cut into equal tasks.
+inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t threads,
+                        bool all) {
   constexpr int64_t kMostRows = 32;
+  constexpr int64_t kWorkOfThread = 1 << 20;  // multiply-adds that take longer than to wake one
+  constexpr int64_t kWorkOfGate = 8;          // its activation, counted the same way
   auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  if (batch == 0) return {1, 0};
+  int64_t per_token = 0;
+  for (int64_t layer = 0; layer < p.num_layers; layer++)
+    per_token +=
+        p.num_directions * p.gate_rows() * (p.product_input(layer) + p.out_size() + kWorkOfGate);
+  if (!all) threads = std::min(threads, std::max<int64_t>(1, tokens * per_token / kWorkOfThread));
+  if (batch == 0) return {threads, 1, 0};
   const int64_t share = divide(batch, threads);
   const int64_t rows = divide(share, divide(share, kMostRows));
-  return {rows, divide(batch, rows)};
+  return {threads, rows, divide(batch, rows)};
 }
 
 // How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:

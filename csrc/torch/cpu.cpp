@@ -9,6 +9,7 @@
 #include "cpu/stack.h"
 #include "plan/cpu_plan.h"
 #include "torch/call.h"
+#include "torch/switches.h"
 
 namespace fusedrnn {
 namespace {
@@ -18,8 +19,9 @@ namespace {
 // Runs task(i, scratch) for every i below `count`. A thread takes the next task when it is done
 // with one, so one that shares its core with another process takes fewer.
 template <class Task>
-void run_tasks(const Tensor& like, int64_t count, int64_t scratch_bytes, const Task& task) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
+void run_tasks(const Tensor& like, int64_t threads, int64_t count, int64_t scratch_bytes,
+               const Task& task) {
+  const int64_t workers = std::min(threads, count);
   if (workers < 1) return;
   scratch_bytes = (scratch_bytes + 4095) / 4096 * 4096;
   const Tensor scratch =
@@ -130,6 +132,10 @@ struct CpuCall : Call {
     a.one_hot = {int64_t(value.size()), value.data(), which.data(), begin.data(), token.data()};
   }
 
+  CpuPlan plan() const {
+    return plan_cpu(problem, batch, tokens, torch::stable::get_num_threads(), all_threads());
+  }
+
   // Backward only reads them.
   void set_states(Common& a, const Tensor& hs, const Tensor& cs) const {
     if (!problem.all_states) return;
@@ -219,15 +225,17 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
   const int64_t size = compute_bytes(p.dtype);
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   a.packed = to;
-  run_tasks(call.x, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
+  const CpuPlan plan = call.plan();
+  run_tasks(call.x, plan.threads, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
     const int64_t which = i / kPackParts;
     k.pack_forward(a, which, to + at[which] * size, i % kPackParts, kPackParts);
   });
 
-  const auto [rows, tasks] = plan_cpu(a.seq.batch, torch::stable::get_num_threads());
-  run_tasks(call.x, tasks, k.rows_scratch(p, rows), [&, rows = rows](int64_t i, char* scratch) {
-    k.forward(a, i * rows, std::min(a.seq.batch, (i + 1) * rows), scratch);
-  });
+  const int64_t rows = plan.rows_per_task;
+  run_tasks(call.x, plan.threads, plan.tasks, k.rows_scratch(p, rows),
+            [&](int64_t i, char* scratch) {
+              k.forward(a, i * rows, std::min(a.seq.batch, (i + 1) * rows), scratch);
+            });
   return {y, hn, cn, reserve, hs, cs};
 }
 
@@ -258,8 +266,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   const Tensor dproj = empty({p.proj_size ? D : 0, tokens, p.out_size()});
   const Tensor hidden = empty({p.proj_size ? D : 0, tokens, p.hidden_size});
   a.dproj = dproj.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr();
-  const int64_t size = compute_bytes(p.dtype), threads = torch::stable::get_num_threads();
-  const auto [rows, tasks] = plan_cpu(B, threads);
+  const int64_t size = compute_bytes(p.dtype);
+  const CpuPlan plan = call.plan();
+  const int64_t threads = plan.threads, rows = plan.rows_per_task;
   // One layer's rows of the gradient of all states.
   auto of_layer = [&](const OptionalTensor& gradients, int64_t layer, int64_t width) {
     const int64_t bytes = layer * tokens * D * width * size;
@@ -272,7 +281,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     const Tensor packed = empty({D * total});
     char* to = static_cast<char*>(packed.mutable_data_ptr());
     a.packed = to;
-    run_tasks(call.x, D * kPackParts, 0, [&](int64_t i, char*) {
+    run_tasks(call.x, threads, D * kPackParts, 0, [&](int64_t i, char*) {
       const int64_t dir = i / kPackParts;
       k.pack_backward(p, a.weights[layer * D + dir], layer, to + dir * total * size, i % kPackParts,
                       kPackParts);
@@ -287,7 +296,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
       std::memcpy(a.grad_in, of_layer(g.hs, layer - 1, p.out_size()),
                   tokens * call.out_width() * size);
     a.grad_cs = of_layer(g.cs, layer, p.hidden_size);
-    run_tasks(call.x, tasks, k.rows_scratch(p, rows), [&, rows = rows](int64_t i, char* scratch) {
+    run_tasks(call.x, threads, plan.tasks, k.rows_scratch(p, rows), [&](int64_t i, char* scratch) {
       k.backward(a, i * rows, std::min(B, (i + 1) * rows), scratch);
     });
 
@@ -306,7 +315,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     }
     a.dweights = places.data();
     if (any)
-      run_tasks(call.x, k.weight_tasks(p, layer, threads), k.weight_scratch(p, layer),
+      run_tasks(call.x, threads, k.weight_tasks(p, layer, threads), k.weight_scratch(p, layer),
                 [&](int64_t i, char* scratch) { k.weight_grad(a, i, threads, scratch); });
     grad_out = grad_in;
   }

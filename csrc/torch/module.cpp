@@ -11,6 +11,7 @@
 #include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
 #include "torch/ops.h"
+#include "torch/switches.h"
 
 namespace {
 
@@ -118,23 +119,19 @@ PyObject* cpu_variant(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_plan(PyObject*, PyObject* args) {
-  long long batch, threads;
-  if (!PyArg_ParseTuple(args, "LL", &batch, &threads)) return nullptr;
-  const CpuPlan plan = plan_cpu(batch, threads);
-  return Py_BuildValue("(LL)", (long long)plan.rows_per_task, (long long)plan.tasks);
-}
-
-PyObject* cpu_direct(PyObject*, PyObject* args) {
   const char *mode, *dtype;
-  long long input, hidden, proj, tokens, threads;
-  int bidirectional;
-  if (!PyArg_ParseTuple(args, "ssLLLpLL", &mode, &dtype, &input, &hidden, &proj, &bidirectional,
-                        &tokens, &threads))
+  long long input, hidden, proj, layers, batch, tokens, threads;
+  int one_hot, bidirectional;
+  if (!PyArg_ParseTuple(args, "ssLpLLLpLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
+                        &layers, &bidirectional, &batch, &tokens, &threads))
     return nullptr;
   return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, 1, bidirectional);
-    p.input_size = input;
-    return PyLong_FromLongLong(plan_direct(p, tokens, threads));
+    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
+    p.input_size = input, p.one_hot = one_hot;
+    const CpuPlan plan = plan_cpu(p, batch, tokens, threads, all_threads());
+    return Py_BuildValue("(LLLL)", (long long)plan_direct(p, tokens, threads),
+                         (long long)plan.threads, (long long)plan.rows_per_task,
+                         (long long)plan.tasks);
   });
 }
 
@@ -153,12 +150,12 @@ PyMethodDef methods[] = {
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
-    {"cpu_plan", cpu_plan, METH_VARARGS, "cpu_plan(batch, threads) -> (rows a task, tasks)"},
+    {"cpu_plan", cpu_plan, METH_VARARGS,
+     "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
+     "bidirectional, "
+     "batch, tokens, threads) -> (threads without packing or 0, threads, rows a task, tasks)"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
-    {"cpu_direct", cpu_direct, METH_VARARGS,
-     "cpu_direct(mode, dtype, input_size, hidden_size, proj_size, bidirectional, tokens, threads) "
-     "-> threads that read the weights without packing them, 0 where they are packed"},
     {"cuda_plan", cuda_plan, METH_VARARGS,
      "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
      "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "

@@ -34,4 +34,9 @@ Float32Switches float32_switches() {
 
 const char* forced_plan() { return std::getenv("FUSEDRNN_PLAN"); }
 
+bool all_threads() {
+  const char* asked = std::getenv("FUSEDRNN_THREADS");
+  return asked && !std::strcmp(asked, "all");
+}
+
 }  // namespace fusedrnn

@@ -12,7 +12,20 @@ def reserve_bytes(
 ) -> int: ...
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
-def cpu_plan(batch: int, threads: int) -> tuple[int, int]: ...
+def cpu_plan(
+    mode: str,
+    dtype: str,
+    input_size: int,
+    one_hot: bool,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    batch: int,
+    tokens: int,
+    threads: int,
+    /,
+) -> tuple[int, int, int, int]: ...
 def cuda_device() -> tuple[int, int, int, tuple[int, ...]]: ...
 def cuda_plan(
     mode: str,
@@ -32,15 +45,4 @@ def cuda_plan(
     forced: str,
     /,
 ) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
-def cpu_direct(
-    mode: str,
-    dtype: str,
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    bidirectional: bool,
-    tokens: int,
-    threads: int,
-    /,
-) -> int: ...
 def cuda_archs() -> str: ...

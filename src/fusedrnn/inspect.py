@@ -65,17 +65,26 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
             cuda.plan(config, stored, steps, batch, backward, spec) for backward in (False, True)
         )
         return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
-    threads = torch.get_num_threads()
-    rows, tasks = _C.cpu_plan(batch, threads)
-    direct = 0
-    if not regularisers and not one_hot:
-        tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
-        size = (module.input_size, module.hidden_size, module.proj_size, module.bidirectional)
-        dtype = str(data.dtype).removeprefix("torch.")
-        direct = _C.cpu_direct(module.mode, dtype, *size, tokens, threads)
-    if direct:
-        how = f"weights read without packing, units divided among {direct} of {threads} threads"
+    dtype = str(module.weight_ih_l0.dtype if one_hot else data.dtype)
+    tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
+    allowed = torch.get_num_threads()
+    direct, threads, rows, tasks = _C.cpu_plan(
+        module.mode,
+        dtype.removeprefix("torch."),
+        module.input_size,
+        one_hot,
+        module.hidden_size,
+        module.proj_size,
+        module.num_layers,
+        module.bidirectional,
+        batch,
+        tokens,
+        allowed,
+    )
+    if direct and not regularisers:
+        how = f"weights read without packing, units divided among {direct} of {allowed} threads"
     else:
+        direct = 0
         how = (
             f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} "
             "threads, each through all layers and steps without a barrier"
@@ -85,6 +94,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         lines.append(f"{regularisers} in the kernels")
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
+    if not direct and threads < allowed:
+        lines.append(f"{allowed - threads} threads idle: there is too little work to wake them for")
     if not direct and tasks < threads:
         lines.append(f"{threads - tasks} threads idle: the batch has too few rows to divide")
     if data.dtype == torch.bfloat16 and _C.cpu_variant() == "avx512bf16" and not direct:
