@@ -34,6 +34,10 @@ def _float32_on_cuda(q: Question) -> bool:
     return q.device.type == "cuda" and q.dtype == torch.float32
 
 
+def _training(q: Question) -> bool:
+    return q.mode == "training"
+
+
 def _onnx_can(q: Question) -> bool:
     dtypes = (torch.float32, torch.float64)
     return (
@@ -92,6 +96,12 @@ def _fused(layer: nn.RNNBase, example: object) -> nn.Module:
     return fusedrnn.swap(adapters.copied(layer))
 
 
+def _recompute(layer: nn.RNNBase, example: object) -> nn.Module:
+    module = fusedrnn.swap(adapters.copied(layer))
+    module.recompute = True
+    return module
+
+
 RIGHT = 50.0  # times torch.nn's error: approximations pass, mistakes do not
 
 # The first one is what the others are compared with.
@@ -100,6 +110,7 @@ PEERS = (
     Peer("fusedrnn", _fused),
     Peer("torch.nn, no TF32", _torch, _float32_on_cuda, setting=no_tf32),
     Peer("fusedrnn, no TF32", _fused, _float32_on_cuda, setting=no_tf32),
+    Peer("fusedrnn, recompute", _recompute, _training),
     Peer("torch.compile", adapters.compiled, _compile_can, (), RIGHT, adapters.compiling),
     Peer("cell loop", adapters.CellLoop, _loop_can, factor=RIGHT),
     Peer("ONNX Runtime", adapters.OnnxRuntime, _onnx_can, ("onnxruntime", "onnx"), factor=RIGHT),

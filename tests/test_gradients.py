@@ -13,6 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import fusedrnn
+
 # Forward mode of torch's own operators loads decompositions that are scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
 
@@ -338,3 +340,32 @@ def test_what_was_saved_is_freed_with_the_results(through):
         assert node() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recompute_keeps_nothing_and_changes_no_bit(cell):
+    _, fused = make_pair(cell, 5, 33, num_layers=2, bidirectional=True, dropout=0.5)
+    x, found, kept = torch.randn(7, 9, 5), [], []
+    for recompute in (False, True):
+        fused.recompute = recompute
+        torch.manual_seed(1)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, to=sizes: to.append(t.nbytes) or t, lambda t: t
+        ):
+            y, state = fused(x)
+        kept.append(sum(sizes))
+        loss = y.sum() + sum((s * s).sum() for s in (state if fused.mode == "LSTM" else [state]))
+        found.append(torch.autograd.grad(loss, list(fused.parameters()), create_graph=True))
+    for a, b in zip(*found, strict=True):
+        assert a.any() and torch.equal(a, b)
+    assert (
+        kept[0] - kept[1] >= 7 * 9 * 2 * 33 * 4
+    )  # the first layer's output, which every cell keeps
+    second = torch.autograd.grad(sum((g * g).sum() for g in found[1]), fused.weight_hh_l0)[0]
+    assert second.any()
+
+
+def test_recompute_is_a_keyword_and_shown():
+    assert repr(fusedrnn.GRU(3, 4, recompute=True)) == "GRU(3, 4, recompute=True)"
+    assert "recompute" not in vars(fusedrnn.GRU(3, 4))

@@ -134,11 +134,18 @@ def test_backward_computes_what_is_asked_for(cell):
                 assert grad.numel() == 0
 
 
-def test_a_forward_that_saved_nothing_has_no_backward():
-    call = arguments(grad=True) | {"save": False}
-    y, *_ = ops.forward(*call.values())
-    with pytest.raises(RuntimeError, match="save=False"):
-        y.sum().backward()
+@pytest.mark.parametrize("kind", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_backward_fills_the_reserve_that_forward_did_not(cell, kind):
+    found = []
+    for save in (True, False):
+        call = arguments(cell=cell, kind=kind, mask=True, grad=True) | {"save": save}
+        y, hn, _, reserve, *_ = ops.forward(*call.values())
+        assert (reserve.numel() > 0) == save
+        leaves = [t for t in (call["x"], call["hx"], *call["weights"]) if t.requires_grad]
+        found.append(torch.autograd.grad(y.sum() + (hn * hn).sum(), leaves))
+    for a, b in zip(*found, strict=True):
+        assert a.any() and torch.equal(a, b)
 
 
 def test_arguments_stay_as_they_were():

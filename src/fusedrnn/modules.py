@@ -113,12 +113,15 @@ class _Fused(_DropIn, nn.RNNBase):
     # `swap` turns into one of ours has torch.nn's attributes alone.
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
+    # Whether backward runs forward again for what it needs, in place of keeping it.
+    recompute: bool = False
 
     def __init__(
         self,
         *args: Any,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        recompute: bool = False,
         device: Any = None,
         dtype: Any = None,
         **kwargs: Any,
@@ -137,9 +140,12 @@ class _Fused(_DropIn, nn.RNNBase):
             on = _probability("zoneout", zoneout)
         if on:
             self.zoneout = zoneout
+        if recompute:
+            self.recompute = True
 
     def extra_repr(self) -> str:
-        names = [name for name in ("recurrent_dropout", "zoneout") if name in self.__dict__]
+        ours = ("recurrent_dropout", "zoneout", "recompute")
+        names = [name for name in ours if name in self.__dict__]
         return ", ".join([super().extra_repr(), *(f"{n}={getattr(self, n)}" for n in names)])
 
     def _weights(self) -> list[Tensor]:
@@ -258,10 +264,10 @@ class _Fused(_DropIn, nn.RNNBase):
             # torch.func's transforms, and what torch.nn lacks where no kernel has it either.
             y, hn, cn, hs, cs = reference.forward(*call)
         else:
-            save = torch.is_grad_enabled() and any(
+            graph = torch.is_grad_enabled() and any(
                 t.requires_grad for t in (x, hx, cx, *weights) if t is not None
             )
-            y, hn, cn, _, hs, cs = ops.run(call, save)
+            y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 

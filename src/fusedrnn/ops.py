@@ -17,7 +17,7 @@ the batch, D directions, H hidden units, P = proj_size or H, L layers:
     zone_h       uint8 (L * D, tokens, P), zone_c with H: 1 keeps the unit's old value (zoneout);
                  without them each keeps the part that Config says
     dropout      the probability that mask was drawn with
-    save         whether the reserve is filled, without which there is no backward
+    save         whether the reserve is filled; without it backward runs forward again to fill one
 
 forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the reserve; then, with
 all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers but the last, and an
@@ -202,8 +202,6 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        if not ctx.save:
-            raise RuntimeError("fusedrnn: the forward op was called with save=False: no backward")
         y, reserve, hs, cs, *tensors = ctx.saved_tensors
         grads = (*grads[:3], *grads[4:])
         needs = list(without_others(ctx.needs_input_grad[3:]))
@@ -211,6 +209,9 @@ class _Forward(torch.autograd.Function):
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
             return (None, None, None, *_plain_gradients(call, ctx.needs_input_grad[3:], grads))
+        if not ctx.save:
+            with torch.no_grad():
+                _, _, _, reserve, _, _ = forward(*call.arguments(), True)
         *states, dweights = backward(*grads, y, reserve, hs, cs, needs, *call.arguments())
         dx, dhx, dcx, *dweights = (
             g if n else None for g, n in zip([*states, *dweights], needs, strict=True)
@@ -336,13 +337,13 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     return _Forward.apply(keys, save, call.constants, *call.tensors)
 
 
-def run(call: tuple, save: bool) -> tuple:
-    """The forward op with the arguments `call` and `save`.
+def run(call: tuple, graph: bool, save: bool) -> tuple:
+    """The forward op with the arguments `call` and `save`; `graph`: autograd is to know.
 
     What needs no autograd goes past its key, whose implementation in Python takes 9 of the 26 us of
     a small call.
     """
-    if save or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    if graph or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return forward(*call, save)
     with torch._C._AutoDispatchBelowAutograd():
         return forward(*call, save)
