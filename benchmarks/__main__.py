@@ -215,7 +215,7 @@ def line_of(item: object) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    shown = tables.headlines(report.rows)
+    shown = tables.headlines(report.rows) + tables.grids(report.rows)
     if any(len(row.results) > 2 for row in report.rows):
         shown += tables.details(report.rows)
     shown += tables.training(report.training)

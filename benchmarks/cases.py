@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 MODES = ("training", "inference", "forward")  # forward: what training runs before its backward
 QUICK_STEPS = 20
 QUICK_FLOPS = 4e9  # one training repetition
+GRID_FLOPS = 4e10  # the same: a point of the grid is one of many
 CPU_FLOPS = 2e11  # what a CPU takes seconds for is measured there only when it is asked for
 
 
@@ -189,6 +190,17 @@ CASES = (
     *_for_each_cell("long-{}-256", 64, 256, layers=1, steps=2000, batch=1),
 )
 
+# From the smallest to the largest layers and batches: only measured when named.
+GRID_SIZES = (8, 32, 128, 512, 2048)
+GRID_BATCHES = (1, 8, 64, 512)
+GRID = tuple(
+    case
+    for size in GRID_SIZES
+    for batch in GRID_BATCHES
+    for case in _for_each_cell(f"grid-{{}}-h{size}-b{batch}", size, size, 1, 20, batch)
+    if case.flops(training=True) <= GRID_FLOPS
+)
+
 
 def select(
     names: Sequence[str] = (), cells: Sequence[str] = (), device: str = "cuda", quick: bool = False
@@ -201,11 +213,12 @@ def select(
     Raises:
         ValueError: a name fits no case, or nothing is left.
     """
+    pool = (*CASES, *GRID) if names else CASES
     for name in names:
-        if not any(name in case.name for case in CASES):
+        if not any(name in case.name for case in pool):
             known = ", ".join(case.name for case in CASES)
-            raise ValueError(f"no case has '{name}' in its name; there are {known}")
-    found = [c for c in CASES if not names or any(name in c.name for name in names)]
+            raise ValueError(f"no case has '{name}' in its name; there are {known}, grid")
+    found = [c for c in pool if not names or any(name in c.name for name in names)]
     found = [c for c in found if not cells or c.cell in cells]
     if not names and device == "cpu":
         found = [c for c in found if c.flops(training=True) <= CPU_FLOPS]

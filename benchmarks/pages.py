@@ -26,14 +26,14 @@ def page(report: Report, figures: Sequence[str] = (), folder: str = ".") -> str:
     parts = [_made(report)]
     parts += [f"![{name}]({folder}/{name}.svg)" for name in figures]
     parts += [table.markdown() for table in tables.headlines(report.rows)]
-    if report.rows:
+    if parts[1 + len(figures) :]:
         parts.append(tables.NOTE)
+    parts += [table.markdown() for table in tables.grids(report.rows)]
     if report.training:
         parts += [table.markdown() for table in tables.training(report.training)]
         parts.append(tables.TRAINING_NOTE)
-    if any(result.error is not None for row in report.rows for result in row.results):
-        parts += ["### Every implementation"]
-        parts += [table.markdown() for table in tables.details(report.rows)]
+    if every := tables.details(report.rows):
+        parts += ["### Every implementation", *(table.markdown() for table in every)]
         parts.append(tables.DETAILS_NOTE)
     return "\n\n".join(parts) + "\n"
 
@@ -69,8 +69,8 @@ def results(root: Path = ROOT) -> str:
 
 def readme_tables(root: Path = ROOT) -> str:
     """The README's part: the headline of every report there is."""
-    found = sorted((root / RESULTS).glob("*/results.json"))
-    return "\n".join(headline(Report.load(path)) for path in found)
+    found = [Report.load(path) for path in sorted((root / RESULTS).glob("*/results.json"))]
+    return "\n".join(headline(r) for r in found if tables.headlines(r.rows) or r.training)
 
 
 def write_docs(root: Path = ROOT) -> None:

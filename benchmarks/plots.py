@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks.report import Report
 from benchmarks.suite import Row
 from benchmarks.sweeps import Point
+from benchmarks.tables import grid_point
 
 COLORS = {"torch.nn": "#56b4e9", "fusedrnn": "#d55e00"}  # told apart by the colour-blind too
 FLOOR, PIPELINE = "#666666", "#009e73"
@@ -30,7 +31,7 @@ def save(report: Report, folder: Path) -> list[str]:
     """Draws what there is to draw; returns the names of the figures, without their endings."""
     made: dict[str, Figure] = {}
     groups: dict[str, list[Row]] = {}
-    for row in report.rows:
+    for row in (row for row in report.rows if not grid_point(row)):
         where = f"{row.threads}-threads" if row.device == "cpu" else row.device.replace(":", "")
         groups.setdefault(f"faster-{row.dtype}-{where}", []).append(row)
     made.update((name, ratios(rows)) for name, rows in groups.items())

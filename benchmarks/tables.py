@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,39 @@ class Table:
 
 
 def headlines(rows: Sequence[Row]) -> list[Table]:
-    """torch.nn and fusedrnn, a line for each case."""
-    return [_headline(title, group) for title, group in _groups(rows)]
+    """torch.nn and fusedrnn, a line for each case that is no point of the grid."""
+    lines = [row for row in rows if not grid_point(row)]
+    return [_headline(title, group) for title, group in _groups(lines)]
+
+
+def grids(rows: Sequence[Row]) -> list[Table]:
+    """How many times as fast as torch.nn, a line for each hidden size, a column for each batch."""
+    made = []
+    for title, group in _groups([row for row in rows if grid_point(row)]):
+        found: dict[str, dict[tuple[int, int], str]] = {}
+        for row in group:
+            cell, size, batch = grid_point(row)  # type: ignore[misc]
+            ours = next((r for r in row.results if r.peer == OURS), Result(OURS, "not measured"))
+            text = f"{WRONG}{ours.problem}"
+            if ours.speedup:
+                tie = "tie, " if ours.verdict == "tie" else ""
+                text = f"{tie}{ours.speedup.median:.2f}"
+            found.setdefault(cell, {})[size, batch] = text
+        for cell, of_cell in found.items():
+            sizes, batches = (sorted({key[i] for key in of_cell}) for i in (0, 1))
+            cells = [
+                [f"H={size}", *(of_cell.get((size, batch), "") for batch in batches)]
+                for size in sizes
+            ]
+            header = [cell.upper(), *(f"B={batch}" for batch in batches)]
+            made.append(Table(f"{title}, times as fast as torch.nn, T=20", header, cells, left=1))
+    return made
+
+
+def grid_point(row: Row) -> tuple[str, int, int] | None:
+    """Cell, hidden size and batch, of a case of the grid."""
+    found = re.fullmatch(r"grid-(\w+)-h(\d+)-b(\d+)", row.case)
+    return (found[1], int(found[2]), int(found[3])) if found else None
 
 
 def _headline(title: str, rows: list[Row]) -> Table:
@@ -128,7 +160,7 @@ def details(rows: Sequence[Row]) -> list[Table]:
     header = ["case", "peer", "tokens/s", "us/step", "faster", "graph us/step", "graph faster"]
     header += ["product", "bandwidth", "saved", "peak", "first", "error"]
     made = []
-    for title, group in _groups(rows):
+    for title, group in _groups([row for row in rows if not grid_point(row)]):
         cells = []
         for row in group:
             for r in row.results:

@@ -96,6 +96,19 @@ def test_terminal_tables_keep_what_matters_and_fit(width, capsys):
         assert "2.00 (1.96..2.04)" in text and "stack-lstm-1024x4" in text
 
 
+def test_the_grid_is_one_table_for_each_cell():
+    points = [row(f"grid-gru-h{size}-b{batch}") for size, batch in ((8, 1), (8, 64), (32, 64))]
+    wrong = row("grid-lstm-h8-b1", problem="y is off")
+    text = pages.page(Report(ENVIRONMENT, "c", [row("book-gru-256"), *points, wrong], [], []))
+    assert (
+        "| GRU | B=1 | B=64 |\n| --- | ---: | ---: |\n| H=8 | 2.00 | 2.00 |\n| H=32 |  | 2.00 |"
+        in text
+    )
+    assert "| LSTM | B=1 |\n| --- | ---: |\n| H=8 | wrong: y is off |" in text
+    assert "grid-" not in text and text.count("book-gru-256") == 3  # a line, and one for each peer
+    assert pages.headline(Report(ENVIRONMENT, "c", points, [], [])).count("GRU") == 0
+
+
 def test_training_stands_beside_what_others_reported():
     job = Training(
         "book-lstm-256x2", "LSTM", 2, "cpu", [10.0, 20.0], [5.0, 5.0], 3, around(2.0), "faster"
