@@ -213,6 +213,8 @@ FUSEDRNN_INLINE Vec<Compute<S>> load(const S* p, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4)
     return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  if constexpr (sizeof(S) == 8)
+    return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
 #endif
   S part[Lanes<Compute<S>>::kWidth] = {};
   for (int64_t i = 0; i < n; i++) part[i] = p[i];
@@ -221,6 +223,12 @@ FUSEDRNN_INLINE Vec<Compute<S>> load(const S* p, int64_t n) {
 template <class S>
 FUSEDRNN_INLINE void store(S* p, Vec<Compute<S>> v, int64_t n) {
   if (n >= Lanes<Compute<S>>::kWidth) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(v));
+  if constexpr (sizeof(S) == 8)
+    return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bit_cast<__m512d>(v));
+#endif
   S part[Lanes<Compute<S>>::kWidth];
   store(part, v);
   for (int64_t i = 0; i < n; i++) p[i] = part[i];
