@@ -139,6 +139,20 @@ Weights Call::weights_of(int64_t layer, int64_t dir) const {
   return w;
 }
 
+// What torch::stable::new_empty does for torch 2.9; its successor looks the operator up by its
+// name, and a call makes seven tensors.
+Tensor Call::empty(const std::vector<int64_t>& sizes, ScalarType type) const {
+  int32_t layout, device, index;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      like.get(), sizes.data(), sizes.size(), &dtype, &layout, &device, index, nullptr, &made));
+  return Tensor(made);
+}
+
 ForwardOutputs Call::outputs(bool save) const {
   const Problem& p = problem;
   const int64_t reserve_row = Reserve(p).bytes_per_token();

@@ -24,9 +24,7 @@ struct Call {
   ScalarType type() const { return like.scalar_type(); }
   ScalarType compute() const { return compute_type(problem.dtype); }
   std::vector<int64_t> token_sizes(int64_t width) const;
-  Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const {
-    return torch::stable::new_empty(like, sizes, type);
-  }
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType) const;
   Weights weights_of(int64_t layer, int64_t dir) const;
 
   // The sizes of the states of all layers and steps; nothing where they are not asked for.
