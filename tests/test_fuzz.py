@@ -125,6 +125,8 @@ def fuzz_module(rng):
         kwargs["proj_size"] = rng.randint(1, hidden - 1)
     if rng.random() < 0.3:
         kwargs |= {"recurrent_dropout": rng.choice([0.0, 0.5, 1.0]), "zoneout": rng.random()}
+    if name != "RNN" and rng.random() < 0.3:
+        kwargs["layer_norm"] = True
     module = getattr(fusedrnn, name)(width, hidden, **kwargs)
     if rng.random() < 0.2:
         parameter = rng.choice(module._flat_weights_names)
@@ -201,13 +203,15 @@ def call_of(rng):
             return torch.ones([1] * len(shape), dtype=of).expand(shape)
         return torch.randn(shape).to(of)
 
-    weights = []
+    weights, normed = [], gates > 1 and rng.random() < 0.3
     for layer in range(layers):
         for _ in range(directions):
             weights += [make(gates * hidden, width if layer == 0 else directions * out)]
             weights += [make(gates * hidden, out)]
             weights += [make(gates * hidden), make(gates * hidden)] if bias else []
             weights += [make(proj, hidden)] if proj else []
+            weights += [make(gates * hidden), make(gates * hidden)] if normed else []
+            weights += [make(hidden), make(hidden)] if normed and mode == "LSTM" else []
     states, lstm = rng.random() < 0.6, mode == "LSTM"
     batch_sizes = None
     x = None
@@ -255,6 +259,7 @@ def call_of(rng):
         "zoneout_h": 0.5 if zoned else 0.0,
         "zoneout_c": 0.5 if zoned and lstm else 0.0,
         "all_states": rng.random() < 0.3,
+        "layer_norm": normed,
         "save": rng.random() < 0.7,
     }
 

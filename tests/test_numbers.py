@@ -45,7 +45,9 @@ def compare(plain, fused, x, states, **kwargs) -> None:
         near_states = exact_states and tuple(moved(s) for s in exact_states)
         noise.append(run(module, near, near_states, **kwargs))
     ours, theirs = run(fused, x, states, **kwargs), run(plain, x, states, **kwargs)
-    assert_as_exact_as_torch(ours, theirs, exact, noise, jumps=plain.mode == "RNN_RELU")
+    # Layer normalisation magnifies rounding where a variance is small: as much luck as a jump.
+    jumps = plain.mode == "RNN_RELU" or getattr(plain, "layer_norm", False)
+    assert_as_exact_as_torch(ours, theirs, exact, noise, jumps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -100,6 +100,11 @@ def test_matches_the_reference(
     options["dropout"] = dropout if layers > 1 else 0.0
     _, fused = regularised(cell, which, WIDTH, hidden, **options, batch_first=kind == "batch_first")
     fused.train(training)
+    assert_matches_the_reference(fused, kind, steps, batch, resets, threads)
+
+
+def assert_matches_the_reference(fused, kind, steps, batch, resets, threads):
+    """Results and gradients of a float64 module, WIDTH wide, on `kind` of input; twice the same."""
     batch = 1 if kind == "unbatched" else batch
     x = torch.randn(steps, batch, WIDTH, dtype=torch.float64)
     if kind == "integers":

@@ -54,6 +54,17 @@ def numbers():
                 compare(plain, fused, x, random_state(plain, B))
 
 
+def layer_norm():
+    """The same with layer normalisation, whose sums have code of their own."""
+    from test_layer_norm import NORMED, normed, twin
+    from test_numbers import compare
+
+    for cell in NORMED:
+        for dtype in DTYPES:
+            fused = normed(cell, 4, 21, num_layers=2, bidirectional=True, dtype=dtype)
+            compare(twin(fused), fused, torch.randn(5, 3, 4).to(dtype), random_state(fused, 3))
+
+
 def bits():
     """By dtype a digest of a result that differs with the order and the rounding of its sums."""
     found = {}
@@ -149,7 +160,7 @@ def ulps():
             )
 
 
-CHECKS = {"numbers": numbers, "bits": bits, "ulps": ulps}
+CHECKS = {"numbers": numbers, "layer_norm": layer_norm, "bits": bits, "ulps": ulps}
 
 
 def main(variant):
@@ -168,7 +179,7 @@ def main(variant):
 # The tests
 
 
-@pytest.mark.parametrize("check", ["numbers", "ulps"])
+@pytest.mark.parametrize("check", ["numbers", "layer_norm", "ulps"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(variant, check):
     if check == "ulps":

@@ -8,7 +8,7 @@
 //   kSlots   values a unit holds per step while its gates are computed
 //   kSaved   how many of them forward leaves for backward (slots 0 .. kSaved-1)
 //   kHasCell whether there is a cell state c beside h
-//            (and a function cell_state: c from the activated gates and c_{t-1})
+//            (and functions for the two halves of forward and backward, before and behind c)
 //   kUsesHPrev whether the element-wise functions read h_{t-1} itself
 //   x_runs(), h_runs()  into which slots the rows of W_ih and W_hh are accumulated: each fills
 //            kGates slots in a row, those of W_ih from slot 0 and those of W_hh up to the last
@@ -45,6 +45,13 @@ template <int N>
 FUSEDRNN_HD constexpr int gate_of(const Runs<N>& runs, int slot) {
   for (const Run& run : runs.run)
     if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
+  return -1;
+}
+// The slot into which the weight rows of `gate` are accumulated.
+template <int N>
+FUSEDRNN_HD constexpr int slot_of(const Runs<N>& runs, int gate) {
+  for (const Run& run : runs.run)
+    if (gate >= run.gate && gate < run.gate + run.count) return run.slot + gate - run.gate;
   return -1;
 }
 

@@ -22,26 +22,46 @@ struct Lstm {
     return s[1] * c_prev + s[0] * s[2];
   }
 
+  // Activates the gates and updates c.
   template <class M, class V>
-  static FUSEDRNN_HD V forward(V (&s)[4], V, V& c) {
+  static FUSEDRNN_HD void forward_cell(V (&s)[4], V& c) {
     s[0] = M::sigmoid(s[0]);
     s[1] = M::sigmoid(s[1]);
     s[2] = M::tanh(s[2]);
     s[3] = M::sigmoid(s[3]);
     c = cell_state(s, c);
+  }
+  // h of the activated gates and of c, or of what stands in its place.
+  template <class M, class V>
+  static FUSEDRNN_HD V output(const V (&s)[4], V c) {
     return s[3] * M::tanh(c);
   }
+  template <class M, class V>
+  static FUSEDRNN_HD V forward(V (&s)[4], V, V& c) {
+    forward_cell<M>(s, c);
+    return output<M>(s, c);
+  }
 
+  // The gradient of what `output` took for c; that of o's pre-activation goes to s[3].
+  template <class M, class V>
+  static FUSEDRNN_HD V backward_output(V (&s)[4], V c, V dh) {
+    V o = s[3], tc = M::tanh(c);
+    s[3] = dh * tc * o * (1 - o);
+    return dh * o * (1 - tc * tc);
+  }
+  // The other gates' gradients, from the whole dL/dc_t; s[3] is left alone.
+  template <class V>
+  static FUSEDRNN_HD void backward_cell(V (&s)[4], V c_prev, V& dc) {
+    V i = s[0], f = s[1], g = s[2];
+    s[0] = dc * g * i * (1 - i);
+    s[1] = dc * c_prev * f * (1 - f);
+    s[2] = dc * i * (1 - g * g);
+    dc = dc * f;
+  }
   template <class M, class V>
   static FUSEDRNN_HD V backward(V (&s)[4], V, V, V c_prev, V c, V dh, V& dc) {
-    V i = s[0], f = s[1], g = s[2], o = s[3];
-    V tc = M::tanh(c);
-    V d = dc + dh * o * (1 - tc * tc);
-    s[0] = d * g * i * (1 - i);
-    s[1] = d * c_prev * f * (1 - f);
-    s[2] = d * i * (1 - g * g);
-    s[3] = dh * tc * o * (1 - o);
-    dc = d * f;
+    dc += backward_output<M>(s, c, dh);
+    backward_cell(s, c_prev, dc);
     return V{};
   }
 };

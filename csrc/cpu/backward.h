@@ -4,8 +4,7 @@
 // meeting another. It writes the gradients of all pre-activations, from which the weight gradients
 // are one product later, and the gradient of the layer's input, chunk by chunk.
 #pragma once
-#include "cpu/layer.h"
-#include "cpu/vmath.h"
+#include "cpu/layer_norm.h"
 
 namespace {
 
@@ -32,63 +31,6 @@ struct BackwardBuffers {
     input = s.take<C>(tokens * ld_input);
   }
 };
-
-// What one row of one step reads and writes. Null: h_prev, c_prev and dcs are zeros; `hidden` not
-// wanted, the direct part of dL/dh_prev not either.
-template <class S>
-struct BackwardRow {
-  using C = Compute<S>;
-  const S *saved, *h, *h_prev, *c0;  // c0: c_prev when it is the initial state
-  const C *c, *c_prev, *candidate;   // candidate: h without zoneout, where it is not h itself
-  const C *dh, *dy, *dcs;            // dL/dh of this row is dh + dy; dy may be null
-  C *dh_direct, *dc, *dgates, *hidden;
-  Element<Operand<S>>* factors;  // dgates once more, as the products read them
-  Keep<C> keep_h, keep_c;
-};
-
-template <class Cell, class S>
-void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
-  using C = Compute<S>;
-  constexpr int w = Lanes<C>::kWidth;
-  auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    Vec<C> s[Cell::kSlots];
-    for (int k = 0; k < Cell::kSaved; k++) s[k] = load(row.saved + k * H + j, n);
-    const Vec<C> zero{};
-    Vec<C> h = zero;
-    if (Cell::kSaved == 0) h = row.candidate ? load(row.candidate + j, n) : load(row.h + j, n);
-    const Vec<C> h_prev = Cell::kUsesHPrev && row.h_prev ? load(row.h_prev + j, n) : zero;
-    Vec<C> c = zero, c_prev = zero, dc = zero, kept_h = zero, kept_c = zero;
-    if constexpr (Cell::kHasCell) {
-      dc = load(row.dc + j, n);
-      if (row.dcs) dc += load(row.dcs + j, n);
-      c_prev = row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : zero;
-      if (row.keep_c) {
-        c = Cell::cell_state(s, c_prev);
-        kept_c = row.keep_c.at(j, n) * dc;
-        dc -= kept_c;
-      } else {
-        c = load(row.c + j, n);
-      }
-      if (row.hidden) store(row.hidden + j, s[3] * Math<S>::tanh(c), n);
-    }
-    Vec<C> dh = load(row.dh + j, n);
-    if (row.dy) dh += load(row.dy + j, n);
-    if (row.keep_h) {
-      kept_h = row.keep_h.at(j, n) * dh;
-      dh -= kept_h;
-    }
-    const Vec<C> direct = Cell::template backward<Math<S>>(s, h_prev, h, c_prev, c, dh, dc);
-    if (row.dh_direct) store(row.dh_direct + j, direct + kept_h, n);
-    if (Cell::kHasCell) store(row.dc + j, dc + kept_c, n);
-    for (int k = 0; k < Cell::kSlots; k++) {
-      store(row.dgates + k * H + j, s[k], n);
-      store(row.factors + k * H + j, s[k], n);
-    }
-  };
-  int64_t j = 0;
-  for (; j + w <= H; j += w) units(j, w);
-  if (j < H) units(j, H - j);
-}
 
 template <class Cell, class S>
 void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch) {
@@ -122,6 +64,9 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
         reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
     const KeptCells<C> cells(a, layer, dir);
     C* const dgates = static_cast<C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+    const C* scales =
+        reinterpret_cast<const C*>(a.reserve + reserve.scales_offset(layer, dir, seq.tokens));
+    C* const dnormed = static_cast<C*>(a.dnormed) + dir * seq.tokens * p.normed_columns();
 
     for (int64_t r = 0; r < rows; r++) {
       const int64_t b = seq.order[first + r];
@@ -209,7 +154,12 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
           }
           row.dgates = dgates + token * p.slot_columns();
           row.factors = row_of_gates(gates, r);
-          cell_backward_row<Cell, S>(H, row);
+          if constexpr (kIsNormed<Cell>)
+            normed_backward<Cell>(H, row, NormWeights<S>(a.weights[layer * D + dir]),
+                                  scales + token * Cell::kScales,
+                                  dnormed + token * p.normed_columns());
+          else
+            cell_backward_row<Cell, S>(H, row);
         }
         const X* w_hh = packed + at.w_hh;
         C* const product = a.h_mask ? buf.dropped : buf.dh;

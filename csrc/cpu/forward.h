@@ -5,8 +5,7 @@
 // of a chunk's tokens are one matrix product. Then each step goes through the groups of units: h
 // W_hh^T is added to a group's gates and its cells are computed while they are in the first cache.
 #pragma once
-#include "cpu/layer.h"
-#include "cpu/vmath.h"
+#include "cpu/layer_norm.h"
 
 namespace {
 
@@ -21,7 +20,7 @@ struct ForwardBuffers {
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& s)
       : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) + kRowPad),
-        ld_gates(traits(p.cell).slots * Panels<C>::padded(p.hidden_size) + kRowPad),
+        ld_gates(p.cell_traits().slots * Panels<C>::padded(p.hidden_size) + kRowPad),
         ld_h(p.out_size() + kRowPad),
         ld_hidden(p.hidden_size + kRowPad),
         ld_operand(operands<X>(p.out_size()) + kRowPad),
@@ -36,54 +35,6 @@ struct ForwardBuffers {
     projected = s.take<X>(p.proj_size && kDepth<X> > 1 ? rows * ld_projected : 0);
   }
 };
-
-// One row of one step. `gates` holds the pre-activations; h goes to h and to y, unless y is null;
-// saved, saved_c and candidate (h without zoneout) are null when not kept for backward.
-template <class S>
-struct ForwardRow {
-  using C = Compute<S>;
-  const C *gates, *h_prev;
-  C *h, *c, *saved_c, *candidate;
-  S *y, *saved;
-  Keep<C> keep_h, keep_c;
-};
-
-template <class C>
-FUSEDRNN_INLINE Vec<C> zone_out(Vec<C> keep, Vec<C> before, Vec<C> now) {
-  return keep * before + (1 - keep) * now;
-}
-
-// The units of blocks [block, block + blocks).
-template <class Cell, class S>
-FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks,
-                                  const ForwardRow<S>& row) {
-  using C = Compute<S>;
-  constexpr int w = Lanes<C>::kWidth;
-  auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    Vec<C> s[Cell::kSlots];
-    for (int k = 0; k < Cell::kSlots; k++) s[k] = load(row.gates + j * Cell::kSlots + k * w);
-    const Vec<C> h_prev = Cell::kUsesHPrev || row.keep_h ? load(row.h_prev + j, n) : Vec<C>{};
-    Vec<C> c = Cell::kHasCell ? load(row.c + j, n) : Vec<C>{};
-    const Vec<C> c_prev = c;
-    Vec<C> h = Cell::template forward<Math<S>>(s, h_prev, c);
-    if (row.candidate) store(row.candidate + j, h, n);
-    if (row.keep_h) h = zone_out<C>(row.keep_h.at(j, n), h_prev, h);
-    if (Cell::kHasCell && row.keep_c) c = zone_out<C>(row.keep_c.at(j, n), c_prev, c);
-    store(row.h + j, h, n);
-    if (row.y) store(row.y + j, h, n);
-    if (Cell::kHasCell) store(row.c + j, c, n);
-    if (Cell::kHasCell && row.saved_c) store(row.saved_c + j, c, n);
-    if (row.saved)
-      for (int k = 0; k < Cell::kSaved; k++) store(row.saved + k * H + j, s[k], n);
-  };
-  for (int64_t j = block * w; j < (block + blocks) * w; j += w) {
-    if (j + w <= H) {
-      units(j, w);
-    } else {
-      units(j, H - j);
-    }
-  }
-}
 
 // The initial states of a layer and direction, for the rows at places first .. of Sequence::order;
 // c is not touched where a cell has none.
@@ -150,6 +101,10 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
       const KeptCells<C> cells(a, layer, dir);
       const X* const panels = reinterpret_cast<const X*>(packed);
       const bool keeps_candidates = a.reserve && Reserve::keeps_candidates(p);
+      C* const scales =
+          a.reserve
+              ? reinterpret_cast<C*>(a.reserve + reserve.scales_offset(layer, dir, seq.tokens))
+              : nullptr;
 
       read_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
 
@@ -200,9 +155,10 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
                  panels + at.w_ih + block * Cell::kGates * G::kWidth * operands<X>(input.width),
-                 buf.gates + column, buf.ld_gates, {packed + at.bias + column, 0});
-            for (int k = Cell::kGates; k < Cell::kSlots;
-                 k++)  // slots that the input does not reach
+                 buf.gates + column, buf.ld_gates,
+                 {kIsNormed<Cell> ? nullptr : packed + at.bias + column, 0});
+            // Slots that the input does not reach.
+            for (int k = Cell::kGates; !kIsNormed<Cell> && k < Cell::kSlots; k++)
               for (int64_t i = 0; i < q; i++)
                 store(buf.gates + i * buf.ld_gates + column + k * G::kWidth,
                       load(packed + at.bias + column + k * G::kWidth));
@@ -234,9 +190,16 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             C* to = gates + column + kFirstHSlot * G::kWidth;
             gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
                  panels + at.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), to,
-                 buf.ld_gates, {to, buf.ld_gates});
-            for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
+                 buf.ld_gates, {kIsNormed<Cell> ? nullptr : to, buf.ld_gates});
+            if constexpr (!kIsNormed<Cell>)
+              for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
           });
+          if constexpr (kIsNormed<Cell>)
+            for (int64_t r = 0; r < n; r++) {
+              const int64_t token = seq.token(t, seq.order[first + r]);
+              normed_forward<Cell>(H, step[r], NormWeights<S>(a.weights[layer * D + dir]),
+                                   scales ? scales + token * Cell::kScales : nullptr);
+            }
           if (p.proj_size) {
             for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
               to_operands(buf.projected + r * buf.ld_projected, buf.hidden + r * buf.ld_hidden, H);

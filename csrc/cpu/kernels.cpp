@@ -46,9 +46,16 @@ FUSEDRNN_INLINE auto with_cell(Cell cell, F f) {
   }
 }
 template <class F>
-FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
+FUSEDRNN_INLINE auto with_plain(const Problem& p, F f) {
   return with_cell(
       p.cell, [&](auto cell) { return with_dtype(p.dtype, [&](auto s) { return f(cell, s); }); });
+}
+template <class F>
+FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
+  if (!p.layer_norm) return with_plain(p, f);
+  return with_dtype(p.dtype, [&](auto s) {
+    return p.cell == Cell::kGru ? f(Normed<Gru>{}, s) : f(Normed<Lstm>{}, s);
+  });
 }
 
 PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {
@@ -66,9 +73,7 @@ void pack_forward_of(const Common& a, int64_t which, void* to, int64_t part, int
 }
 void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part,
                       int64_t parts) {
-  with_both(p, [&](auto cell, auto s) {
-    pack_backward<decltype(cell), decltype(s)>(p, w, layer, to, part, parts);
-  });
+  with_dtype(p.dtype, [&](auto s) { pack_backward<decltype(s)>(p, w, layer, to, part, parts); });
 }
 int64_t rows_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {
@@ -102,7 +107,7 @@ void direct_begin_of(const Forward& a, const DirectStep& step) {
 }
 void direct_step_of(const Forward& a, const DirectStep& step, int64_t part, int64_t parts,
                     void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) {
+  with_plain(a.problem, [&](auto cell, auto s) {
     direct_step<decltype(cell), decltype(s)>(a, step, part, parts, scratch);
   });
 }
@@ -119,9 +124,7 @@ int64_t weight_scratch_of(const Problem& p, int64_t layer) {
                     [&](auto s) { return weight_scratch<Operand<decltype(s)>>(p, layer); });
 }
 void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) {
-    weight_grad<decltype(cell), decltype(s)>(a, task, threads, scratch);
-  });
+  with_dtype(a.problem.dtype, [&](auto s) { weight_grad<decltype(s)>(a, task, threads, scratch); });
 }
 
 }  // namespace

@@ -18,6 +18,11 @@ FUSEDRNN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 FUSEDRNN_INLINE int64_t chunk_steps(int64_t rows) { return max(1, kChunkTokens / rows); }
 
+template <class Cell>
+constexpr bool kIsNormed = false;
+template <class Cell>
+constexpr bool kIsNormed<Normed<Cell>> = true;
+
 // Forward works on units in blocks of one vector. Its gate buffers hold, block after block, one
 // vector for each slot, so that all gates of a block are together when its cells are computed. The
 // recurrent product goes by groups of blocks that fill the registers, each a packed matrix of its
@@ -41,10 +46,11 @@ struct Groups {
 template <class X>
 PackedOffsets forward_offsets(const Common& a, int64_t layer) {
   const Problem& p = a.problem;
-  const int64_t columns = Panels<X>::padded(p.hidden_size), gates = traits(p.cell).gates * columns;
+  const int64_t columns = Panels<X>::padded(p.hidden_size), gates = traits(p.cell).gates * columns,
+                slots = p.cell_traits().slots * columns;
   PackedOffsets o{};
-  o.w_ih = traits(p.cell).slots * columns;
-  o.w_hh = o.w_ih + (p.indexed(layer) ? a.one_hot.distinct * o.w_ih
+  o.w_ih = p.layer_norm ? 0 : slots;
+  o.w_hh = o.w_ih + (p.indexed(layer) ? a.one_hot.distinct * slots
                                       : operands<X>(p.layer_input(layer)) * gates);
   o.w_hr = o.w_hh + operands<X>(p.out_size()) * gates;
   o.total = o.w_hr + Panels<X>::size(p.hidden_size, p.proj_size);
@@ -112,8 +118,8 @@ void pack_values(Compute<S>* dst, const OneHot& x, const Weights& w, int64_t H, 
       const S *from = rows(w.w_ih, gate_x, width), *b_ih = rows(w.b_ih, gate_x, 1),
               *b_hh = rows(w.b_hh, gate_h, 1);
       Vec<C> bias{};
-      if (b_ih) bias += load(b_ih, n);
-      if (b_hh) bias += load(b_hh, n);
+      if (b_ih && !kIsNormed<Cell>) bias += load(b_ih, n);
+      if (b_hh && !kIsNormed<Cell>) bias += load(b_hh, n);
       C* to = dst + (block * Cell::kSlots + slot) * G::kWidth;
       for (int64_t i = 0; i < x.distinct; i++, to += G::gate_columns(H)) {
         Vec<C> v{};
@@ -135,7 +141,7 @@ void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, in
   C* to = static_cast<C*>(packed);
   X* panels = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
-  if (part == 0) {
+  if (part == 0 && !kIsNormed<Cell>) {
     using G = Groups<Cell, C>;
     for (int64_t j = 0; j < G::gate_columns(H); j++) {
       const int64_t unit = j / (Cell::kSlots * G::kWidth) * G::kWidth + j % G::kWidth;
@@ -163,21 +169,22 @@ void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, in
         [&](int64_t v) { return min(Panels<X>::kWidth, P - v * Panels<X>::kWidth); });
 }
 
-template <class Cell, class S>
+template <class S>
 void pack_backward(const Problem& p, const Weights& w, int64_t layer, void* packed, int64_t part,
                    int64_t parts) {
   using X = Operand<S>;
   const PackedOffsets o = backward_offsets<X>(p, layer);
   X* to = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
+  const CellRuns runs = cell_runs(p.cell, p.layer_norm);
   X* w_hh = to + o.w_hh;
-  for (const Run& run : Cell::h_runs().run) {
+  for (const Run& run : runs.h) {
     pack_plain(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, P, run.count * H, part, parts);
     w_hh += Panels<X>::size(run.count * H, P);
   }
   const int64_t in = p.product_input(layer);
   X* w_ih = to + o.w_ih;
-  for (const Run& run : Cell::x_runs().run) {
+  for (const Run& run : runs.x) {
     pack_plain(w_ih, static_cast<const S*>(w.w_ih), run.gate * H, in, run.count * H, part, parts);
     w_ih += Panels<X>::size(run.count * H, in);
   }

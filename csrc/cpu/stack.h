@@ -42,9 +42,9 @@ struct OneHot {
   const int64_t *begin, *token;  // [distinct + 1], [valid]
 };
 
-// Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots,
-// then W_ih (of integer input: the gates that each distinct value makes) and W_hh group by group
-// (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
+// Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots
+// (with layer normalisation none), then W_ih (of integer input: the gates that each distinct value
+// makes) and W_hh group by group (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
 struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
@@ -91,10 +91,11 @@ struct Backward : Common {
   void *grad_in, *dhx, *dcx;
   bool onto_grad_in;    // grad_in holds a gradient already, to which this layer's is added
   const void* grad_cs;  // of this layer's cell states, as in `cs`; null: zeros
-  void* dgates;  // [directions, tokens, slots * hidden], the gradients of the pre-activations
-  void* dproj;   // [directions, tokens, out], gradients of h, with a projection
-  void* hidden;  // [directions, tokens, hidden], what was projected, with a projection
-  void* const* dweights;  // [directions * 5] in the order of Weights; null: not wanted
+  void* dgates;   // [directions, tokens, slots * hidden], the gradients of the pre-activations
+  void* dproj;    // [directions, tokens, out], gradients of h, with a projection
+  void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
+  void* dnormed;  // [directions, tokens, Problem::normed_columns()] (layer_norm.h)
+  void* const* dweights;  // [directions * 9] in the order of Weights; null: not wanted
   int64_t layer;
 };
 

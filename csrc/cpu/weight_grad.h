@@ -2,6 +2,7 @@
 // recurrence.
 //
 //   dW_ih = dgates^T x    dW_hh = dgates^T h_{t-1}    dW_hr = dh^T (o tanh c)    db = sum of dgates
+//   with layer normalisation    db, dshift = sum of dnormed    dgain = sum of dnormed * normalised
 //
 // A task is a tile of rows of one matrix, or a tile of the bias sums; tokens are always added in
 // the same order, block by block, so results depend neither on the number of threads nor on the
@@ -20,14 +21,30 @@ constexpr int64_t kMostRows = 64 * kRows;  // of one task
 
 enum Matrix { kIH, kHH, kBias, kHR, kMatrices };
 // Places in Weights and in Backward::dweights.
-enum { kPlaceIH, kPlaceHH, kPlaceBiasIH, kPlaceBiasHH, kPlaceHR, kPlaces };
+enum {
+  kPlaceIH,
+  kPlaceHH,
+  kPlaceBiasIH,
+  kPlaceBiasHH,
+  kPlaceHR,
+  kPlaceGainIH,
+  kPlaceGainHH,
+  kPlaceGainC,
+  kPlaceShiftC,
+  kPlaces
+};
 
+// Columns of a slot in bias tasks with layer normalisation: none of them has two slots.
+FUSEDRNN_INLINE int64_t padded_slot(const Problem& p) {
+  return (p.hidden_size + kBiasTile - 1) / kBiasTile * kBiasTile;
+}
 FUSEDRNN_INLINE int64_t matrix_rows(const Problem& p, int matrix) {
   switch (matrix) {
     case kIH:
     case kHH:
       return p.gate_rows();
     case kBias:
+      if (p.layer_norm) return p.normed_columns() / p.hidden_size * padded_slot(p);
       return p.bias ? p.slot_columns() : 0;
     default:
       return p.proj_size;
@@ -135,23 +152,35 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const C* a, int64_t lda,
   }
 }
 
-template <class Cell, class C>
-void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, const C* dgates,
-               int64_t ld, C* db_ih, C* db_hh) {
-  C total[kBiasTile] = {};
+// total[j] = sum over tokens of lane j of value(token, j, lanes), j < cols <= kBiasTile; what lies
+// behind in the last vector's lanes is anything.
+template <class C, class Value>
+FUSEDRNN_INLINE void sum_tokens(const Sequence& seq, int64_t cols, C* total, Value value) {
+  constexpr int w = Lanes<C>::kWidth;
+  Vec<C> all[kBiasTile / w] = {};
   for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
     const int64_t k2 = min(seq.valid, k0 + kTokenBlock);
-    C block[kBiasTile] = {};
+    Vec<C> block[kBiasTile / w] = {};
     for (int64_t k1 = k0; k1 < k2; k1 += kBiasBlock) {
-      C sum[kBiasTile] = {};
+      Vec<C> sum[kBiasTile / w] = {};
       for (int64_t k = k1; k < min(k2, k1 + kBiasBlock); k++) {
-        const C* from = dgates + seq.token(seq.valid_step[k], seq.valid_row[k]) * ld + column;
-        for (int64_t j = 0; j < cols; j++) sum[j] += from[j];
+        const int64_t token = seq.token(seq.valid_step[k], seq.valid_row[k]);
+        for (int64_t j = 0; j < cols; j += w) sum[j / w] += value(token, j, cols - j);
       }
-      for (int64_t j = 0; j < cols; j++) block[j] += sum[j];
+      for (int64_t j = 0; j < cols; j += w) block[j / w] += sum[j / w];
     }
-    for (int64_t j = 0; j < cols; j++) total[j] += block[j];
+    for (int64_t j = 0; j < cols; j += w) all[j / w] += block[j / w];
   }
+  std::memcpy(total, all, sizeof all);
+}
+
+template <class C>
+void bias_grad(const Sequence& seq, const CellRuns& runs, int64_t H, int64_t column, int64_t cols,
+               const C* dgates, int64_t ld, C* db_ih, C* db_hh) {
+  C total[kBiasTile];
+  sum_tokens(seq, cols, total, [&](int64_t token, int64_t j, int64_t lanes) {
+    return load(dgates + token * ld + column + j, lanes);
+  });
   auto put = [&](C* db, const Run& run) {
     if (!db) return;
     for (int64_t j = 0; j < cols; j++) {
@@ -159,16 +188,56 @@ void bias_grad(const Sequence& seq, int64_t H, int64_t column, int64_t cols, con
       if (at >= 0 && at < run.count * H) db[run.gate * H + at] = total[j];
     }
   };
-  for (const Run& run : Cell::x_runs().run) put(db_ih, run);
-  for (const Run& run : Cell::h_runs().run) put(db_hh, run);
+  for (const Run& run : runs.x) put(db_ih, run);
+  for (const Run& run : runs.h) put(db_hh, run);
 }
 
-template <class Cell, class S>
+// With layer normalisation biases, gains and shift: `cols` units from `unit` on of one slot of
+// dnormed.
+template <class S>
+void norm_grad(const Backward& a, int64_t dir, int64_t slot, int64_t unit, int64_t cols) {
+  using C = Compute<S>;
+  const Problem& p = a.problem;
+  const CellTraits cell = traits(p.cell);
+  const CellRuns runs = cell_runs(p.cell, false);
+  const int64_t H = p.hidden_size, tokens = a.seq.tokens, ld = p.normed_columns();
+  const C* const d = static_cast<const C*>(a.dnormed) + dir * tokens * ld + slot * H + unit;
+  const S* const saved =
+      reinterpret_cast<const S*>(a.reserve + Reserve(p).slots_offset(a.layer, dir, tokens)) + unit;
+  // Into the part of a gate, of c: 0. `with`: the saved slot that it multiplies, -1: none.
+  auto put = [&](int place, int64_t gate, int64_t with) __attribute__((noinline)) {
+    C* to = static_cast<C*>(a.dweights[dir * kPlaces + place]);
+    if (!to) return;
+    C total[kBiasTile];
+    const S* const factors = saved + max(with, 0) * H;
+    sum_tokens(a.seq, cols, total, [&](int64_t token, int64_t j, int64_t lanes) {
+      const Vec<C> v = load(d + token * ld + j, lanes);
+      return with < 0 ? v : v * load(factors + token * p.cell_traits().saved * H + j, lanes);
+    });
+    for (int64_t j = 0; j < cols; j++) to[gate * H + unit + j] = total[j];
+  };
+  const int of_x = cell.saved, of_h = of_x + cell.gates,
+            of_c = of_h + cell.gates;  // cells/normed.h
+  for (const Run& run : runs.x) {
+    const int64_t gate = run.gate + slot - run.slot;
+    if (slot < run.slot || slot >= run.slot + run.count) continue;
+    put(kPlaceBiasIH, gate, -1), put(kPlaceGainIH, gate, of_x + gate);
+  }
+  for (const Run& run : runs.h) {
+    const int64_t gate = run.gate + slot - run.slot;
+    if (slot < run.slot || slot >= run.slot + run.count) continue;
+    put(kPlaceBiasHH, gate, -1), put(kPlaceGainHH, gate, of_h + gate);
+  }
+  if (slot == cell.slots) put(kPlaceShiftC, 0, -1), put(kPlaceGainC, 0, of_c);
+}
+
+template <class S>
 void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch_space) {
   using C = Compute<S>;
   using X = Operand<S>;
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
+  const CellRuns runs = cell_runs(p.cell, p.layer_norm);
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, layer = a.layer;
   const int64_t per_direction = weight_tasks(p, layer, threads) / D, dir = task / per_direction;
   int matrix = 0;
@@ -181,10 +250,15 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   Scratch scratch{static_cast<char*>(scratch_space)};
 
   if (matrix == kBias) {
+    if (p.layer_norm) {
+      const int64_t unit = begin % padded_slot(p);
+      norm_grad<S>(a, dir, begin / padded_slot(p), unit, min(rows, H - unit));
+      return;
+    }
     C *db_ih = static_cast<C*>(dweights[kPlaceBiasIH]),
       *db_hh = static_cast<C*>(dweights[kPlaceBiasHH]);
     if (db_ih || db_hh)
-      bias_grad<Cell>(seq, H, begin, rows, dgates, p.slot_columns(), db_ih, db_hh);
+      bias_grad(seq, runs, H, begin, rows, dgates, p.slot_columns(), db_ih, db_hh);
     return;
   }
 
@@ -239,8 +313,8 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   };
 
   // Rows [begin, begin + rows) of the weight, run by run.
-  auto each_run = [&](const auto& runs, int64_t N, auto product) {
-    for (const Run& run : runs.run) {
+  auto each_run = [&](const RunList& list, int64_t N, auto product) {
+    for (const Run& run : list) {
       const int64_t m0 = max(begin, run.gate * H),
                     m1 = min(begin + rows, (run.gate + run.count) * H);
       if (m0 < m1) product(m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, dst + m0 * N);
@@ -252,11 +326,11 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
     };
   };
   if (matrix == kHH) {
-    each_run(Cell::h_runs(), P, with_rows(state_row));
+    each_run(runs.h, P, with_rows(state_row));
   } else if (!p.indexed(layer)) {
-    each_run(Cell::x_runs(), input.width, with_rows(input_row));
+    each_run(runs.x, input.width, with_rows(input_row));
   } else {
-    each_run(Cell::x_runs(), p.input_size, [&](int64_t M, int64_t N, const C* from, C* to) {
+    each_run(runs.x, p.input_size, [&](int64_t M, int64_t N, const C* from, C* to) {
       scatter_add(a.one_hot, M, N, from, p.slot_columns(), to);
     });
   }

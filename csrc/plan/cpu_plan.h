@@ -37,7 +37,8 @@ inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t
 inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
   constexpr int64_t kMostTokens = 8;             // more than these pay for the packing
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
-  if (tokens > kMostTokens || p.one_hot || p.proj_size || p.zoneout || p.all_states) return 0;
+  if (tokens > kMostTokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
+    return 0;
   const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size);
   const int64_t parts = p.gate_rows() * depth * bytes(p.dtype) / kBytesOfThread;
   return std::max<int64_t>(1, std::min(parts, threads));

@@ -25,6 +25,9 @@ struct Problem {
   bool bias;
   bool zoneout;     // of h or c
   bool all_states;  // outputs and cell states of all layers are results, and not in the reserve
+  bool layer_norm;  // cells/normed.h
+
+  FUSEDRNN_HD constexpr CellTraits cell_traits() const { return traits(cell, layer_norm); }
 
   // Width of h: what a layer's direction puts out and feeds back.
   FUSEDRNN_HD constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
@@ -37,29 +40,38 @@ struct Problem {
   }
   FUSEDRNN_HD constexpr bool indexed(int64_t layer) const { return one_hot && layer == 0; }
   FUSEDRNN_HD constexpr int64_t gate_rows() const { return traits(cell).gates * hidden_size; }
-  FUSEDRNN_HD constexpr int64_t slot_columns() const { return traits(cell).slots * hidden_size; }
+  FUSEDRNN_HD constexpr int64_t slot_columns() const { return cell_traits().slots * hidden_size; }
+  // Per token, direction and layer: the gradients of what layer normalisation puts out.
+  FUSEDRNN_HD constexpr int64_t normed_columns() const {
+    return layer_norm ? (traits(cell).slots + traits(cell).has_cell) * hidden_size : 0;
+  }
   FUSEDRNN_HD constexpr int weights_per_direction() const {
-    return 2 + (bias ? 2 : 0) + (proj_size ? 1 : 0);
+    const int gains = layer_norm ? 2 + (traits(cell).has_cell ? 2 : 0) : 0;
+    return 2 + (bias ? 2 : 0) + (proj_size ? 1 : 0) + gains;
   }
 };
 
-struct Weights {  // of one layer and direction, in torch.nn's layout; biases and w_hr may be null
-  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+// Of one layer and direction, in torch.nn's layout. Null where there are none: biases, w_hr, and
+// what layer normalisation multiplies and adds.
+struct Weights {
+  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gain_ih, *gain_hh, *gain_c, *shift_c;
 };
 
 // The reserve holds, for every layer and direction, one row per token (a row of the batch at a
-// step): first all cell states (compute type), then all saved slots (storage type), then the
-// outputs of all layers but the last (storage type). In place of cell states a cell that saves no
-// slot has with zoneout what it would have put out without. Offsets are bytes for `tokens` tokens.
+// step): first all cell states (compute type), then the scales of layer normalisation (compute
+// type), then all saved slots (storage type), then the outputs of all layers but the last (storage
+// type). In place of cell states a cell that saves no slot has with zoneout what it would have put
+// out without. Offsets are bytes for `tokens` tokens.
 struct Reserve {
-  int64_t cell_row, slots_row,
+  int64_t cell_row, scales_row, slots_row,
       output_row;  // bytes per token, of one layer and direction (output: layer)
   int64_t layers, directions;
 
   FUSEDRNN_HD explicit constexpr Reserve(const Problem& p)
       : cell_row(keeps_cells(p) || keeps_candidates(p) ? p.hidden_size * compute_bytes(p.dtype)
                                                        : 0),
-        slots_row(traits(p.cell).saved * p.hidden_size * bytes(p.dtype)),
+        scales_row(p.cell_traits().scales * compute_bytes(p.dtype)),
+        slots_row(p.cell_traits().saved * p.hidden_size * bytes(p.dtype)),
         output_row(p.all_states ? 0 : p.num_directions * p.out_size() * bytes(p.dtype)),
         layers(p.num_layers),
         directions(p.num_directions) {}
@@ -72,16 +84,22 @@ struct Reserve {
   }
 
   FUSEDRNN_HD constexpr int64_t bytes_per_token() const {
-    return layers * directions * (cell_row + slots_row) + (layers - 1) * output_row;
+    return layers * directions * (cell_row + scales_row + slots_row) + (layers - 1) * output_row;
   }
   FUSEDRNN_HD constexpr int64_t cell_offset(int64_t layer, int64_t dir, int64_t tokens) const {
     return (layer * directions + dir) * cell_row * tokens;
   }
+  FUSEDRNN_HD constexpr int64_t scales_offset(int64_t layer, int64_t dir, int64_t tokens) const {
+    return (layers * directions * cell_row + (layer * directions + dir) * scales_row) * tokens;
+  }
   FUSEDRNN_HD constexpr int64_t slots_offset(int64_t layer, int64_t dir, int64_t tokens) const {
-    return (layers * directions * cell_row + (layer * directions + dir) * slots_row) * tokens;
+    return (layers * directions * (cell_row + scales_row) +
+            (layer * directions + dir) * slots_row) *
+           tokens;
   }
   FUSEDRNN_HD constexpr int64_t output_offset(int64_t layer, int64_t tokens) const {
-    return (layers * directions * (cell_row + slots_row) + layer * output_row) * tokens;
+    return (layers * directions * (cell_row + scales_row + slots_row) + layer * output_row) *
+           tokens;
   }
 };
 

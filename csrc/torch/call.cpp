@@ -136,6 +136,11 @@ Weights Call::weights_of(int64_t layer, int64_t dir) const {
   w.w_ih = next++->const_data_ptr(), w.w_hh = next++->const_data_ptr();
   if (problem.bias) w.b_ih = next++->const_data_ptr(), w.b_hh = next++->const_data_ptr();
   if (problem.proj_size) w.w_hr = next++->const_data_ptr();
+  if (problem.layer_norm) {
+    w.gain_ih = next++->const_data_ptr(), w.gain_hh = next++->const_data_ptr();
+    if (traits(problem.cell).has_cell)
+      w.gain_c = next++->const_data_ptr(), w.shift_c = next++->const_data_ptr();
+  }
   return w;
 }
 

@@ -22,7 +22,7 @@ struct Config {
   int64_t hidden_size, proj_size, num_layers;
   bool bias, bidirectional;
   double zoneout_h, zoneout_c;  // how much of the old h and c stays
-  bool all_states;
+  bool all_states, layer_norm;
 };
 
 inline std::string show(const Tensor& t) {
@@ -93,7 +93,8 @@ inline const Tensor& typed(const Tensor& x, const std::vector<Tensor>& weights) 
   return weights[0];
 }
 
-// Weights in torch.nn's order: per layer and direction w_ih, w_hh, [b_ih, b_hh], [w_hr].
+// Weights in torch.nn's order: per layer and direction w_ih, w_hh, [b_ih, b_hh], [w_hr],
+// [gain_ih, gain_hh, [gain_c, shift_c]].
 inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Tensor>& weights) {
   Problem p{};
   p.cell = cell_of(c.mode);
@@ -123,12 +124,15 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
                   "fusedrnn: zoneout must lie in [0, 1]");
   p.zoneout = c.zoneout_h > 0 || c.zoneout_c > 0;
   p.all_states = c.all_states;
+  p.layer_norm = c.layer_norm;
   STD_TORCH_CHECK(p.hidden_size > 0 && p.num_layers > 0,
                   "fusedrnn: hidden_size and num_layers must be positive");
   STD_TORCH_CHECK(p.proj_size >= 0 && p.proj_size < p.hidden_size,
                   "fusedrnn: proj_size must lie in [0, hidden_size)");
   STD_TORCH_CHECK(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
   STD_TORCH_CHECK(!c.zoneout_c || traits(p.cell).has_cell, "fusedrnn: only LSTM takes zoneout_c");
+  STD_TORCH_CHECK(!p.layer_norm || p.cell == Cell::kGru || p.cell == Cell::kLstm,
+                  "fusedrnn: only LSTM and GRU take layer_norm");
 
   const size_t each = p.weights_per_direction();
   const int64_t directions = checked_product(p.num_layers, p.num_directions);
@@ -146,6 +150,10 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
       next("weight_hh", {gate_rows, p.out_size()});
       if (p.bias) next("bias_ih", {gate_rows}), next("bias_hh", {gate_rows});
       if (p.proj_size) next("weight_hr", {p.proj_size, p.hidden_size});
+      if (!p.layer_norm) continue;
+      next("gain_ih", {gate_rows}), next("gain_hh", {gate_rows});
+      if (traits(p.cell).has_cell)
+        next("gain_c", {p.hidden_size}), next("shift_c", {p.hidden_size});
     }
   return p;
 }

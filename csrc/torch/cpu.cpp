@@ -265,7 +265,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dgates = dgates.mutable_data_ptr();
   const Tensor dproj = empty({p.proj_size ? D : 0, tokens, p.out_size()});
   const Tensor hidden = empty({p.proj_size ? D : 0, tokens, p.hidden_size});
+  const Tensor dnormed = empty({p.layer_norm ? D : 0, tokens, p.normed_columns()});
   a.dproj = dproj.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr();
+  a.dnormed = dnormed.mutable_data_ptr();
   const int64_t size = compute_bytes(p.dtype);
   const CpuPlan plan = call.plan();
   const int64_t threads = plan.threads, rows = plan.rows_per_task;
@@ -300,7 +302,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
       k.backward(a, i * rows, std::min(B, (i + 1) * rows), scratch);
     });
 
-    std::vector<void*> places;  // five a direction, in the order of Weights
+    const bool gains = p.layer_norm, of_c = gains && traits(p.cell).has_cell;
+    std::vector<void*> places;  // nine a direction, in the order of Weights
     bool any = false;
     for (int64_t dir = 0; dir < D; dir++) {
       size_t i = (layer * D + dir) * p.weights_per_direction();
@@ -310,7 +313,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
         i++, any |= at != nullptr;
         return at;
       };
-      for (bool present : {true, true, p.bias, p.bias, p.proj_size > 0})
+      for (bool present : {true, true, p.bias, p.bias, p.proj_size > 0, gains, gains, of_c, of_c})
         places.push_back(next(present));
     }
     a.dweights = places.data();

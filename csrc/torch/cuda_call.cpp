@@ -36,8 +36,9 @@ char* byte_at(const Tensor& reserve, int64_t offset) {
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     : Call(in, config), device_(x), through_float64_(false), tokens_{} {
   // The modules leave these to the plain PyTorch implementation.
-  STD_TORCH_CHECK(!resets && !h_mask && !problem.zoneout && !problem.all_states,
-                  "fusedrnn: no CUDA kernel has resets, recurrent dropout, zoneout or all states");
+  STD_TORCH_CHECK(
+      !resets && !h_mask && !problem.zoneout && !problem.all_states && !problem.layer_norm,
+      "fusedrnn: no CUDA kernel has resets, recurrent dropout, zoneout, all states or layer_norm");
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
   bool tf32 = false;
   if (problem.dtype == DType::kFloat32) {

@@ -44,13 +44,13 @@ Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden
 PyObject* reserve_bytes(PyObject*, PyObject* args) {
   const char *mode, *dtype;
   long long hidden, proj, layers;
-  int bidirectional, zoneout, all_states;
-  if (!PyArg_ParseTuple(args, "ssLLLppp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional,
-                        &zoneout, &all_states))
+  int bidirectional, zoneout, all_states, layer_norm;
+  if (!PyArg_ParseTuple(args, "ssLLLpppp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional,
+                        &zoneout, &all_states, &layer_norm))
     return nullptr;
   return guarded([&] {
     Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.zoneout = zoneout, p.all_states = all_states;
+    p.zoneout = zoneout, p.all_states = all_states, p.layer_norm = layer_norm;
     return PyLong_FromLongLong(Reserve(p).bytes_per_token());
   });
 }
@@ -146,7 +146,7 @@ PyObject* cuda_archs(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"reserve_bytes", reserve_bytes, METH_VARARGS,
      "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, zoneout, "
-     "all_states) -> bytes per token"},
+     "all_states, layer_norm) -> bytes per token"},
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},

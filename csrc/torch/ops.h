@@ -49,7 +49,7 @@ BackwardFunction backward_cpu, backward_cuda;
   "Tensor? mask, Tensor? resets, Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout"
 #define FUSEDRNN_CONFIG                                                                       \
   "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional, " \
-  "float zoneout_h, float zoneout_c, bool all_states"
+  "float zoneout_h, float zoneout_c, bool all_states, bool layer_norm"
 
 inline constexpr const char* kForwardSchema =
     "forward(" FUSEDRNN_INPUTS ", " FUSEDRNN_CONFIG
@@ -65,11 +65,12 @@ ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vect
                        OptionalTensor resets, OptionalTensor h_mask, OptionalTensor zone_h,
                        OptionalTensor zone_c, double dropout, std::string mode, int64_t hidden_size,
                        int64_t proj_size, int64_t num_layers, bool bias, bool bidirectional,
-                       double zoneout_h, double zoneout_c, bool all_states, bool save) {
+                       double zoneout_h, double zoneout_c, bool all_states, bool layer_norm,
+                       bool save) {
   return implementation(
       {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
       {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
-       all_states},
+       all_states, layer_norm},
       save);
 }
 
@@ -82,11 +83,11 @@ BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, Optional
                          OptionalTensor h_mask, OptionalTensor zone_h, OptionalTensor zone_c,
                          double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
                          int64_t num_layers, bool bias, bool bidirectional, double zoneout_h,
-                         double zoneout_c, bool all_states) {
+                         double zoneout_c, bool all_states, bool layer_norm) {
   return implementation(
       {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
       {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
-       all_states},
+       all_states, layer_norm},
       {grad_y, grad_hn, grad_cn, grad_hs, grad_cs}, {y, reserve, hs, cs}, needs);
 }
 

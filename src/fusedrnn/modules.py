@@ -15,10 +15,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cuda, dynamo, ops, reference
+from fusedrnn import layer_norm as norms
 
 # What the kernels compute in; any other dtype or device is torch.nn's own business.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Constructor keywords that torch.nn's classes do not have.
+ONLY_OURS = ("recurrent_dropout", "zoneout", "layer_norm")
 
 
 def is_one_hot(data: Tensor, packed: bool) -> bool:
@@ -109,10 +112,11 @@ class _Fused(_DropIn, nn.RNNBase):
     # torch.nn words this error differently from class to class.
     _dim_error = "{}: Expected input to be 2D or 3D, got {}D instead"
 
-    # Regularisers that torch.nn does not have. An instance has them only where they are on: what
-    # `swap` turns into one of ours has torch.nn's attributes alone.
+    # What torch.nn does not have. An instance has them only where they are on: what `swap` turns
+    # into one of ours has torch.nn's attributes alone.
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
+    layer_norm: bool = False
     # Whether backward runs forward again for what it needs, in place of keeping it.
     recompute: bool = False
 
@@ -121,11 +125,29 @@ class _Fused(_DropIn, nn.RNNBase):
         *args: Any,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
         recompute: bool = False,
         device: Any = None,
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
+        """torch.nn's arguments, and what docs/regularisers.md describes, off by default.
+
+        Args:
+            recurrent_dropout: the probability with which h is dropped before W_hh, one mask for
+                all steps.
+            zoneout: the probability with which a unit keeps its old value, for an LSTM also
+                (of h, of c).
+            layer_norm: whether the products with W_ih and W_hh, and an LSTM's c on its way to h,
+                are normalised. Adds parameters: per layer and direction gain_ih and gain_hh
+                (gates * H), for an LSTM gain_c and shift_c (H), with torch.nn's suffixes.
+            recompute: whether backward runs forward again for what it needs, in place of keeping it
+                (docs/scaling.md).
+
+        Raises:
+            ValueError: a number is no probability; an RNN with layer_norm.
+            TypeError: layer_norm is no bool.
+        """
         # Named here because torch.nn.utils.skip_init looks for `device` in the signature.
         given = {"device": device, "dtype": dtype}
         kwargs |= {k: v for k, v in given.items() if v is not None}
@@ -140,12 +162,29 @@ class _Fused(_DropIn, nn.RNNBase):
             on = _probability("zoneout", zoneout)
         if on:
             self.zoneout = zoneout
+        if not isinstance(layer_norm, bool):
+            raise TypeError(f"layer_norm should be of type bool, got: {type(layer_norm).__name__}")
+        if layer_norm:
+            if self.mode not in ("LSTM", "GRU"):
+                raise ValueError("layer_norm is for LSTM and GRU: a plain RNN has none")
+            self.layer_norm = True
+            norms.add_parameters(self)
         if recompute:
             self.recompute = True
 
+    def reset_parameters(self) -> None:
+        if self.layer_norm:
+            norms.reset_parameters(self)
+        else:
+            super().reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        # For torch.nn's CUDA kernels, which take no other weights than their own.
+        if not self.layer_norm:
+            super().flatten_parameters()
+
     def extra_repr(self) -> str:
-        ours = ("recurrent_dropout", "zoneout", "recompute")
-        names = [name for name in ours if name in self.__dict__]
+        names = [name for name in (*ONLY_OURS, "recompute") if name in self.__dict__]
         return ", ".join([super().extra_repr(), *(f"{n}={getattr(self, n)}" for n in names)])
 
     def _weights(self) -> list[Tensor]:
@@ -165,6 +204,7 @@ class _Fused(_DropIn, nn.RNNBase):
             self.bias,
             self.bidirectional,
             *self._zoneout_rates(),
+            layer_norm=self.layer_norm,
         )
 
     def _zoneout_rates(self) -> tuple[float, float]:
@@ -175,9 +215,9 @@ class _Fused(_DropIn, nn.RNNBase):
 
     def only_ours(self) -> str | None:
         """What this module does that torch.nn's code would leave out, if anything."""
-        if not (self.recurrent_dropout or self.zoneout):
+        if not (self.recurrent_dropout or self.zoneout or self.layer_norm):
             return None
-        names = [name for name in ("recurrent_dropout", "zoneout") if getattr(self, name)]
+        names = [name for name in ONLY_OURS if getattr(self, name)]
         return " and ".join(names)
 
     def forward(

@@ -7,7 +7,8 @@ the batch, D directions, H hidden units, P = proj_size or H, L layers:
     x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed); or integers
                  (T, B), (tokens,), which stand for one-hot vectors as wide as the first w_ih
     hx, cx       (L * D, B, P), (L * D, B, H) or None for zeros; cx of an LSTM only
-    weights      torch.nn's, per layer and direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]
+    weights      torch.nn's, per layer and direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]; with
+                 layer_norm then gain_ih, gain_hh (as the biases), an LSTM's gain_c, shift_c (H,)
     batch_sizes  int64 (T,), of a PackedSequence
     lengths      integers (B,) in [0, T]: steps of each row of padded input
     mask         uint8 (L - 1, tokens, D * P), the dropout between layers: 1 keeps
@@ -53,6 +54,7 @@ class Config(NamedTuple):
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0
     all_states: bool = False
+    layer_norm: bool = False
 
     @property
     def out_size(self) -> int:
@@ -109,6 +111,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
         config.bidirectional,
         config.zoneout_h > 0 or config.zoneout_c > 0,
         config.all_states,
+        config.layer_norm,
     )
     reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
     return y, hn, cn, reserve, *_fake_states(y, config)

@@ -7,12 +7,15 @@ Formulas are those of torch.nn.RNN, GRU and LSTM; csrc/cells states the same for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from fusedrnn.layer_norm import count
 
 # (x W_ih^T + b_ih, h W_hh^T + b_hh, h, c) -> (h, c); c is None but for an LSTM
 State = tuple[Tensor, "Tensor | None"]
@@ -35,11 +38,18 @@ def gru_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
     return (1 - z) * n + z * h, c
 
 
-def lstm_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
+def lstm_step(
+    gx: Tensor,
+    gh: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    seen: Callable[[Tensor], Tensor] = lambda c: c,
+) -> State:
+    """`seen` is what of c the output gate sees."""
     i, f, g, o = (gx + gh).chunk(4, -1)
     assert c is not None
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    return torch.sigmoid(o) * torch.tanh(seen(c)), c
 
 
 STEPS: dict[str, Step] = {
@@ -48,6 +58,46 @@ STEPS: dict[str, Step] = {
     "GRU": gru_step,
     "LSTM": lstm_step,
 }
+
+
+EPSILON = 1e-5  # of csrc/cpu/layer_norm.h too
+
+
+def normalised(a: Tensor) -> Tensor:
+    """Over the last dimension; in float32 at least, for a square of float16 overflows."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return (centred / torch.sqrt(variance + EPSILON)).to(a.dtype)
+
+
+class Norm(NamedTuple):
+    """Layer normalisation (Ba, Kiros, Hinton, arXiv:1607.06450, supplementary), of one layer and
+    direction: W_ih x becomes gain_ih * n(W_ih x), W_hh h likewise, and what an LSTM's output gate
+    sees of c is gain_c * n(c) + shift_c. An LSTM's gates are normalised together, of a GRU's r and
+    z together and n apart.
+    """
+
+    gain_ih: Tensor
+    gain_hh: Tensor
+    gain_c: Tensor | None = None
+    shift_c: Tensor | None = None
+
+    def gates(self, product: Tensor, gain: Tensor) -> Tensor:
+        if self.gain_c is not None:
+            return normalised(product) * gain
+        r, z, n = product.chunk(3, -1)
+        rz = normalised(torch.cat([r, z], -1))
+        return torch.cat([rz, normalised(n)], -1) * gain
+
+    def cell(self, c: Tensor) -> Tensor:
+        assert self.gain_c is not None
+        assert self.shift_c is not None
+        return normalised(c) * self.gain_c + self.shift_c
+
+
+def plus(a: Tensor, bias: Tensor | None) -> Tensor:
+    return a if bias is None else a + bias
 
 
 class Regularisers(NamedTuple):
@@ -78,6 +128,7 @@ def layer(
     c: Tensor | None,
     weights: Sequence[Tensor],
     bias: bool,
+    norm: Norm | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     regularisers: Regularisers,
@@ -92,10 +143,23 @@ def layer(
     w_ih, w_hh, *more = weights
     b_ih, b_hh = more[:2] if bias else (None, None)
     w_hr = more[2 * bias] if len(more) > 2 * bias else None
-    if x.is_floating_point():
-        gx = linear(x, w_ih, b_ih)
+    if not x.is_floating_point():
+        gx = embedding(x, w_ih.t())
+    elif norm is None:
+        gx, b_ih = linear(x, w_ih, b_ih), None
     else:
-        gx = embedding(x, w_ih.t()) + (0 if b_ih is None else b_ih)
+        gx = linear(x, w_ih)
+    if norm is not None:
+        gx = norm.gates(gx, norm.gain_ih)
+        if norm.gain_c is not None:
+            step = partial(lstm_step, seen=norm.cell)
+    gx = plus(gx, b_ih)
+
+    def recurrent(operand: Tensor) -> Tensor:
+        if norm is None:
+            return linear(operand, w_hh, b_hh)
+        return plus(norm.gates(linear(operand, w_hh), norm.gain_hh), b_hh)
+
     steps = range(len(x))
     outputs: list[Tensor] = []
     cells: list[Tensor] = []
@@ -108,7 +172,7 @@ def layer(
             h = torch.where(anew[:, None], 0, h)
             c = c if c is None else torch.where(anew[:, None], 0, c)
         operand = h if regularisers.h_mask is None else h * regularisers.h_mask.to(h.dtype)
-        h_new, c_new = step(gx[t], linear(operand, w_hh, b_hh), h, c)
+        h_new, c_new = step(gx[t], recurrent(operand), h, c)
         if w_hr is not None:
             h_new = linear(h_new, w_hr)
         h_new = zone_out(regularisers.zone_h, t, h, h_new)
@@ -157,6 +221,7 @@ def forward(
     zoneout_h: float = 0.0,
     zoneout_c: float = 0.0,
     all_states: bool = False,
+    layer_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op in plain PyTorch; arguments and results as in `fusedrnn.ops`, no reserve."""
     if batch_sizes is not None:
@@ -199,6 +264,10 @@ def forward(
             j = len(h_n)
             c0 = None if cx is None else cx[j]
             part = weights[each * j : each * (j + 1)]
+            norm = None
+            if layer_norm:
+                own = count(mode)
+                part, norm = part[:-own], Norm(*part[-own:])
             regularisers = Regularisers(
                 None if h_mask is None else h_mask[j],
                 zoneout_h if zone_h is None else padded(zone_h[j]),
@@ -211,6 +280,7 @@ def forward(
                 c0,
                 part,
                 bias,
+                norm,
                 lengths,
                 resets,
                 regularisers,

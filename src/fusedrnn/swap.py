@@ -43,7 +43,8 @@ def unswap(model: Model) -> Model:
     """Undoes `swap`, in place: every fused layer becomes torch.nn's. Returns `model` itself.
 
     Raises:
-        ValueError: a layer has a regulariser that torch.nn does not know; nothing is changed.
+        ValueError: a layer has a regulariser or layer normalisation, which torch.nn does not
+            know; nothing is changed.
     """
     for module in model.modules() if isinstance(model, nn.Module) else ():
         regularisers = module.only_ours() if isinstance(module, modules._Fused) else None
