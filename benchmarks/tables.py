@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,9 @@ def _headline(title: str, rows: list[Row]) -> Table:
                 f"{row.noise.lower:.2f}..{row.noise.upper:.2f}",
             ]
         )
+    ratios = [r.speedup.median for row in rows for r in row.results if r.peer == OURS and r.speedup]
+    if len(ratios) > 1:
+        title = f"{title}, geometric mean {statistics.geometric_mean(ratios):.2f} times as fast"
     # The name hints at the shape.
     return Table(title, header, cells, spare=1).without_empty_columns()
 

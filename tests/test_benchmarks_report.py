@@ -71,6 +71,11 @@ def test_there_is_a_table_for_each_mode_and_number_of_threads():
     assert "| a\\|b | fusedrnn | wrong: bad |" in text  # the table of every implementation
 
 
+def test_a_table_has_the_geometric_mean_of_what_was_measured():
+    rows = [row("a", speed=1.0), row("b", speed=4.0), row("c", problem="bad")]
+    assert tables.headlines(rows)[0].title.endswith("geometric mean 2.00 times as fast")
+
+
 def test_a_tie_is_called_one_and_empty_columns_are_left_out():
     tie = with_ours(row(speed=1.01), verdict="tie")
     table = tables.headlines([tie])[0]
