@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import modules, ops, reference
+from fusedrnn import masks, modules, ops, reference
 
 T, B, WIDTH, HIDDEN = 6, 4, 3, 5
 REGULARISERS = {
@@ -477,8 +477,8 @@ def test_opcheck(cell, packed):
     x = torch.randn(*tokens, WIDTH, dtype=torch.float64)
     sizes = torch.tensor([4, 2, 1]) if packed else None
     resets = torch.rand(tokens) < 0.3
-    masks = fused._regulariser_masks(x, sizes, weights[0], config)
-    call = (x, None, None, weights, sizes, None, None, resets, *masks, 0.0, *config)
+    drawn = masks.of_recurrence(fused, x, sizes, weights[0], config)
+    call = (x, None, None, weights, sizes, None, None, resets, *drawn, 0.0, *config)
     torch.library.opcheck(ops.forward, (*call, True))
     call = (*call[:3], [w.detach() for w in weights], *call[4:])
     y, _, _, reserve, hs, cs = ops.forward(*call, True)

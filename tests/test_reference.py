@@ -5,7 +5,7 @@ import torch
 from cases import CELLS, make_pair, random_state
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fusedrnn import reference
+from fusedrnn import masks, reference
 
 T, B = 5, 4
 
@@ -108,7 +108,7 @@ def test_dropout(cell, packed, dropout):
     if packed:
         theirs, x, batch_sizes = theirs.data, x.data, x.batch_sizes
     torch.manual_seed(4)
-    mask = fused._dropout_mask(x, fused._config())
+    mask = masks.between_layers(fused, x, fused._config())
     found = run_reference(fused, x, None, batch_sizes, None, mask, dropout)
     assert_close(found, (theirs, state))
 

@@ -6,7 +6,6 @@ They add no state, so parameters, checkpoints, hooks and `isinstance` are torch.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cuda, dynamo, ops, reference
+from fusedrnn import cuda, dynamo, masks, ops, reference
 from fusedrnn import layer_norm as norms
 
 # What the kernels compute in; any other dtype or device is torch.nn's own business.
@@ -288,14 +287,14 @@ class _Fused(_DropIn, nn.RNNBase):
         if resets is not None:
             resets = self._checked_resets(resets, input, x, one_hot)
         config = self._config()._replace(all_states=return_all)
-        masks = (
-            self._dropout_mask(x, config),
+        drawn = (
+            masks.between_layers(self, x, config),
             resets,
-            *self._regulariser_masks(x, batch_sizes, weights[0], config),
+            *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
         )
         # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
-        dropout = 0.0 if masks[0] is None else self.dropout
-        call = (x, hx, cx, weights, batch_sizes, lengths, *masks, dropout, *config)
+        dropout = 0.0 if drawn[0] is None else self.dropout
+        call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
         if (
             (more and no_kernel(x) is not None)
             or (cpu_only and device != "cpu")
@@ -465,45 +464,6 @@ class _Fused(_DropIn, nn.RNNBase):
         if self.mode == "LSTM" and packed:
             return given, given
         return low, low
-
-    def _dropout_mask(self, x: Tensor, config: ops.Config) -> Tensor | None:
-        """The masks between layers (L - 1, tokens, D * P), drawn in torch.nn's order."""
-        if not (self.training and self.dropout > 0 and self.num_layers > 1):
-            return None
-        tokens = math.prod(ops.tokens_shape(x))
-        mask = x.new_empty(
-            (self.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
-        )
-        if self.dropout == 1:
-            return mask.zero_()  # here torch draws nothing
-        for layer in mask:
-            layer.bernoulli_(1 - self.dropout)
-        return mask
-
-    def _regulariser_masks(
-        self, x: Tensor, batch_sizes: Tensor | None, like: Tensor, config: ops.Config
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """h_mask, zone_h and zone_c as `fusedrnn.ops` has them, drawn in this order."""
-        if not (self.training and self.only_ours()):
-            return None, None, None
-        rate = self.recurrent_dropout
-        # Not Size.numel(), which torch.export would take for a constant.
-        states, tokens = config.num_layers * config.directions, math.prod(ops.tokens_shape(x))
-        h_mask = None
-        if rate:
-            batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
-            dtype = ops.compute_dtype(like.dtype)
-            h_mask = like.new_empty((states, batch, config.out_size), dtype=dtype)
-            h_mask = h_mask.bernoulli_(1 - rate).div_(1 - rate) if rate < 1 else h_mask.zero_()
-
-        def zones(rate: float, width: int) -> Tensor | None:
-            if not rate:
-                return None
-            mask = like.new_empty((states, tokens, width), dtype=torch.uint8)
-            return mask.bernoulli_(rate)
-
-        zone_h = zones(config.zoneout_h, config.out_size)
-        return h_mask, zone_h, zones(config.zoneout_c, config.hidden_size)
 
 
 dynamo.allow(_Fused)
