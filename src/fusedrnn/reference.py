@@ -128,11 +128,11 @@ def layer(
     c: Tensor | None,
     weights: Sequence[Tensor],
     bias: bool,
-    norm: Norm | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     regularisers: Regularisers,
     reverse: bool,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n, cs.
 
@@ -280,11 +280,11 @@ def forward(
                 c0,
                 part,
                 bias,
-                norm,
                 lengths,
                 resets,
                 regularisers,
                 reverse=d == 1,
+                norm=norm,
             )
             outputs.append(y)
             h_n.append(h)
