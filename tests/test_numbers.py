@@ -232,6 +232,13 @@ def test_dropout_draws_torchs_masks(cell, batch_first, dropout):
         assert_as_exact_as_torch(run(fused, x, None), theirs, theirs)
 
 
+@pytest.mark.parametrize("cell", ["rnn", "gru"])
+def test_long_sums(cell):
+    """Of one row torch.nn's products have many short sums, which round less than one long one."""
+    plain, fused = make_pair(cell, 1500, 2000)
+    compare(plain, fused, torch.randn(10, 1, 1500), None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_for_any_number_of_threads(cell, dtype):

@@ -213,6 +213,10 @@ FUSEDRNN_INLINE void each_block(int64_t M, F f) {
   }
 }
 
+// Operands that are added before they join the sum of an element: longer sums lose too much to
+// rounding, and a panel of more does not stay in the second cache.
+constexpr int64_t kLongestSum = 512;
+
 // C [M, N] = A [M, K] B + D, K values deep, A in rows of lda operands, C of stride ldc.
 template <class X>
 void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* packed, Compute<X>* c,
@@ -221,11 +225,17 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
   const int64_t depth = operands<X>(K);
   for (int64_t n = 0; n < N; n += P::kColumns) {
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
-    each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
-      const Addend<Compute<X>> part{d.at ? d.at + m * d.ld + n : nullptr, d.ld};
-      multiply_for<X>(rows, cols)(depth, a + m * lda, lda, 1, packed + n * depth, c + m * ldc + n,
-                                  ldc, cols, part);
-    });
+    const X* const panel = packed + n * depth;
+    Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
+    for (int64_t k = 0; k == 0 || k < depth; k += kLongestSum) {
+      const int64_t part = depth - k < kLongestSum ? depth - k : kLongestSum;
+      each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
+        multiply_for<X>(rows, cols)(part, a + m * lda + k, lda, 1, panel + k * P::padded(cols),
+                                    c + m * ldc + n, ldc, cols,
+                                    {onto.at ? onto.at + m * onto.ld : nullptr, onto.ld});
+      });
+      onto = {c + n, ldc};
+    }
   }
 }
 
