@@ -60,6 +60,23 @@ def test_gradients(cell):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([], "empty"),
+        ([2, -1, 2**40, 1, 2], "positive and not rise"),  # torch's own code crashes on these
+        ([1, 2], "positive and not rise"),
+        ([3, 1], "add up to 4, not to 5"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_batch_sizes(sizes, message, device):
+    _, fused = stack("gru")
+    x = torch.randn(5, 3, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        run_reference(fused, x, batch_sizes=torch.tensor(sizes, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("with_states", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", CELLS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -199,6 +200,16 @@ def layer(
     return y, h, c, torch.stack(cells) if cells else c.new_empty((0, *c.shape))
 
 
+def check_batch_sizes(rows: list[int], tokens: int) -> None:
+    """With the kernels' words: torch's pad_packed_sequence writes where wrong ones lead it."""
+    if not rows:
+        raise RuntimeError("fusedrnn: batch_sizes is empty")
+    if min(rows) < 1 or any(b > a for a, b in pairwise(rows)):
+        raise RuntimeError("fusedrnn: batch_sizes must be positive and not rise")
+    if sum(rows) != tokens:
+        raise RuntimeError(f"fusedrnn: batch_sizes add up to {sum(rows)}, not to {tokens} tokens")
+
+
 def forward(
     x: Tensor,
     hx: Tensor | None,
@@ -225,6 +236,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op in plain PyTorch; arguments and results as in `fusedrnn.ops`, no reserve."""
     if batch_sizes is not None:
+        if not torch.compiler.is_compiling():
+            check_batch_sizes(batch_sizes.tolist(), len(x))
         x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
     if lengths is not None:
         lengths = lengths.to(x.device)
