@@ -166,35 +166,6 @@ __attribute__((noinline)) void normed_forward(int64_t H, const ForwardRow<S>& ro
   }
 }
 
-// dL/dh and dL/dc of the n units from j on, less what zoneout passes on to the step before
-// (`kept`).
-template <class S>
-FUSEDRNN_INLINE Vec<Compute<S>> gradient_of_h(const BackwardRow<S>& row, int64_t j, int64_t n,
-                                              Vec<Compute<S>>* kept) {
-  Vec<Compute<S>> dh = load(row.dh + j, n);
-  if (row.dy) dh += load(row.dy + j, n);
-  if (row.keep_h) {
-    *kept = row.keep_h.at(j, n) * dh;
-    dh -= *kept;
-  }
-  return dh;
-}
-template <class S>
-FUSEDRNN_INLINE Vec<Compute<S>> gradient_of_c(const BackwardRow<S>& row, int64_t j, int64_t n,
-                                              Vec<Compute<S>>* kept) {
-  Vec<Compute<S>> dc = load(row.dc + j, n);
-  if (row.dcs) dc += load(row.dcs + j, n);
-  if (row.keep_c) {
-    *kept = row.keep_c.at(j, n) * dc;
-    dc -= *kept;
-  }
-  return dc;
-}
-template <class S>
-FUSEDRNN_INLINE Vec<Compute<S>> read_c_prev(const BackwardRow<S>& row, int64_t j, int64_t n) {
-  return row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : Vec<Compute<S>>{};
-}
-
 // The gradient of what was normalised: d is that of the result n(a) = v.
 template <class C>
 FUSEDRNN_INLINE Vec<C> through_norm(Vec<C> d, Vec<C> v, C mean_d, C mean_dv, C scale) {
@@ -225,7 +196,7 @@ __attribute__((noinline)) void normed_backward(int64_t H, const BackwardRow<S>& 
       const Vec<C> c = saved(Normed::kSavedCell, j, n);
       const Vec<C> seen = c * part(weights.gain_c + j, n) + part(weights.shift_c + j, n);
       if (row.hidden) put_part(row.hidden + j, Cell::template output<Math<S>>(s, seen), n);
-      const Vec<C> dh = gradient_of_h(row, j, n, &kept);
+      const Vec<C> dh = gradient<C>(row.dh, row.dy, row.keep_h, j, n, &kept);
       put_part(dseen + j, Cell::template backward_output<Math<S>>(s, seen, dh), n);
       put_part(dnormed + 3 * H + j, s[3], n);
       if (row.dh_direct) put_part(row.dh_direct + j, kept, n);
@@ -250,14 +221,14 @@ __attribute__((noinline)) void normed_backward(int64_t H, const BackwardRow<S>& 
     Vec<C> s[Cell::kSlots], kept{};
     for (int k = 0; k < Cell::kSaved; k++) s[k] = saved(k, j, n);
     if constexpr (Cell::kHasCell) {
-      Vec<C> dc = gradient_of_c(row, j, n, &kept);
+      Vec<C> dc = gradient<C>(row.dc, row.dcs, row.keep_c, j, n, &kept);
       dc += through_norm<C>(of_c(j, n), saved(Normed::kSavedCell, j, n), mean_dc[0], mean_dcc[0],
                             scales[Normed::kScales - 1]);
       Cell::backward_cell(s, read_c_prev(row, j, n), dc);
       put_part(row.dc + j, dc + kept, n);
     } else {
       const Vec<C> h_prev = row.h_prev ? part(row.h_prev + j, n) : Vec<C>{};
-      const Vec<C> dh = gradient_of_h(row, j, n, &kept), none{};
+      const Vec<C> dh = gradient<C>(row.dh, row.dy, row.keep_h, j, n, &kept), none{};
       Vec<C> dc{};
       const Vec<C> direct = Cell::template backward<Math<S>>(s, h_prev, none, none, none, dh, dc);
       if (row.dh_direct) put_part(row.dh_direct + j, direct + kept, n);

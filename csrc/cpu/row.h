@@ -75,8 +75,8 @@ FUSEDRNN_INLINE void cell_forward(int64_t H, int64_t block, int64_t blocks,
   }
 }
 
-// The same of backward. Null: h_prev, c_prev and dcs are zeros; `hidden` not
-// wanted, the direct part of dL/dh_prev not either.
+// The same of backward. Null: h_prev, c_prev and dcs are zeros; `hidden` is not wanted, nor is the
+// direct part of dL/dh_prev.
 template <class S>
 struct BackwardRow {
   using C = Compute<S>;
@@ -87,6 +87,24 @@ struct BackwardRow {
   Element<Operand<S>>* factors;  // dgates once more, as the products read them
   Keep<C> keep_h, keep_c;
 };
+
+// d + more (null: d alone) of the n units from j on, less what zoneout passes on to the step before
+// (`kept`, which is left alone without zoneout).
+template <class C>
+FUSEDRNN_INLINE Vec<C> gradient(const C* d, const C* more, const Keep<C>& keep, int64_t j,
+                                int64_t n, Vec<C>* kept) {
+  Vec<C> sum = load(d + j, n);
+  if (more) sum += load(more + j, n);
+  if (keep) {
+    *kept = keep.at(j, n) * sum;
+    sum -= *kept;
+  }
+  return sum;
+}
+template <class S>
+FUSEDRNN_INLINE Vec<Compute<S>> read_c_prev(const BackwardRow<S>& row, int64_t j, int64_t n) {
+  return row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : Vec<Compute<S>>{};
+}
 
 template <class Cell, class S>
 void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
@@ -101,24 +119,12 @@ void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
     const Vec<C> h_prev = Cell::kUsesHPrev && row.h_prev ? load(row.h_prev + j, n) : zero;
     Vec<C> c = zero, c_prev = zero, dc = zero, kept_h = zero, kept_c = zero;
     if constexpr (Cell::kHasCell) {
-      dc = load(row.dc + j, n);
-      if (row.dcs) dc += load(row.dcs + j, n);
-      c_prev = row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : zero;
-      if (row.keep_c) {
-        c = Cell::cell_state(s, c_prev);
-        kept_c = row.keep_c.at(j, n) * dc;
-        dc -= kept_c;
-      } else {
-        c = load(row.c + j, n);
-      }
+      dc = gradient<C>(row.dc, row.dcs, row.keep_c, j, n, &kept_c);
+      c_prev = read_c_prev(row, j, n);
+      c = row.keep_c ? Cell::cell_state(s, c_prev) : load(row.c + j, n);
       if (row.hidden) store(row.hidden + j, Cell::template output<Math<S>>(s, c), n);
     }
-    Vec<C> dh = load(row.dh + j, n);
-    if (row.dy) dh += load(row.dy + j, n);
-    if (row.keep_h) {
-      kept_h = row.keep_h.at(j, n) * dh;
-      dh -= kept_h;
-    }
+    const Vec<C> dh = gradient<C>(row.dh, row.dy, row.keep_h, j, n, &kept_h);
     const Vec<C> direct = Cell::template backward<Math<S>>(s, h_prev, h, c_prev, c, dh, dc);
     if (row.dh_direct) store(row.dh_direct + j, direct + kept_h, n);
     if (Cell::kHasCell) store(row.dc + j, dc + kept_c, n);
