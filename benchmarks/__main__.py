@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Checks fusedrnn and its peers against float64, then times them in turns.",
-        epilog=f"cases: {', '.join(case.name for case in CASES)}. "
+        epilog=f"cases: {', '.join(case.name for case in CASES)}, grid. "
         f"peers: {'; '.join(peer.name for peer in peers.PEERS)}.",
     )
     what = parser.add_argument_group("what is measured")

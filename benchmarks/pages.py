@@ -25,9 +25,8 @@ def page(report: Report, figures: Sequence[str] = (), folder: str = ".") -> str:
     """All of a report as Markdown; ``folder`` is where its figures are, seen from the page."""
     parts = [_made(report)]
     parts += [f"![{name}]({folder}/{name}.svg)" for name in figures]
-    parts += [table.markdown() for table in tables.headlines(report.rows)]
-    if parts[1 + len(figures) :]:
-        parts.append(tables.NOTE)
+    if headlines := tables.headlines(report.rows):
+        parts += [*(table.markdown() for table in headlines), tables.NOTE]
     parts += [table.markdown() for table in tables.grids(report.rows)]
     if report.training:
         parts += [table.markdown() for table in tables.training(report.training)]

@@ -241,7 +241,7 @@ def test_long_sums(cell):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
-def test_same_bits_for_any_number_of_threads(cell, dtype):
+def test_same_bits_for_any_number_of_threads(cell, dtype, monkeypatch):
     _, fused = make_pair(cell, 19, 37, num_layers=2, bidirectional=True, dtype=dtype)
     x = torch.randn(9, 13, 19).to(dtype)
     before = torch.get_num_threads()
@@ -250,6 +250,9 @@ def test_same_bits_for_any_number_of_threads(cell, dtype):
         for threads in (1, 2, 3, 5, 1):
             torch.set_num_threads(threads)
             runs.append(run(fused, x, random_state(fused, 13)))
+        monkeypatch.delenv("FUSEDRNN_THREADS")  # as many as the work is worth
+        torch.set_num_threads(5)
+        runs.append(run(fused, x, random_state(fused, 13)))
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
