@@ -303,12 +303,14 @@ def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
     size = ("GRU", "float32", 5, False, hidden, 0, layers, False, batch, batch * steps)
     with pytest.MonkeyPatch.context() as context:
         context.delenv("FUSEDRNN_THREADS")
-        _, used, rows, tasks = _C.cpu_plan(*size, threads)
+        _, used, rows, tasks, members = _C.cpu_plan(*size, threads)
         _, fewer, *_ = _C.cpu_plan(*size, max(1, threads - 1))
     assert 1 <= fewer <= used <= threads
     assert rows <= 32 and (tasks - 1) * rows < batch <= tasks * rows if batch else tasks == 0
     work = batch * steps * 3 * hidden * (5 + hidden + (layers - 1) * 2 * hidden + 8 * layers)
     assert used == 1 or used * 2**20 <= work
+    assert members == 1 or (rows == 1 and tasks * members <= used)
+    assert members**2 * 2**12 <= 3 * hidden * hidden or members == 1
 
 
 def test_explain_says_what_is_slow(monkeypatch):
@@ -322,8 +324,11 @@ def test_explain_says_what_is_slow(monkeypatch):
     assert "without packing, units divided among 1 of 2" in few and "idle" not in few
     large = fusedrnn.LSTM(256, 256)
     assert "among 2 of 2 threads" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
+    alone = fusedrnn.explain(large, torch.zeros(9, 1, 256))
+    assert "1 tasks" in alone and "2 threads to a task" in alone and "idle" not in alone
+    narrow = fusedrnn.RNN(5000, 64)
     assert "1 threads idle: the batch has too few rows" in fusedrnn.explain(
-        large, torch.zeros(9, 1, 256)
+        narrow, torch.zeros(9, 1, 5000)
     )
     assert "idle" not in fusedrnn.explain(large, torch.zeros(9, 2, 256))
     half = torch.zeros(5, 2, 3, dtype=torch.float16)

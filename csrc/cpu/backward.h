@@ -1,8 +1,10 @@
 // Back-propagation through time of one layer for some rows of the batch.
 //
 // The mirror of forward: each thread takes its rows from the last step to the first without
-// meeting another. It writes the gradients of all pre-activations, from which the weight gradients
-// are one product later, and the gradient of the layer's input, chunk by chunk.
+// meeting another, or each member of a team its units of one row. Members share the gradients of
+// the gates, which every one's part of the product with W_hh reads, and meet between the two; what
+// comes out is for their own units. It writes the gradients of all pre-activations, from which the
+// weight gradients are one product later, and the gradient of the layer's input, chunk by chunk.
 #pragma once
 #include "cpu/layer_norm.h"
 
@@ -16,13 +18,13 @@ struct BackwardBuffers {
   X *gates, *dproj;
   C *dh, *dc, *dhidden, *input, *dropped;
 
-  BackwardBuffers(const Problem& p, int64_t rows, Scratch& s)
+  BackwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& s)
       : tokens(max(rows, kChunkTokens)),
         ld_gates(operands<X>(p.slot_columns()) + kRowPad),
         ld_dh(p.out_size()),
         ld_proj(operands<X>(p.out_size()) + kRowPad),
         ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
-    gates = s.take<X>(tokens * ld_gates);
+    gates = common.take<X>(tokens * ld_gates);
     dh = s.take<C>(rows * ld_dh);
     dropped = s.take<C>(rows * ld_dh);
     dc = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
@@ -33,28 +35,45 @@ struct BackwardBuffers {
 };
 
 template <class Cell, class S>
-void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch) {
+void backward_rows(const Backward& a, const Rows& of, Member& me) {
   using C = Compute<S>;
   using X = Operand<S>;
   using E = Element<X>;
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
-  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
+  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
+  const int64_t first = of.first, end = of.end, rows = end - first;
   const int64_t longest = seq.length[seq.order[first]], layer = a.layer;
   const Reserve reserve(p);
-  Scratch scratch_space{static_cast<char*>(scratch)};
-  const BackwardBuffers<S> buf(p, rows, scratch_space);
+  Scratch common{static_cast<char*>(of.common)}, own{static_cast<char*>(of.own)};
+  const BackwardBuffers<S> buf(p, rows, common, own);
   const PackedOffsets at = backward_offsets<X>(p, layer);
   auto row_of_gates = [&](X* gates, int64_t r) {
     return reinterpret_cast<E*>(gates + r * buf.ld_gates);
   };
   // The last run may end in half a pair. A run before it ends in the next slot's first value, times
   // 0: what is not finite there reaches the same sums anyway.
-  for (int64_t r = 0; r < buf.tokens; r++) row_of_gates(buf.gates, r)[p.slot_columns()] = E{};
+  for (int64_t r = 0; me.index == 0 && r < buf.tokens; r++)
+    row_of_gates(buf.gates, r)[p.slot_columns()] = E{};
   auto of_slot = [&](const X* gates, int slot) {
     return reinterpret_cast<const X*>(reinterpret_cast<const E*>(gates) + slot * H);
   };
   const LayerInput<S> input(a, layer, nullptr);
+  // This member's units as the cells see them, as outputs, and as the layer's inputs.
+  const Columns units = share<X>(H, me.index, me.count), outputs = share<X>(P, me.index, me.count),
+                inputs = share<X>(input.width, me.index, me.count);
+  // `columns` of the product of M rows of gates with a matrix of N, packed run by run.
+  auto multiply_runs = [&](const auto& runs, int64_t M, const X* gates, const X* panels, int64_t N,
+                           Columns columns, C* to, int64_t ld, const C* onto) {
+    for (const Run& run : runs.run) {
+      const int64_t depth = run.count * H;
+      gemm(M, columns.end - columns.begin, depth, of_slot(gates, run.slot), buf.ld_gates,
+           panels + columns.begin * operands<X>(depth), to + columns.begin, ld,
+           {onto ? onto + columns.begin : nullptr, ld});
+      panels += Panels<X>::size(depth, N);
+      onto = to;
+    }
+  };
   const S* out = layer == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, layer);
 
   for (int64_t dir = 0; dir < D; dir++) {
@@ -88,7 +107,8 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
       C *dh = buf.dh + r * buf.ld_dh, *dropped = buf.dropped + r * buf.ld_dh;
       if (a.h_mask) {
         const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
-        for (int64_t j = 0; j < P; j++) dh[j] = (adds_direct ? dh[j] : 0) + dropped[j] * mask[j];
+        for (int64_t j = outputs.begin; j < outputs.end; j++)
+          dh[j] = (adds_direct ? dh[j] : 0) + dropped[j] * mask[j];
       }
       int64_t before;
       if (seq.start(dir, t, b, &before) != Sequence::Start::kZeros) return;
@@ -159,30 +179,21 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
                                   scales + token * Cell::kScales,
                                   dnormed + token * p.normed_columns());
           else
-            cell_backward_row<Cell, S>(H, row);
+            cell_backward_row<Cell, S>(H, units.begin, units.end, row);
         }
-        const X* w_hh = packed + at.w_hh;
-        C* const product = a.h_mask ? buf.dropped : buf.dh;
-        Addend<C> onto{adds_direct && !a.h_mask ? buf.dh : nullptr, buf.ld_dh};
-        for (const Run& run : Cell::h_runs().run) {
-          gemm(n, P, run.count * H, of_slot(gates, run.slot), buf.ld_gates, w_hh, product,
-               buf.ld_dh, onto);
-          w_hh += Panels<X>::size(run.count * H, P);
-          onto.at = product;
-        }
+        me.meet();
+        multiply_runs(Cell::h_runs(), n, gates, packed + at.w_hh, P, outputs,
+                      a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
+                      adds_direct && !a.h_mask ? buf.dh : nullptr);
         for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
         gates += n * buf.ld_gates;
       }
 
+      if (a.grad_in)
+        multiply_runs(Cell::x_runs(), (gates - buf.gates) / buf.ld_gates, buf.gates,
+                      packed + at.w_ih, input.width, inputs, buf.input, buf.ld_input, nullptr);
+      me.meet();  // the next chunk's gates take the place of these
       if (!a.grad_in) continue;
-      const X* w_ih = packed + at.w_ih;
-      Addend<C> onto{nullptr, buf.ld_input};
-      for (const Run& run : Cell::x_runs().run) {
-        gemm((gates - buf.gates) / buf.ld_gates, input.width, run.count * H,
-             of_slot(buf.gates, run.slot), buf.ld_gates, w_ih, buf.input, buf.ld_input, onto);
-        w_ih += Panels<X>::size(run.count * H, input.width);
-        onto.at = buf.input;
-      }
       C* from = buf.input;
       for (int64_t i = chunk_end - 1; i >= chunk; i--) {
         const int64_t t = dir == 0 ? i : longest - 1 - i;
@@ -190,11 +201,11 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
         for (int64_t r = 0; r < n; r++, from += buf.ld_input) {
           const int64_t b = seq.order[first + r];
           C* to = static_cast<C*>(a.grad_in) + seq.token(t, b) * input.width;
-          if (input.mask) input.drop(from, t, b);
+          if (input.mask) input.drop(from, t, b, inputs);
           if (dir == 0 && !a.onto_grad_in) {
-            convert_row(to, from, input.width);
+            convert_row(to + inputs.begin, from + inputs.begin, inputs.end - inputs.begin);
           } else {
-            for (int64_t j = 0; j < input.width; j++) to[j] += from[j];
+            for (int64_t j = inputs.begin; j < inputs.end; j++) to[j] += from[j];
           }
         }
       }
@@ -202,9 +213,13 @@ void backward_rows(const Backward& a, int64_t first, int64_t end, void* scratch)
 
     for (int64_t r = 0; r < rows; r++) {
       const int64_t b = seq.order[first + r];
-      if (a.dhx) convert_row(static_cast<C*>(a.dhx) + (state + b) * P, buf.dh + r * buf.ld_dh, P);
-      if (Cell::kHasCell && a.dcx)
-        convert_row(static_cast<C*>(a.dcx) + (state + b) * H, buf.dc + r * H, H);
+      auto put = [&](void* all, int64_t width, Columns columns, const C* from) {
+        if (all)
+          convert_row(static_cast<C*>(all) + (state + b) * width + columns.begin,
+                      from + columns.begin, columns.end - columns.begin);
+      };
+      put(a.dhx, P, outputs, buf.dh + r * buf.ld_dh);
+      if (Cell::kHasCell) put(a.dcx, H, units, buf.dc + r * H);
     }
   }
 }

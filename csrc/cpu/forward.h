@@ -1,9 +1,12 @@
 // The forward pass of a whole stack for some rows of the batch.
 //
 // A thread runs its rows through all layers and steps alone; nothing is shared but the packed
-// weights, so there is no barrier. Per layer and direction, time goes in chunks: the input products
-// of a chunk's tokens are one matrix product. Then each step goes through the groups of units: h
-// W_hh^T is added to a group's gates and its cells are computed while they are in the first cache.
+// weights, so there is no barrier. Only where rows are fewer than threads does a team take a row:
+// each member computes its groups of units, reads h of all of them, and meets the others once h of
+// a step is written. Gates, and what they are made of, are a member's own. Per layer and direction,
+// time goes in chunks: the input products of a chunk's tokens are one matrix product. Then each
+// step goes through the groups of units: h W_hh^T is added to a group's gates and its cells are
+// computed while they are in the first cache.
 #pragma once
 #include "cpu/layer_norm.h"
 
@@ -18,7 +21,7 @@ struct ForwardBuffers {
   X* input;
   X *operand, *projected;  // h of the last step through recurrent dropout, and `hidden`, as factors
 
-  ForwardBuffers(const Problem& p, int64_t rows, Scratch& s)
+  ForwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& s)
       : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) + kRowPad),
         ld_gates(p.cell_traits().slots * Panels<C>::padded(p.hidden_size) + kRowPad),
         ld_h(p.out_size() + kRowPad),
@@ -28,9 +31,9 @@ struct ForwardBuffers {
     const int64_t tokens = max(rows, kChunkTokens);
     input = s.take<X>(tokens * ld_input);
     gates = s.take<C>(tokens * ld_gates);
-    for (C*& buffer : h) buffer = s.take<C>(rows * ld_h);
+    for (C*& buffer : h) buffer = common.take<C>(rows * ld_h);
+    c = common.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     operand = s.take<X>(rows * ld_operand);
-    c = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     hidden = s.take<C>(p.proj_size ? rows * ld_hidden : 0);
     projected = s.take<X>(p.proj_size && kDepth<X> > 1 ? rows * ld_projected : 0);
   }
@@ -73,18 +76,19 @@ S* output_of(const Forward& a, int64_t layer) {
 }
 
 template <class Cell, class S>
-void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
+void forward_rows(const Forward& a, const Rows& of, Member& me) {
   using C = Compute<S>;
   using X = Operand<S>;
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
-  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, rows = end - first;
+  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
+  const int64_t first = of.first, end = of.end, rows = end - first;
   const int64_t longest = seq.length[seq.order[first]];
   using G = Groups<Cell, C>;
   constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
   const Reserve reserve(p);
-  Scratch s{static_cast<char*>(scratch)};
-  ForwardBuffers<S> buf(p, rows, s);
+  Scratch common{static_cast<char*>(of.common)}, s{static_cast<char*>(of.own)};
+  ForwardBuffers<S> buf(p, rows, common, s);
   ForwardRow<S>* const step = s.take<ForwardRow<S>>(rows);
   const C* packed = static_cast<const C*>(a.packed);
   const void* below = nullptr;
@@ -106,7 +110,8 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
               ? reinterpret_cast<C*>(a.reserve + reserve.scales_offset(layer, dir, seq.tokens))
               : nullptr;
 
-      read_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
+      if (me.index == 0) read_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
+      me.meet();
 
       // What a row starts a step from: a state of zeros, or of the step before through dropout.
       auto prepare = [&](int64_t t, int64_t r) {
@@ -151,7 +156,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
           }
         }
         if (!p.indexed(layer))
-          G::each(H, [&](int64_t block, int64_t blocks) {
+          G::each(H, me, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
                  panels + at.w_ih + block * Cell::kGates * G::kWidth * operands<X>(input.width),
@@ -185,7 +190,7 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             prepare(t, r);
           }
           const X* operand = factors(a.h_mask ? nullptr : buf.h[0], buf.operand);
-          G::each(H, [&](int64_t block, int64_t blocks) {
+          G::each(H, me, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
             gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
@@ -221,11 +226,12 @@ void forward_rows(const Forward& a, int64_t first, int64_t end, void* scratch) {
             convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, P);
           C* const last = buf.h[0];
           buf.h[0] = buf.h[1], buf.h[1] = last;
+          me.meet();
           gates += n * buf.ld_gates;
         }
       }
 
-      write_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
+      if (me.index == 0) write_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
     }
     below = out;
   }

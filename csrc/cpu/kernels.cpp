@@ -75,24 +75,22 @@ void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* t
                       int64_t parts) {
   with_dtype(p.dtype, [&](auto s) { pack_backward<decltype(s)>(p, w, layer, to, part, parts); });
 }
-int64_t rows_scratch_of(const Problem& p, int64_t rows) {
+RowsScratch rows_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {
-    Scratch forward{nullptr}, backward{nullptr};
-    ForwardBuffers<decltype(s)>(p, rows, forward);
-    BackwardBuffers<decltype(s)>(p, rows, backward);
-    forward.take<ForwardRow<decltype(s)>>(rows);
-    return max(forward.used, backward.used);
+    Scratch common[2]{}, own[2]{};
+    ForwardBuffers<decltype(s)>(p, rows, common[0], own[0]);
+    BackwardBuffers<decltype(s)>(p, rows, common[1], own[1]);
+    own[0].take<ForwardRow<decltype(s)>>(rows);
+    return RowsScratch{max(common[0].used, common[1].used), max(own[0].used, own[1].used)};
   });
 }
-void forward_of(const Forward& a, int64_t first, int64_t end, void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) {
-    forward_rows<decltype(cell), decltype(s)>(a, first, end, scratch);
-  });
+void forward_of(const Forward& a, const Rows& rows, Member& me) {
+  with_both(a.problem,
+            [&](auto cell, auto s) { forward_rows<decltype(cell), decltype(s)>(a, rows, me); });
 }
-void backward_of(const Backward& a, int64_t first, int64_t end, void* scratch) {
-  with_both(a.problem, [&](auto cell, auto s) {
-    backward_rows<decltype(cell), decltype(s)>(a, first, end, scratch);
-  });
+void backward_of(const Backward& a, const Rows& rows, Member& me) {
+  with_both(a.problem,
+            [&](auto cell, auto s) { backward_rows<decltype(cell), decltype(s)>(a, rows, me); });
 }
 int64_t direct_scratch_of(const Problem& p, int64_t rows) {
   return rows * max(p.input_size, p.num_directions * p.out_size()) * compute_bytes(p.dtype);

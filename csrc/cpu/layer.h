@@ -36,10 +36,17 @@ struct Groups {
   static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) {
     return blocks(H) * Cell::kSlots * kWidth;
   }
-  // f(first block, number of blocks) for every group
+  // f(first block, number of blocks) for every group, or for those of one member of a team
+  template <class F>
+  static FUSEDRNN_INLINE void each(int64_t H, const Member& me, F f) {
+    const int64_t groups = (blocks(H) + kBlocks - 1) / kBlocks;
+    const int64_t end = min(blocks(H), groups * (me.index + 1) / me.count * kBlocks);
+    for (int64_t b = groups * me.index / me.count * kBlocks; b < end; b += kBlocks)
+      f(b, min(kBlocks, end - b));
+  }
   template <class F>
   static FUSEDRNN_INLINE void each(int64_t H, F f) {
-    for (int64_t b = 0; b < blocks(H); b += kBlocks) f(b, min(kBlocks, blocks(H) - b));
+    each(H, Member{}, f);
   }
 };
 
@@ -68,12 +75,15 @@ PackedOffsets backward_offsets(const Problem& p, int64_t layer) {
   return o;
 }
 
-// Columns [begin, end) of N that fall to a share of the packing, whole panels each.
+// Columns of N that fall to one part, whole panels each.
+struct Columns {
+  int64_t begin, end;
+};
 template <class C>
-FUSEDRNN_INLINE void share(int64_t N, int64_t part, int64_t parts, int64_t* begin, int64_t* end) {
+FUSEDRNN_INLINE Columns share(int64_t N, int64_t part, int64_t parts) {
   const int64_t panels = (N + Panels<C>::kColumns - 1) / Panels<C>::kColumns;
-  *begin = min(N, panels * part / parts * Panels<C>::kColumns);
-  *end = min(N, panels * (part + 1) / parts * Panels<C>::kColumns);
+  auto start = [&](int64_t i) { return min(N, panels * i / parts * Panels<C>::kColumns); };
+  return {start(part), start(part + 1)};
 }
 
 // Packs w [gates * H, K] transposed, group by group, for the kGates slots from `first_slot` on.
@@ -97,9 +107,8 @@ void pack_groups(X* dst, const S* w, int64_t H, int64_t K, R runs, int first_slo
 template <class X, class S>
 void pack_plain(X* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t part,
                 int64_t parts) {
-  int64_t begin, end;
-  share<X>(N, part, parts, &begin, &end);
-  pack_panels(dst, w + row0 * N, K, N, begin, end);
+  const Columns columns = share<X>(N, part, parts);
+  pack_panels(dst, w + row0 * N, K, N, columns.begin, columns.end);
 }
 
 // Integer input: for each distinct value a row of gates, as its one-hot vector makes them.
@@ -217,13 +226,13 @@ struct LayerInput {
   template <class X>
   FUSEDRNN_INLINE void read(X* to, int64_t t, int64_t b) const {
     to_operands(to, at(t, b), width);
-    if (mask) drop(reinterpret_cast<Element<X>*>(to), t, b);
+    if (mask) drop(reinterpret_cast<Element<X>*>(to), t, b, {0, width});
   }
   // Multiplies a row by its mask: the input on the way up, its gradient on the way down.
   template <class E>
-  void drop(E* values, int64_t t, int64_t b) const {
+  void drop(E* values, int64_t t, int64_t b, Columns columns) const {
     const uint8_t* m = mask + seq.token(t, b) * width;
-    for (int64_t j = 0; j < width; j++)
+    for (int64_t j = columns.begin; j < columns.end; j++)
       values[j] = from_compute<E>(to_compute(values[j]) * (m[j] * scale));
   }
 };

@@ -106,8 +106,9 @@ FUSEDRNN_INLINE Vec<Compute<S>> read_c_prev(const BackwardRow<S>& row, int64_t j
   return row.c_prev ? load(row.c_prev + j, n) : row.c0 ? load(row.c0 + j, n) : Vec<Compute<S>>{};
 }
 
+// The units [first, end); `first` is a multiple of a vector.
 template <class Cell, class S>
-void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
+void cell_backward_row(int64_t H, int64_t first, int64_t end, const BackwardRow<S>& row) {
   using C = Compute<S>;
   constexpr int w = Lanes<C>::kWidth;
   auto units = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
@@ -133,9 +134,9 @@ void cell_backward_row(int64_t H, const BackwardRow<S>& row) {
       store(row.factors + k * H + j, s[k], n);
     }
   };
-  int64_t j = 0;
-  for (; j + w <= H; j += w) units(j, w);
-  if (j < H) units(j, H - j);
+  int64_t j = first;
+  for (; j + w <= end; j += w) units(j, w);
+  if (j < end) units(j, end - j);
 }
 
 }  // namespace

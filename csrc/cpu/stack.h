@@ -5,6 +5,7 @@
 // A token is one row of the batch at one step. Token (t, b) lies at row offset[t] + b of every
 // per-token array, so padded (T, B) and packed data are the same thing here.
 #pragma once
+#include "cpu/team.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {
@@ -106,6 +107,18 @@ struct DirectStep {
   void *h_prev, *h, *c;  // compute type [batch, hidden], rows in that order too
 };
 
+// Rows that a task takes through all steps: places in Sequence::order. A team of more than one
+// member takes a single row, of a plain layer: without projection, resets or layer normalisation.
+struct Rows {
+  int64_t first, end;
+  void *common, *own;  // scratch memory
+};
+
+// Bytes of scratch memory for a task: what its team has in common, and what each member has.
+struct RowsScratch {
+  int64_t common, own;
+};
+
 // One variant of the kernels, compiled for one instruction set; every entry takes what the dtype
 // and cell of the problem ask for. `part` of `parts` is a share of the work that needs no other
 // share.
@@ -118,9 +131,9 @@ struct Kernels {
   void (*pack_forward)(const Common&, int64_t which, void* packed, int64_t part, int64_t parts);
   void (*pack_backward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
                         int64_t parts);
-  int64_t (*rows_scratch)(const Problem&, int64_t rows);  // bytes, for forward and backward
-  void (*forward)(const Forward&, int64_t first_row, int64_t end_row, void* scratch);
-  void (*backward)(const Backward&, int64_t first_row, int64_t end_row, void* scratch);
+  RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
+  void (*forward)(const Forward&, const Rows&, Member&);
+  void (*backward)(const Backward&, const Rows&, Member&);
   int64_t (*direct_scratch)(const Problem&, int64_t rows);  // bytes
   // Of all rows: h_prev and c from the call's initial states, and to its final ones.
   void (*direct_begin)(const Forward&, const DirectStep&);
@@ -131,8 +144,6 @@ struct Kernels {
   int64_t (*weight_scratch)(const Problem&, int64_t layer);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);
 };
-
-// Rows first_row .. end_row are places in Sequence::order.
 
 struct Variant {
   const Kernels* kernels;

@@ -11,25 +11,34 @@ struct CpuPlan {
   int64_t threads;        // that the call uses
   int64_t rows_per_task;  // rows of the batch that a thread takes through all layers and steps
   int64_t tasks;
+  int64_t members;  // threads that take a task together
 };
 
 // As many threads as the work is worth, or all of them. Each has a share of the batch; one of more
-// rows than keep their states and gates in the second cache is cut into equal tasks.
-inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t threads,
-                        bool all) {
+// rows than keep their states and gates in the second cache is cut into equal tasks. Where threads
+// are more than rows, teams of them take a row each, if `may_team` and a step is worth meeting for.
+inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t threads, bool all,
+                        bool may_team) {
   constexpr int64_t kMostRows = 32;
-  constexpr int64_t kWorkOfThread = 1 << 20;  // multiply-adds that take longer than to wake one
-  constexpr int64_t kWorkOfGate = 8;          // its activation, counted the same way
+  constexpr int64_t kWorkOfThread = 1 << 20;   // multiply-adds that take longer than to wake one
+  constexpr int64_t kWorkOfGate = 8;           // its activation, counted the same way
+  constexpr int64_t kWorkOfMeeting = 1 << 12;  // once a step, for each thread that comes
   auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int64_t per_token = 0;
   for (int64_t layer = 0; layer < p.num_layers; layer++)
     per_token +=
         p.num_directions * p.gate_rows() * (p.product_input(layer) + p.out_size() + kWorkOfGate);
   if (!all) threads = std::min(threads, std::max<int64_t>(1, tokens * per_token / kWorkOfThread));
-  if (batch == 0) return {threads, 1, 0};
+  if (batch == 0) return {threads, 1, 0, 1};
   const int64_t share = divide(batch, threads);
   const int64_t rows = divide(share, divide(share, kMostRows));
-  return {threads, rows, divide(batch, rows)};
+  int64_t members = 1;
+  if (may_team && !p.proj_size && !p.layer_norm) {
+    const int64_t step = p.gate_rows() * p.hidden_size;
+    auto worth = [&](int64_t n) { return all || n * n * kWorkOfMeeting <= step; };
+    while ((members + 1) * batch <= threads && worth(members + 1)) members++;
+  }
+  return {threads, rows, divide(batch, rows), members};
 }
 
 // How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:

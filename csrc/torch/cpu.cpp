@@ -16,6 +16,23 @@ namespace {
 
 // ---- threads ----
 
+// `count` parts of `bytes` each, in pages of their own.
+class ScratchMemory {
+ public:
+  ScratchMemory(const Tensor& like, int64_t count, int64_t bytes)
+      : stride_((bytes + 4095) / 4096 * 4096),
+        memory_(torch::stable::new_empty(like, {count * stride_ + 64}, ScalarType::Byte)) {
+    char* at = static_cast<char*>(memory_.mutable_data_ptr());
+    base_ = at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64;
+  }
+  char* of(int64_t part) const { return base_ + part * stride_; }
+
+ private:
+  int64_t stride_;
+  Tensor memory_;
+  char* base_;
+};
+
 // Runs task(i, scratch) for every i below `count`. A thread takes the next task when it is done
 // with one, so one that shares its core with another process takes fewer.
 template <class Task>
@@ -23,16 +40,40 @@ void run_tasks(const Tensor& like, int64_t threads, int64_t count, int64_t scrat
                const Task& task) {
   const int64_t workers = std::min(threads, count);
   if (workers < 1) return;
-  scratch_bytes = (scratch_bytes + 4095) / 4096 * 4096;
-  const Tensor scratch =
-      torch::stable::new_empty(like, {workers * scratch_bytes + 64}, ScalarType::Byte);
-  char* base = static_cast<char*>(scratch.mutable_data_ptr());
-  base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
+  const ScratchMemory scratch(like, workers, scratch_bytes);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-        task(i, base + worker * scratch_bytes);
+        task(i, scratch.of(worker));
+  });
+}
+
+// Runs task(rows, member) for all rows of the batch.
+template <class Task>
+void run_rows(const Tensor& like, const CpuPlan& plan, int64_t batch, const RowsScratch& bytes,
+              const Task& task) {
+  auto rows = [&](int64_t i, char* scratch, int64_t member) {
+    const int64_t first = i * plan.rows_per_task;
+    return Rows{first, std::min(batch, first + plan.rows_per_task), scratch,
+                scratch + bytes.common + member * bytes.own};
+  };
+  const int64_t M = plan.members, of_task = bytes.common + M * bytes.own;
+  if (M == 1) {
+    run_tasks(like, plan.threads, plan.tasks, of_task, [&](int64_t i, char* scratch) {
+      Member alone;
+      task(rows(i, scratch, 0), alone);
+    });
+    return;
+  }
+  std::vector<Team> teams(plan.tasks);
+  ScratchMemory scratch(like, plan.tasks, of_task);
+  torch::stable::parallel_for(0, plan.tasks * M, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin / M; i * M < end; i++) {
+      const int64_t places = std::min(end, (i + 1) * M) - std::max(begin, i * M);
+      Member me;
+      if (teams[i].join(places, M, &me)) task(rows(i, scratch.of(i), me.index), me);
+    }
   });
 }
 
@@ -133,7 +174,8 @@ struct CpuCall : Call {
   }
 
   CpuPlan plan() const {
-    return plan_cpu(problem, batch, tokens, torch::stable::get_num_threads(), all_threads());
+    return plan_cpu(problem, batch, tokens, torch::stable::get_num_threads(), all_threads(),
+                    !resets);
   }
 
   // Backward only reads them.
@@ -231,11 +273,8 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
     k.pack_forward(a, which, to + at[which] * size, i % kPackParts, kPackParts);
   });
 
-  const int64_t rows = plan.rows_per_task;
-  run_tasks(call.x, plan.threads, plan.tasks, k.rows_scratch(p, rows),
-            [&](int64_t i, char* scratch) {
-              k.forward(a, i * rows, std::min(a.seq.batch, (i + 1) * rows), scratch);
-            });
+  run_rows(call.x, plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task),
+           [&](const Rows& rows, Member& me) { k.forward(a, rows, me); });
   return {y, hn, cn, reserve, hs, cs};
 }
 
@@ -270,7 +309,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dnormed = dnormed.mutable_data_ptr();
   const int64_t size = compute_bytes(p.dtype);
   const CpuPlan plan = call.plan();
-  const int64_t threads = plan.threads, rows = plan.rows_per_task;
+  const int64_t threads = plan.threads;
   // One layer's rows of the gradient of all states.
   auto of_layer = [&](const OptionalTensor& gradients, int64_t layer, int64_t width) {
     const int64_t bytes = layer * tokens * D * width * size;
@@ -298,9 +337,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
       std::memcpy(a.grad_in, of_layer(g.hs, layer - 1, p.out_size()),
                   tokens * call.out_width() * size);
     a.grad_cs = of_layer(g.cs, layer, p.hidden_size);
-    run_tasks(call.x, threads, plan.tasks, k.rows_scratch(p, rows), [&](int64_t i, char* scratch) {
-      k.backward(a, i * rows, std::min(B, (i + 1) * rows), scratch);
-    });
+    run_rows(call.x, plan, B, k.rows_scratch(p, plan.rows_per_task),
+             [&](const Rows& rows, Member& me) { k.backward(a, rows, me); });
 
     const bool gains = p.layer_norm, of_c = gains && traits(p.cell).has_cell;
     std::vector<void*> places;  // nine a direction, in the order of Weights

@@ -128,10 +128,10 @@ PyObject* cpu_plan(PyObject*, PyObject* args) {
   return guarded([&] {
     Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
     p.input_size = input, p.one_hot = one_hot;
-    const CpuPlan plan = plan_cpu(p, batch, tokens, threads, all_threads());
-    return Py_BuildValue("(LLLL)", (long long)plan_direct(p, tokens, threads),
+    const CpuPlan plan = plan_cpu(p, batch, tokens, threads, all_threads(), true);
+    return Py_BuildValue("(LLLLL)", (long long)plan_direct(p, tokens, threads),
                          (long long)plan.threads, (long long)plan.rows_per_task,
-                         (long long)plan.tasks);
+                         (long long)plan.tasks, (long long)plan.members);
   });
 }
 
@@ -153,7 +153,8 @@ PyMethodDef methods[] = {
     {"cpu_plan", cpu_plan, METH_VARARGS,
      "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
      "bidirectional, "
-     "batch, tokens, threads) -> (threads without packing or 0, threads, rows a task, tasks)"},
+     "batch, tokens, threads) -> (threads without packing or 0, threads, rows a task, tasks, "
+     "threads a task)"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
     {"cuda_plan", cuda_plan, METH_VARARGS,

@@ -68,7 +68,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     dtype = str(module.weight_ih_l0.dtype if one_hot else data.dtype)
     tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
     allowed = torch.get_num_threads()
-    direct, threads, rows, tasks = _C.cpu_plan(
+    direct, threads, rows, tasks, members = _C.cpu_plan(
         module.mode,
         dtype.removeprefix("torch."),
         module.input_size,
@@ -85,9 +85,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         how = f"weights read without packing, units divided among {direct} of {allowed} threads"
     else:
         direct = 0
+        together = f", {members} threads to a task, which divide the units and meet at each step"
         how = (
             f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} "
-            "threads, each through all layers and steps without a barrier"
+            f"threads, each through all layers and steps{together if members > 1 else ' alone'}"
         )
     lines = [f"fused CPU kernels for {_C.cpu_variant()}", how]
     if regularisers:
@@ -96,8 +97,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
     if not direct and threads < allowed:
         lines.append(f"{allowed - threads} threads idle: there is too little work to wake them for")
-    if not direct and tasks < threads:
-        lines.append(f"{threads - tasks} threads idle: the batch has too few rows to divide")
+    if not direct and tasks * members < threads:
+        idle = threads - tasks * members
+        lines.append(f"{idle} threads idle: the batch has too few rows to divide")
     if data.dtype == torch.bfloat16 and _C.cpu_variant() == "avx512bf16" and not direct:
         lines.append(f"products of pairs of {data.dtype}, all else in float32")
     elif data.dtype in (torch.bfloat16, torch.float16):

@@ -1,0 +1,54 @@
+#include "cpu/team.h"
+
+#include <chrono>
+#include <thread>
+
+namespace fusedrnn {
+namespace {
+
+// What the first member waits for the others: several times what a sleeping thread takes to wake.
+constexpr std::chrono::microseconds kPatience{200};
+// Looks before a waiting thread offers its core to others, about the time that a step takes.
+constexpr int kLooks = 1000;
+
+// Calls done() until it is true.
+template <class Done>
+void wait_until(const Done& done) {
+  for (int64_t look = 1; !done(); look++) {
+    if (look % kLooks == 0) std::this_thread::yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");
+#endif
+  }
+}
+
+}  // namespace
+
+bool Team::join(int64_t places, int64_t all, Member* me) {
+  int64_t before = members.load(std::memory_order_relaxed);
+  do {
+    if (before & kClosed) return false;
+  } while (!members.compare_exchange_weak(before, before + 1, std::memory_order_relaxed));
+  taken.fetch_add(places, std::memory_order_relaxed);
+  if (before == 0) {
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    wait_until([&] {
+      return taken.load(std::memory_order_relaxed) == all || std::chrono::steady_clock::now() > end;
+    });
+    members.fetch_or(kClosed, std::memory_order_acq_rel);
+  }
+  wait_until([&] { return members.load(std::memory_order_acquire) & kClosed; });
+  *me = {this, before, members.load(std::memory_order_relaxed) & ~kClosed};
+  return true;
+}
+
+void Member::meet() {
+  if (count == 1) return;
+  met += count;
+  team->meetings.fetch_add(1, std::memory_order_acq_rel);
+  wait_until([&] { return team->meetings.load(std::memory_order_acquire) >= met; });
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,86 @@
+// Teams of threads as csrc/torch/cpu.cpp uses them, for ThreadSanitizer.
+#include "cpu/team.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using fusedrnn::Member;
+using fusedrnn::Team;
+
+constexpr int kSteps = 500;
+
+// A recurrence: each member's next value is the sum of all members' last ones.
+struct Work {
+  Team team;
+  long values[2][16] = {};
+  long wrong = 0, began = 0;
+
+  // False if the team had begun without this call.
+  bool take(int64_t places, int64_t all, bool skip_meeting = false) {
+    Member me;
+    if (!team.join(places, all, &me)) return false;
+    values[0][me.index] = 1;
+    me.meet();
+    long expected = 1;
+    bool good = true;
+    for (int step = 0; step < kSteps; step++) {
+      long sum = 0;
+      for (int64_t i = 0; i < me.count; i++) sum += values[step % 2][i] % 1000;
+      expected = expected % 1000 * me.count;
+      good = good && sum == expected;
+      values[(step + 1) % 2][me.index] = sum;
+      if (!skip_meeting) me.meet();
+    }
+    if (me.index == 0) wrong += !good, began = me.count;
+    return true;
+  }
+};
+
+// `calls` threads take `places` each of `all`; how many members there were, or -1.
+long run(int64_t calls, int64_t places, int64_t all) {
+  Work work;
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < calls; i++) threads.emplace_back([&] { work.take(places, all); });
+  for (std::thread& thread : threads) thread.join();
+  return work.wrong ? -1 : work.began;
+}
+
+bool passes(const char* what) {
+  if (!std::strcmp(what, "all")) {  // with as many members as come: never wrong, never stuck
+    for (int64_t n : {1, 2, 3, 7, 16})
+      for (int i = 0; i < 20; i++)
+        if (const long count = run(n, 1, n); count < 1 || count > n) return false;
+    return true;
+  }
+  if (!std::strcmp(what, "serial")) return run(1, 5, 5) == 1;  // one thread has every place
+  if (!std::strcmp(what, "absent")) return run(1, 1, 2) == 1;  // the other never comes
+  if (!std::strcmp(what, "grouped")) {
+    const long count = run(2, 3, 6);
+    return count == 1 || count == 2;
+  }
+  Work work;
+  if (!std::strcmp(what, "late")) return work.take(1, 2) && !work.take(1, 2) && !work.wrong;
+  if (!std::strcmp(what, "bug")) {  // often: a second thread may come late and be left out
+    for (int i = 0; i < 50; i++) {
+      Work without;
+      std::thread other([&] { without.take(1, 2, true); });
+      without.take(1, 2, true);
+      other.join();
+    }
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const bool good = passes(argv[1]);
+  std::printf("%s: %s\n", argv[1], good ? "good" : "wrong");
+  return !good;
+}

@@ -1,0 +1,96 @@
+"""Threads that take one row together: the meeting itself, and that no bit depends on it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CELLS, DTYPES, make_pair, random_state, run
+from emulator import ROOT, setup_script
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fusedrnn
+
+SOURCES = [ROOT / "tests/team.cpp", ROOT / "csrc/cpu/team.cpp"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("team") / "team"
+    flags = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc'}"]
+    compiler, *words = setup_script().find_cxx()
+    subprocess.run([compiler, *words, *flags, *SOURCES, "-o", path], check=True)
+    return path
+
+
+@pytest.mark.parametrize("what", ["all", "serial", "absent", "late", "grouped"])
+def test_meeting(program, what):
+    """Under ThreadSanitizer; each returns 0 if every member saw what the others had written."""
+    subprocess.run([program, what], check=True, timeout=120)
+
+
+def test_the_sanitizer_sees_a_missing_meeting(program):
+    found = subprocess.run([program, "bug"], capture_output=True, text=True, timeout=120)
+    assert found.returncode and "data race" in found.stderr
+
+
+def with_threads(counts, f):
+    """f() with each number of threads."""
+    before = torch.get_num_threads()
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            yield f()
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_bits(runs):
+    first, *others = runs
+    assert others
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("batch", "steps", "hidden"), [(1, 70, 257), (2, 9, 130), (1, 1, 33)])
+def test_same_bits_as_alone(cell, dtype, batch, steps, hidden):
+    """Also where a team has more members than there are units to divide."""
+    _, fused = make_pair(cell, 75, hidden, num_layers=2, bidirectional=True, dtype=dtype)
+    x = torch.randn(steps, batch, 75).to(dtype)
+    states = random_state(fused, batch)
+    assert_same_bits(list(with_threads((1, 2, 3, 5, 9), lambda: run(fused, x, states))))
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_same_bits_with_everything_on(cell):
+    """Dropout of both kinds, zoneout, lengths, all states, integers; resets keep threads apart."""
+    more = {"recurrent_dropout": 0.3, "zoneout": 0.2, "dropout": 0.4}
+    module = getattr(fusedrnn, cell)(80, 150, 2, bidirectional=True, **more)
+    tokens = torch.randint(80, (40, 2))
+    given = {"lengths": torch.tensor([40, 17]), "return_all": True}
+    resets = torch.rand(40, 2) < 0.1
+
+    def call():
+        torch.manual_seed(3)
+        found = {}
+        for name, kwargs in {"teams": given, "resets": {**given, "resets": resets}}.items():
+            y, _, states = module(tokens, **kwargs)
+            grads = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+            found |= {f"{name} {i}": t for i, t in enumerate((y, *states.h, *grads))}
+        return found
+
+    assert_same_bits(list(with_threads((1, 2, 4, 7), call)))
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_same_bits_of_packed_rows(cell):
+    _, fused = make_pair(cell, 20, 140)
+    x = pack_padded_sequence(torch.randn(12, 3, 20), torch.tensor([5, 12, 1]), enforce_sorted=False)
+    assert_same_bits(
+        list(with_threads((1, 3, 6, 8), lambda: run(fused, x, random_state(fused, 3))))
+    )
