@@ -305,6 +305,10 @@ def fuzz_ops(rng):
         for _ in range(rng.choice([0, 1, 1, 2, 4])):
             name = rng.choice(list(call))
             call[name] = spoil(rng, call[name])
+        if rng.random() < 0.2:
+            ops.infer(
+                *(call[name] for name in ("x", "hx", "cx", "weights", *ops.Config._fields[:6]))
+            )
         y, *_ = ops.forward(*call.values())
         if y.requires_grad:
             y.float().sum().backward()

@@ -1,11 +1,13 @@
-"""The two ops as torch sees them: schema, fake, autograd, and what they say of wrong arguments."""
+"""The ops as torch sees them: schema, fake, autograd, and what they say of wrong arguments."""
 
 import re
 
 import pytest
 import torch
 from cases import CELLS, make_pair, random_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedrnn
 from fusedrnn import ops
 
 T, B, INPUT, HIDDEN, LAYERS = 3, 4, 2, 3, 2
@@ -106,6 +108,54 @@ def test_forward_without_reserve_passes_opcheck(cell):
     call = arguments(cell) | {"save": False}
     torch.library.opcheck(ops.forward, tuple(call.values()))
     assert ops.forward(*call.values())[3].shape[0] == 0
+
+
+INFER = ["x", "hx", "cx", "weights", *ops.Config._fields[:6]]
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_infer_is_forward_with_nothing_kept(cell, integers, states):
+    call = arguments(cell, states=states)
+    if integers:
+        call["x"] = torch.randint(INPUT, (T, B))
+    few = [call[name] for name in INFER]
+    torch.library.opcheck(ops.infer, tuple(few))
+    for ours, full in zip(ops.infer(*few), ops.forward(*call.values()), strict=False):
+        assert torch.equal(ours, full)
+
+
+def test_which_op_a_module_calls():
+    """infer for what needs nothing else, in eager mode."""
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def op_of(*args, **kwargs):
+        seen.clear()
+        with Record():
+            layer(*args, **kwargs)
+        (found,) = [func for func in seen if func.namespace == "fusedrnn"]
+        return found
+
+    layer = fusedrnn.LSTM(INPUT, HIDDEN, LAYERS, dropout=0.5)
+    x = torch.randn(T, B, INPUT)
+    assert op_of(x) == ops.forward
+    with torch.no_grad():
+        assert op_of(x) == ops.forward  # dropout
+        layer.eval()
+        assert op_of(x) == op_of(x[:, 0]) == op_of(x[..., 0].long().clamp(0, 1)) == ops.infer
+        assert op_of(x, random_state(layer, B)) == ops.infer
+        assert op_of(x, lengths=LENGTHS) == op_of(x, return_all=True) == ops.forward
+    assert op_of(x) == ops.forward
+    layer.requires_grad_(False)
+    assert op_of(x) == ops.infer
+    assert op_of(x.requires_grad_()) == ops.forward
 
 
 @pytest.mark.usefixtures("filled")

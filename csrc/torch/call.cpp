@@ -5,8 +5,15 @@
 namespace fusedrnn {
 namespace {
 
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+// torch::stable's functions of these names look their operator up by its name, at 0.6 us a call.
+Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+OptionalTensor as_contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(as_contiguous(*t)) : std::nullopt;
+}
+Tensor as_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
 void check_integers(const char* name, const Tensor& t) {
@@ -34,7 +41,7 @@ Call::Call(const Inputs& in, const Config& config)
   if (one_hot) {
     x = as_int64(x, x.device());
   } else if (x.stride(x.dim() - 1) != 1 && x.size(x.dim() - 1) > 1) {
-    x = torch::stable::contiguous(x);
+    x = as_contiguous(x);
   }
   if (in.batch_sizes) {
     STD_TORCH_CHECK(x.dim() == 2 - one_hot, "fusedrnn: packed ",
@@ -54,7 +61,7 @@ Call::Call(const Inputs& in, const Config& config)
     }
   }
 
-  hx = contiguous(in.hx), cx = contiguous(in.cx), mask = contiguous(in.mask);
+  hx = as_contiguous(in.hx), cx = as_contiguous(in.cx), mask = as_contiguous(in.mask);
   if (hx) check_like("hx", *hx, like), check_shape("hx", *hx, {directions(), batch, p.out_size()});
   if (cx) {
     STD_TORCH_CHECK(traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
@@ -67,9 +74,9 @@ Call::Call(const Inputs& in, const Config& config)
   }
   STD_TORCH_CHECK(in.dropout >= 0 && in.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
   mask_scale = in.dropout < 1 ? 1 / (1 - in.dropout) : 0;
-  for (const Tensor& w : in.weights) weights.push_back(torch::stable::contiguous(w));
-  resets = contiguous(in.resets), h_mask = contiguous(in.h_mask);
-  zone_h = contiguous(in.zone_h), zone_c = contiguous(in.zone_c);
+  for (const Tensor& w : in.weights) weights.push_back(as_contiguous(w));
+  resets = as_contiguous(in.resets), h_mask = as_contiguous(in.h_mask);
+  zone_h = as_contiguous(in.zone_h), zone_c = as_contiguous(in.zone_c);
   check_regularisers(config);
 }
 
@@ -158,17 +165,22 @@ Tensor Call::empty(const std::vector<int64_t>& sizes, ScalarType type) const {
   return Tensor(made);
 }
 
-ForwardOutputs Call::outputs(bool save) const {
+ForwardOutputs Call::outputs(Keep keep) const {
   const Problem& p = problem;
   const int64_t reserve_row = Reserve(p).bytes_per_token();
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
+  Tensor reserve, hs, cs;
+  if (keep != Keep::kNothing) {
+    reserve = empty({keep == Keep::kReserve ? tokens : 0, reserve_row}, ScalarType::Byte);
+    hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
+  }
   return {empty(token_sizes(out_width()), type()),
           empty({directions(), batch, p.out_size()}, type()),
           traits(p.cell).has_cell ? empty({directions(), batch, p.hidden_size}, type())
                                   : empty({0}, type()),
-          empty({save ? tokens : 0, reserve_row}, ScalarType::Byte),
-          empty(hs_sizes(), type()),
-          empty(cs_sizes(), compute())};
+          reserve,
+          hs,
+          cs};
 }
 
 GradientTensors::GradientTensors(const Call& call, const OutputGradients& given, const Kept& kept,
@@ -198,7 +210,7 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
     check_shape(name, *g, sizes);
     STD_TORCH_CHECK(g->device() == call.x.device(), "fusedrnn: ", name,
                     " is on another device than the input");
-    return torch::stable::contiguous(torch::stable::to(*g, call.compute()));
+    return as_contiguous(as_type(*g, call.compute()));
   };
   hn = gradient("the gradient of h_n", given.hn, hidden);
   cn = gradient("the gradient of c_n", has_cell ? given.cn : std::nullopt, cells);
@@ -227,12 +239,9 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
 }
 
 BackwardOutputs GradientTensors::in_type(ScalarType type) const {
-  auto as = [&](const Tensor& t) {
-    return t.scalar_type() == type ? t : torch::stable::to(t, type);
-  };
   std::vector<Tensor> out;
-  for (const Tensor& w : weights) out.push_back(as(w));
-  return {as(x), as(hx), as(cx), out};
+  for (const Tensor& w : weights) out.push_back(as_type(w, type));
+  return {as_type(x, type), as_type(hx, type), as_type(cx, type), out};
 }
 
 }  // namespace fusedrnn

@@ -36,9 +36,10 @@ inline std::string show(const std::vector<int64_t>& sizes) {
   return s + "]";
 }
 
-inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
+template <class Sizes = std::initializer_list<int64_t>>
+void check_shape(const char* name, const Tensor& t, const Sizes& sizes) {
   bool same = t.dim() == int64_t(sizes.size());
-  for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == sizes[i];
+  for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == std::data(sizes)[i];
   STD_TORCH_CHECK(same, "fusedrnn: expected ", name, " of shape ", show(sizes), ", got ", show(t));
 }
 inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
@@ -142,7 +143,7 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
   size_t i = 0;
   for (int64_t layer = 0; layer < p.num_layers; layer++)
     for (int64_t dir = 0; dir < p.num_directions; dir++) {
-      auto next = [&](const char* name, const std::vector<int64_t>& sizes) {
+      auto next = [&](const char* name, std::initializer_list<int64_t> sizes) {
         check_like(name, weights[i], like);
         check_shape(name, weights[i++], sizes);
       };

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -135,8 +136,9 @@ struct CpuCall : Call {
     }
     order.resize(batch);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t i, int64_t j) { return length[i] > length[j]; });
+    if (lengths)  // else they fall already
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t i, int64_t j) { return length[i] > length[j]; });
     s.offset = offset.data(), s.length = length.data(), s.order = order.data();
     a.x = x.const_data_ptr(), a.x_offset = x_offset.data();
   }
@@ -200,8 +202,8 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
   const Problem& p = a.problem;
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
   const int64_t scratch = (k.direct_scratch(p, B) + 63) / 64 * 64;
-  const Tensor memory = call.empty({3 * B * row + threads * scratch + 64}, ScalarType::Byte);
-  char* const states = static_cast<char*>(memory.mutable_data_ptr());
+  const std::unique_ptr<char[]> memory(new char[3 * B * row + threads * scratch + 64]);
+  char* const states = memory.get();
   char* const inputs = states + (3 * B * row + 63) / 64 * 64;
   const int64_t longest = B ? call.length[a.seq.order[0]] : 0;
   for (int64_t i = 0; i < call.directions(); i++) {
@@ -231,13 +233,14 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
 
 }  // namespace
 
-ForwardOutputs forward_cpu(const Inputs& in, const Config& config, bool save) {
+ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Keep keep) {
   Forward a{};
   CpuCall call(in, config, a);
   const Problem& p = a.problem;
   const Kernels& k = kernels(p.dtype);
   const int64_t D = p.num_directions;
-  auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
+  const bool save = keep == Keep::kReserve;
+  auto [y, hn, cn, reserve, hs, cs] = call.outputs(keep);
   if (call.padded_rows) torch::stable::zero_(y), torch::stable::zero_(hs), torch::stable::zero_(cs);
   call.set_states(a, hs, cs);
   a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr(), a.cn = cn.mutable_data_ptr();

@@ -126,12 +126,13 @@ void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Diff
 
 }  // namespace
 
-ForwardOutputs forward_cuda(const Inputs& in, const Config& config, bool save) {
+ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Keep keep) {
   CudaCall call(in, config, false);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch;
   const int64_t size = bytes(p.dtype), out = p.out_size();
-  auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
+  const bool save = keep == Keep::kReserve;
+  auto [y, hn, cn, reserve, hs, cs] = call.outputs(keep);
   if (B == 0) return {y, hn, cn, reserve, hs, cs};
   char *const hn_at = static_cast<char*>(hn.mutable_data_ptr()),
               *const cn_at =
@@ -160,8 +161,10 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, bool save) {
         const int64_t row = (layer * D + dir) * B * size;
         a.hn = hn_at + row * out;
         a.cn = cn_at ? cn_at + row * p.hidden_size : nullptr;
-        a.saved = call.slots_in(reserve, layer, dir),
-        a.saved_c = call.cells_in(reserve, layer, dir);
+        if (save) {
+          a.saved = call.slots_in(reserve, layer, dir);
+          a.saved_c = call.cells_in(reserve, layer, dir);
+        }
         layers.push_back(a);
       }
     }

@@ -169,17 +169,20 @@ PyMethodDef methods[] = {
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(kForwardSchema);
+  m.def(kInferSchema);
   m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward<forward_cpu>));
+  m.impl("infer", TORCH_BOX(&infer<forward_cpu>));
   m.impl("backward", TORCH_BOX(&backward<backward_cpu>));
 }
 
 #ifdef FUSEDRNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
+  m.impl("infer", TORCH_BOX(&infer<forward_cuda>));
   m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
 }
 #endif

@@ -30,13 +30,18 @@ struct Kept {
   Tensor y, reserve, hs, cs;
 };
 
+using States = std::tuple<Tensor, Tensor, Tensor>;  // y, hn, cn
 using ForwardOutputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // y, hn, cn, reserve, hs, cs
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // these, reserve, hs, cs
 using BackwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // of x, hx, cx, weights
 
+// What forward leaves beside y, hn and cn: the reserve; an empty one; the last three of its outputs
+// are not even tensors.
+enum class Keep { kReserve, kEmpty, kNothing };
+
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
-using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, bool save);
+using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Keep);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
                                          const Kept&, const std::vector<bool>& needs);
 
@@ -47,13 +52,17 @@ BackwardFunction backward_cpu, backward_cuda;
 #define FUSEDRNN_INPUTS                                                                        \
   "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
   "Tensor? mask, Tensor? resets, Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout"
-#define FUSEDRNN_CONFIG                                                                       \
-  "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional, " \
-  "float zoneout_h, float zoneout_c, bool all_states, bool layer_norm"
+#define FUSEDRNN_STACK \
+  "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
+#define FUSEDRNN_CONFIG \
+  FUSEDRNN_STACK ", float zoneout_h, float zoneout_c, bool all_states, bool layer_norm"
 
 inline constexpr const char* kForwardSchema =
     "forward(" FUSEDRNN_INPUTS ", " FUSEDRNN_CONFIG
     ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* kInferSchema =
+    "infer(Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, " FUSEDRNN_STACK
+    ") -> (Tensor, Tensor, Tensor)";
 inline constexpr const char* kBackwardSchema =
     "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
     "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, " FUSEDRNN_INPUTS
@@ -71,7 +80,17 @@ ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vect
       {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
       {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
        all_states, layer_norm},
-      save);
+      save ? Keep::kReserve : Keep::kEmpty);
+}
+
+template <ForwardFunction& implementation>
+States infer(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
+             std::string mode, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+             bool bias, bool bidirectional) {
+  Inputs in{x, hx, cx, std::move(weights)};
+  Config config{std::move(mode), hidden_size, proj_size, num_layers, bias, bidirectional};
+  auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Keep::kNothing);
+  return {y, hn, cn};
 }
 
 template <BackwardFunction& implementation>

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cuda, dynamo, masks, ops, reference
+from fusedrnn import checks, cuda, dynamo, masks, ops, reference
 from fusedrnn import layer_norm as norms
 
 # What the kernels compute in; any other dtype or device is torch.nn's own business.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+KERNEL_DTYPES = DTYPES + INTEGERS
 # Constructor keywords that torch.nn's classes do not have.
 ONLY_OURS = ("recurrent_dropout", "zoneout", "layer_norm")
 
@@ -28,16 +29,21 @@ def is_one_hot(data: Tensor, packed: bool) -> bool:
     return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
 
 
+def _is_autocast(x: Tensor) -> bool:
+    if x.is_meta or not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def no_kernel(input: Tensor) -> str | None:
     """Why no kernel takes `input`, None where one does."""
-    device = input.device
-    if device.type == "cuda":
-        reason = cuda.missing(device)
+    if input.is_cuda:
+        reason = cuda.missing(input.device)
         if reason:
             return reason
-    elif device.type != "cpu":
-        return f"there is no kernel for {device.type} tensors yet"
-    if input.dtype not in (*DTYPES, *INTEGERS):
+    elif not input.is_cpu:
+        return f"there is no kernel for {input.device.type} tensors yet"
+    if input.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {input.dtype}"
     return None
 
@@ -194,17 +200,19 @@ class _Fused(_DropIn, nn.RNNBase):
             for name in self._flat_weights_names
         ]
 
-    def _config(self) -> ops.Config:
-        return ops.Config(
+    def _stack(self) -> tuple[str, int, int, int, bool, bool]:
+        """What describes a plain stack: the first fields of `Config`."""
+        return (
             self.mode,
             self.hidden_size,
             self.proj_size,
             self.num_layers,
             self.bias,
             self.bidirectional,
-            *self._zoneout_rates(),
-            layer_norm=self.layer_norm,
         )
+
+    def _config(self, all_states: bool = False) -> ops.Config:
+        return ops.Config(*self._stack(), *self._zoneout_rates(), all_states, self.layer_norm)
 
     def _zoneout_rates(self) -> tuple[float, float]:
         """Of h and of c."""
@@ -270,43 +278,43 @@ class _Fused(_DropIn, nn.RNNBase):
         more = cpu_only or lengths is not None or one_hot
         if not more and fallback_reason(self, data):
             return super().forward(input, hx)
-        x, hx, cx, unsort, lengths = self._canonical(input, hx, lengths)
+        x, hx, cx, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
         batch_sizes = input.batch_sizes if packed else None
         weights = self._weights()
         dtypes = None
-        device = x.device.type
         dtype = weights[0].dtype if one_hot else x.dtype
-        if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
-            low = torch.get_autocast_dtype(device)
+        if _is_autocast(x) and dtype != torch.float64:
+            low = torch.get_autocast_dtype(x.device.type)
             dtypes = low, low
-            if device != "cuda":
+            if not x.is_cuda:
                 dtypes = self._autocast_dtypes(dtype if hx is None else hx.dtype, low, packed)
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
-        if resets is not None:
-            resets = self._checked_resets(resets, input, x, one_hot)
-        config = self._config()._replace(all_states=return_all)
-        drawn = (
-            masks.between_layers(self, x, config),
-            resets,
-            *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
+        graph = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, hx, cx, *weights) if t is not None
         )
-        # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
-        dropout = 0.0 if drawn[0] is None else self.dropout
-        call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
-        if (
-            (more and no_kernel(x) is not None)
-            or (cpu_only and device != "cpu")
-            or torch._C._are_functorch_transforms_active()
-        ):
-            # torch.func's transforms, and what torch.nn lacks where no kernel has it either.
-            y, hn, cn, hs, cs = reference.forward(*call)
+        # torch.func's transforms, and what torch.nn lacks where no kernel has it either.
+        plain = torch._C._are_functorch_transforms_active() or (more and no_kernel(x) is not None)
+        drops = self.training and self.dropout
+        if not (plain or graph or cpu_only or packed or drops) and lengths is None and ops.eager():
+            y, hn, cn = ops.infer(x, hx, cx, weights, *self._stack())
         else:
-            graph = torch.is_grad_enabled() and any(
-                t.requires_grad for t in (x, hx, cx, *weights) if t is not None
+            if resets is not None:
+                resets = checks.checked_resets(self, resets, input, x, one_hot)
+            config = self._config(return_all)
+            drawn = (
+                masks.between_layers(self, x, config),
+                resets,
+                *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
             )
-            y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
+            # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
+            dropout = 0.0 if drawn[0] is None else self.dropout
+            call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
+            if plain or (cpu_only and not x.is_cpu):
+                y, hn, cn, hs, cs = reference.forward(*call)
+            else:
+                y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
@@ -335,118 +343,6 @@ class _Fused(_DropIn, nn.RNNBase):
         return *results, AllStates(
             (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
         )
-
-    def _canonical(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple:
-        """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
-        lstm = self.mode == "LSTM"
-        states: tuple[Any, ...] = (hx,)
-        if lstm:
-            states = (None, None) if hx is None else (hx[0], hx[1])
-        unsort = None
-        if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError(
-                    f"{self._get_name()}: a PackedSequence has lengths of its own, pass no others"
-                )
-            x, batch_sizes = input.data, input.batch_sizes
-            if input.sorted_indices is not None and hx is not None:
-                states = tuple(s.index_select(1, input.sorted_indices) for s in states)
-            unsort = input.unsorted_indices
-            one_hot = is_one_hot(x, packed=True)
-            if not one_hot:
-                self.check_input(x, batch_sizes)
-            if torch.compiler.is_compiling():
-                # A value, and no guard may be set on one: the op compares it with the states.
-                batch = states[0].size(1) if hx is not None else 0
-            else:
-                batch = int(batch_sizes[0])
-        else:
-            x, batch_sizes = input, None
-            one_hot = is_one_hot(x, packed=False)
-            dim = x.dim() + one_hot  # as if the one-hot vectors were there
-            if dim not in (2, 3):
-                raise ValueError(self._dim_error.format(self._get_name(), x.dim()))
-            batched = dim == 3
-            if hx is not None:
-                dims = [s.dim() for s in states]
-                if dims != [dim] * len(dims):
-                    kind = "batched" if batched else "unbatched"
-                    wrong = ", ".join(f"{d}-D" for d in dims)
-                    if lstm:
-                        raise RuntimeError(
-                            f"For {kind} {dim}-D input, hx and cx should "
-                            f"also be {dim}-D but got ({wrong}) tensors"
-                        )
-                    raise RuntimeError(
-                        f"For {kind} {dim}-D input, hx should also be {dim}-D "
-                        f"but got {wrong} tensor"
-                    )
-                if not batched:
-                    states = tuple(s.unsqueeze(1) for s in states)
-            if not batched:
-                x = x.unsqueeze(1)
-            elif self.batch_first:
-                x = x.transpose(0, 1)
-            if not one_hot:
-                self.check_input(x, None)
-            batch = x.size(1)
-        if hx is not None:
-            weight = self._flat_weights[0]
-            dtype = weight.dtype if one_hot and weight is not None else x.dtype
-            for i, (state, width) in enumerate(
-                zip(states, (self.proj_size or self.hidden_size, self.hidden_size), strict=False)
-            ):
-                expected = (self.num_layers * (2 if self.bidirectional else 1), batch, width)
-                message = f"Expected hidden[{i}] size {{}}, got {{}}" if lstm else None
-                self.check_hidden_size(state, expected, *[message] if message else [])
-                if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
-                    raise RuntimeError(
-                        f"RNN hidden state dtype ({state.dtype}) does not match input dtype "
-                        f"({dtype}). Convert it: hx.to({dtype})"
-                    )
-            if lstm and len(hx) != 2:
-                raise RuntimeError("lstm expects two hidden states")
-        if batch_sizes is None and x.size(0) == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if lengths is not None:
-            lengths = self._checked_lengths(lengths, batch, x.device)
-        return (x, *states, *[None] * (2 - len(states)), unsort, lengths)
-
-    def _checked_resets(self, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
-        """Time first, or as the data of packed input."""
-        name = self._get_name()
-        if isinstance(resets, PackedSequence) and isinstance(input, PackedSequence):
-            resets = resets.data
-        if not isinstance(resets, Tensor):
-            raise TypeError(f"{name}: resets should be a Tensor, got: {type(resets).__name__}")
-        if resets.dtype != torch.bool:
-            raise TypeError(f"{name}: resets should be bool, got {resets.dtype}")
-        data = input.data if isinstance(input, PackedSequence) else input
-        expected = data.shape if one_hot else data.shape[:-1]
-        if resets.shape != expected:
-            raise RuntimeError(
-                f"{name}: Expected resets of shape {list(expected)}, got {list(resets.shape)}"
-            )
-        if not isinstance(input, PackedSequence):
-            if resets.dim() == 1:
-                resets = resets.unsqueeze(1)
-            elif self.batch_first:
-                resets = resets.transpose(0, 1)
-        return resets.to(x.device)
-
-    def _checked_lengths(self, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
-        name = self._get_name()
-        if not isinstance(lengths, Tensor):
-            raise TypeError(f"{name}: lengths should be a Tensor, got: {type(lengths).__name__}")
-        kind = lengths.dtype
-        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-            raise TypeError(f"{name}: lengths should be integers, got {lengths.dtype}")
-        if lengths.shape != (batch,):
-            raise RuntimeError(
-                f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
-            )
-        # From the CPU without waiting; to the CPU the values must have come before they are read.
-        return lengths.to(device, non_blocking=device.type == "cuda")
 
     def _autocast_dtypes(
         self, given: torch.dtype, low: torch.dtype, packed: bool

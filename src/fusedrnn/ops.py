@@ -1,7 +1,9 @@
-"""The two ops that everything runs through: their shapes, their gradients, their use.
+"""The ops that everything runs through: their shapes, their gradients, their use.
 
 `torch.ops.fusedrnn.forward` runs a whole stack of layers, `torch.ops.fusedrnn.backward` its
-back-propagation through time; both are defined in csrc/torch. Arguments, with T steps, B rows of
+back-propagation through time, and `torch.ops.fusedrnn.infer` is the forward of a plain call that no
+gradient is wanted of, with few arguments and results because these are what a small call costs. All
+are defined in csrc/torch. Arguments, with T steps, B rows of
 the batch, D directions, H hidden units, P = proj_size or H, L layers:
 
     x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed); or integers
@@ -39,6 +41,7 @@ from torch.autograd import forward_ad
 from fusedrnn import _C, reference
 
 forward = torch.ops.fusedrnn.forward.default
+infer = torch.ops.fusedrnn.infer.default
 backward = torch.ops.fusedrnn.backward.default
 
 
@@ -115,6 +118,11 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     )
     reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
     return y, hn, cn, reserve, *_fake_states(y, config)
+
+
+@torch.library.register_fake("fusedrnn::infer")
+def _fake_infer(x, hx, cx, weights, *stack):  # type: ignore[no-untyped-def]
+    return _fake_forward(x, hx, cx, weights, *[None] * OTHERS, 0.0, *Config(*stack), False)[:3]
 
 
 def _fake_states(y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -340,13 +348,17 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     return _Forward.apply(keys, save, call.constants, *call.tensors)
 
 
+def eager() -> bool:
+    """Whether neither forward mode nor a compiler is to see the next call."""
+    return forward_ad._current_level < 0 and not torch.compiler.is_compiling()
+
+
 def run(call: tuple, graph: bool, save: bool) -> tuple:
     """The forward op with the arguments `call` and `save`; `graph`: autograd is to know.
 
-    What needs no autograd goes past its key, whose implementation in Python takes 9 of the 26 us of
-    a small call.
+    What needs no autograd goes past its key, whose implementation in Python takes 9 us.
     """
-    if graph or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    if graph or not eager():
         return forward(*call, save)
     with torch._C._AutoDispatchBelowAutograd():
         return forward(*call, save)
@@ -371,3 +383,4 @@ def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
 _library = torch.library.Library("fusedrnn", "IMPL")
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
+_library.impl("infer", torch.library.fallthrough_kernel, "Autograd")

@@ -14,6 +14,7 @@ void fail_after(int64_t launches) { simt::fail_after(launches); }
 
 STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def(kForwardSchema);
+  m.def(kInferSchema);
   m.def(kBackwardSchema);
   m.def("seed(int value) -> ()");
   m.def("fail_after(int launches) -> ()");
@@ -21,6 +22,7 @@ STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
+  m.impl("infer", TORCH_BOX(&infer<forward_cuda>));
   m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
 }
 

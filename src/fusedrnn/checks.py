@@ -1,0 +1,132 @@
+"""What a call of a module is given, checked as torch.nn does, and in the form that the ops take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+if TYPE_CHECKING:
+    from fusedrnn.modules import _Fused
+
+
+def canonical(
+    module: _Fused, input: Any, hx: Any, lengths: Tensor | None, one_hot: bool
+) -> tuple[Any, ...]:
+    """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
+    lstm = module.mode == "LSTM"
+    states: tuple[Any, ...] = (hx,)
+    if lstm:
+        states = (None, None) if hx is None else (hx[0], hx[1])
+    unsort = None
+    if isinstance(input, PackedSequence):
+        if lengths is not None:
+            raise ValueError(
+                f"{module._get_name()}: a PackedSequence has lengths of its own, pass no others"
+            )
+        x, batch_sizes = input.data, input.batch_sizes
+        if input.sorted_indices is not None and hx is not None:
+            states = tuple(s.index_select(1, input.sorted_indices) for s in states)
+        unsort = input.unsorted_indices
+        if not one_hot:
+            module.check_input(x, batch_sizes)
+        if torch.compiler.is_compiling():
+            # A value, and no guard may be set on one: the op compares it with the states.
+            batch = states[0].size(1) if hx is not None else 0
+        else:
+            batch = int(batch_sizes[0])
+    else:
+        x, batch_sizes = input, None
+        dim = x.dim() + one_hot  # as if the one-hot vectors were there
+        if dim not in (2, 3):
+            raise ValueError(module._dim_error.format(module._get_name(), x.dim()))
+        batched = dim == 3
+        if hx is not None:
+            dims = [s.dim() for s in states]
+            if dims != [dim] * len(dims):
+                kind = "batched" if batched else "unbatched"
+                wrong = ", ".join(f"{d}-D" for d in dims)
+                if lstm:
+                    raise RuntimeError(
+                        f"For {kind} {dim}-D input, hx and cx should "
+                        f"also be {dim}-D but got ({wrong}) tensors"
+                    )
+                raise RuntimeError(
+                    f"For {kind} {dim}-D input, hx should also be {dim}-D but got {wrong} tensor"
+                )
+            if not batched:
+                states = tuple(s.unsqueeze(1) for s in states)
+        if not batched:
+            x = x.unsqueeze(1)
+        elif module.batch_first:
+            x = x.transpose(0, 1)
+        if not one_hot:
+            module.check_input(x, None)
+        batch = x.size(1)
+    if hx is not None:
+        weight = module._flat_weights[0]
+        dtype = weight.dtype if one_hot and weight is not None else x.dtype
+        rows, width = module.num_layers * (2 if module.bidirectional else 1), module.hidden_size
+        _check_state(module, 0, states[0], (rows, batch, module.proj_size or width), dtype)
+        if lstm:
+            _check_state(module, 1, states[1], (rows, batch, width), dtype)
+            if len(hx) != 2:
+                raise RuntimeError("lstm expects two hidden states")
+    if batch_sizes is None and x.size(0) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if lengths is not None:
+        lengths = checked_lengths(module, lengths, batch, x.device)
+    return (x, *states, *[None] * (2 - len(states)), unsort, lengths)
+
+
+def _check_state(
+    module: _Fused, i: int, state: Tensor, expected: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    if state.size() != expected:
+        named = [f"Expected hidden[{i}] size {{}}, got {{}}"] if module.mode == "LSTM" else []
+        module.check_hidden_size(state, expected, *named)
+    if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            f"RNN hidden state dtype ({state.dtype}) does not match input dtype ({dtype}). "
+            f"Convert it: hx.to({dtype})"
+        )
+
+
+def checked_resets(module: _Fused, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
+    """Time first, or as the data of packed input."""
+    name = module._get_name()
+    if isinstance(resets, PackedSequence) and isinstance(input, PackedSequence):
+        resets = resets.data
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"{name}: resets should be a Tensor, got: {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise TypeError(f"{name}: resets should be bool, got {resets.dtype}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    expected = data.shape if one_hot else data.shape[:-1]
+    if resets.shape != expected:
+        raise RuntimeError(
+            f"{name}: Expected resets of shape {list(expected)}, got {list(resets.shape)}"
+        )
+    if not isinstance(input, PackedSequence):
+        if resets.dim() == 1:
+            resets = resets.unsqueeze(1)
+        elif module.batch_first:
+            resets = resets.transpose(0, 1)
+    return resets.to(x.device)
+
+
+def checked_lengths(module: _Fused, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
+    name = module._get_name()
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name}: lengths should be a Tensor, got: {type(lengths).__name__}")
+    kind = lengths.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise TypeError(f"{name}: lengths should be integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise RuntimeError(
+            f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
+        )
+    # From the CPU without waiting; to the CPU the values must have come before they are read.
+    return lengths.to(device, non_blocking=device.type == "cuda")
