@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -20,28 +20,26 @@ namespace {
 // `count` parts of `bytes` each, in pages of their own.
 class ScratchMemory {
  public:
-  ScratchMemory(const Tensor& like, int64_t count, int64_t bytes)
-      : stride_((bytes + 4095) / 4096 * 4096),
-        memory_(torch::stable::new_empty(like, {count * stride_ + 64}, ScalarType::Byte)) {
-    char* at = static_cast<char*>(memory_.mutable_data_ptr());
-    base_ = at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64;
-  }
-  char* of(int64_t part) const { return base_ + part * stride_; }
+  ScratchMemory(int64_t count, int64_t bytes)
+      : stride_((bytes + kPage - 1) / kPage * kPage),
+        memory_(static_cast<char*>(::operator new(count * stride_, std::align_val_t(kPage)))) {}
+  ~ScratchMemory() { ::operator delete(memory_, std::align_val_t(kPage)); }
+  ScratchMemory(const ScratchMemory&) = delete;
+  char* of(int64_t part) const { return memory_ + part * stride_; }
 
  private:
+  static constexpr int64_t kPage = 4096;
   int64_t stride_;
-  Tensor memory_;
-  char* base_;
+  char* memory_;
 };
 
 // Runs task(i, scratch) for every i below `count`. A thread takes the next task when it is done
 // with one, so one that shares its core with another process takes fewer.
 template <class Task>
-void run_tasks(const Tensor& like, int64_t threads, int64_t count, int64_t scratch_bytes,
-               const Task& task) {
+void run_tasks(int64_t threads, int64_t count, int64_t scratch_bytes, const Task& task) {
   const int64_t workers = std::min(threads, count);
   if (workers < 1) return;
-  const ScratchMemory scratch(like, workers, scratch_bytes);
+  const ScratchMemory scratch(workers, scratch_bytes);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
@@ -52,8 +50,7 @@ void run_tasks(const Tensor& like, int64_t threads, int64_t count, int64_t scrat
 
 // Runs task(rows, member) for all rows of the batch.
 template <class Task>
-void run_rows(const Tensor& like, const CpuPlan& plan, int64_t batch, const RowsScratch& bytes,
-              const Task& task) {
+void run_rows(const CpuPlan& plan, int64_t batch, const RowsScratch& bytes, const Task& task) {
   auto rows = [&](int64_t i, char* scratch, int64_t member) {
     const int64_t first = i * plan.rows_per_task;
     return Rows{first, std::min(batch, first + plan.rows_per_task), scratch,
@@ -61,14 +58,14 @@ void run_rows(const Tensor& like, const CpuPlan& plan, int64_t batch, const Rows
   };
   const int64_t M = plan.members, of_task = bytes.common + M * bytes.own;
   if (M == 1) {
-    run_tasks(like, plan.threads, plan.tasks, of_task, [&](int64_t i, char* scratch) {
+    run_tasks(plan.threads, plan.tasks, of_task, [&](int64_t i, char* scratch) {
       Member alone;
       task(rows(i, scratch, 0), alone);
     });
     return;
   }
   std::vector<Team> teams(plan.tasks);
-  ScratchMemory scratch(like, plan.tasks, of_task);
+  ScratchMemory scratch(plan.tasks, of_task);
   torch::stable::parallel_for(0, plan.tasks * M, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin / M; i * M < end; i++) {
       const int64_t places = std::min(end, (i + 1) * M) - std::max(begin, i * M);
@@ -202,8 +199,8 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
   const Problem& p = a.problem;
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
   const int64_t scratch = (k.direct_scratch(p, B) + 63) / 64 * 64;
-  const std::unique_ptr<char[]> memory(new char[3 * B * row + threads * scratch + 64]);
-  char* const states = memory.get();
+  const ScratchMemory memory(1, 3 * B * row + threads * scratch + 64);
+  char* const states = memory.of(0);
   char* const inputs = states + (3 * B * row + 63) / 64 * 64;
   const int64_t longest = B ? call.length[a.seq.order[0]] : 0;
   for (int64_t i = 0; i < call.directions(); i++) {
@@ -271,12 +268,12 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Keep keep) {
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   a.packed = to;
   const CpuPlan plan = call.plan();
-  run_tasks(call.x, plan.threads, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
+  run_tasks(plan.threads, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
     const int64_t which = i / kPackParts;
     k.pack_forward(a, which, to + at[which] * size, i % kPackParts, kPackParts);
   });
 
-  run_rows(call.x, plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task),
+  run_rows(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task),
            [&](const Rows& rows, Member& me) { k.forward(a, rows, me); });
   return {y, hn, cn, reserve, hs, cs};
 }
@@ -325,7 +322,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     const Tensor packed = empty({D * total});
     char* to = static_cast<char*>(packed.mutable_data_ptr());
     a.packed = to;
-    run_tasks(call.x, threads, D * kPackParts, 0, [&](int64_t i, char*) {
+    run_tasks(threads, D * kPackParts, 0, [&](int64_t i, char*) {
       const int64_t dir = i / kPackParts;
       k.pack_backward(p, a.weights[layer * D + dir], layer, to + dir * total * size, i % kPackParts,
                       kPackParts);
@@ -340,7 +337,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
       std::memcpy(a.grad_in, of_layer(g.hs, layer - 1, p.out_size()),
                   tokens * call.out_width() * size);
     a.grad_cs = of_layer(g.cs, layer, p.hidden_size);
-    run_rows(call.x, plan, B, k.rows_scratch(p, plan.rows_per_task),
+    run_rows(plan, B, k.rows_scratch(p, plan.rows_per_task),
              [&](const Rows& rows, Member& me) { k.backward(a, rows, me); });
 
     const bool gains = p.layer_norm, of_c = gains && traits(p.cell).has_cell;
@@ -359,7 +356,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     }
     a.dweights = places.data();
     if (any)
-      run_tasks(call.x, threads, k.weight_tasks(p, layer, threads), k.weight_scratch(p, layer),
+      run_tasks(threads, k.weight_tasks(p, layer, threads), k.weight_scratch(p, layer),
                 [&](int64_t i, char* scratch) { k.weight_grad(a, i, threads, scratch); });
     grad_out = grad_in;
   }

@@ -194,8 +194,11 @@ def _of_inputs(x: Any, hx: Any, cx: Any, weights: Any) -> tuple:
     return (x, hx, cx, *[None] * OTHERS, *weights)
 
 
-def _redispatch(op: Any, keys: Any, arguments: tuple) -> Any:
+def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
+    """`keys`: what the dispatcher called with, None where this is a call of its own."""
     with torch._C._AutoDispatchBelowAutograd():
+        if keys is None:
+            return op(*arguments)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
@@ -203,7 +206,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, save: bool, constants: tuple, *tensors: Any) -> tuple:
         call = Call(tensors, constants)
-        results = _redispatch(forward, keys, (*call.arguments(), save))
+        results = _below_autograd(forward, keys, (*call.arguments(), save))
         y, _, _, reserve, hs, cs = results
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(reserve)
@@ -223,7 +226,11 @@ class _Forward(torch.autograd.Function):
         if not ctx.save:
             with torch.no_grad():
                 _, _, _, reserve, _, _ = forward(*call.arguments(), True)
-        *states, dweights = backward(*grads, y, reserve, hs, cs, needs, *call.arguments())
+        arguments = (*grads, y, reserve, hs, cs, needs, *call.arguments())
+        if torch.is_grad_enabled() or not eager():
+            *states, dweights = backward(*arguments)
+        else:
+            *states, dweights = _below_autograd(backward, None, arguments)
         dx, dhx, dcx, *dweights = (
             g if n else None for g, n in zip([*states, *dweights], needs, strict=True)
         )
@@ -261,7 +268,7 @@ class _Backward(torch.autograd.Function):
         grads, tensors = rest[:RESULTS], rest[RESULTS:]
         call = Call(tensors, constants)
         arguments = (*grads, *made, needs, *call.arguments())
-        *states, dweights = _redispatch(backward, keys, arguments)
+        *states, dweights = _below_autograd(backward, keys, arguments)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*grads, *tensors)
         ctx.constants, ctx.needs = constants, needs
@@ -344,7 +351,7 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
         y, hn, cn, hs, cs = reference.forward(*rest)
         return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
     if not _needs_graph(*call.tensors):
-        return _redispatch(forward, keys, arguments)
+        return _below_autograd(forward, keys, arguments)
     return _Forward.apply(keys, save, call.constants, *call.tensors)
 
 
@@ -356,12 +363,14 @@ def eager() -> bool:
 def run(call: tuple, graph: bool, save: bool) -> tuple:
     """The forward op with the arguments `call` and `save`; `graph`: autograd is to know.
 
-    What needs no autograd goes past its key, whose implementation in Python takes 9 us.
+    Past its key, whose implementation in Python takes 9 us: what that would do is done here.
     """
-    if graph or not eager():
+    if not eager():
         return forward(*call, save)
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward(*call, save)
+    if not graph:
+        return _below_autograd(forward, None, (*call, save))
+    tensors, constants = Call.of(*call)
+    return _Forward.apply(None, save, constants, *tensors)
 
 
 def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
@@ -373,7 +382,7 @@ def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
             "use fusedrnn.unswap, or fusedrnn.reference"
         )
     if not _needs_graph(*grads, *call.tensors):
-        return _redispatch(backward, keys, arguments)
+        return _below_autograd(backward, keys, arguments)
     dx, dhx, dcx, *dweights = _Backward.apply(
         keys, made, needs, call.constants, *grads, *call.tensors
     )
