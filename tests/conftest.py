@@ -27,6 +27,7 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # The kernels leave threads asleep for work as small as tests have.
     monkeypatch.setenv("FUSEDRNN_THREADS", "all")
+    monkeypatch.setenv("FUSEDRNN_POISON", "1")
     # torch.nn's recurrent layers meet at a barrier each step: with a thread for every core they
     # take minutes as soon as anything else runs. Tests of threads set their own number.
     torch.set_num_threads(1)

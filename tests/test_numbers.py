@@ -11,7 +11,7 @@ import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FACTOR, assert_as_exact_as_torch, largest
+from tolerances import FACTOR, MANY, assert_as_exact_as_torch, largest
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
@@ -45,9 +45,11 @@ def compare(plain, fused, x, states, **kwargs) -> None:
         near_states = exact_states and tuple(moved(s) for s in exact_states)
         noise.append(run(module, near, near_states, **kwargs))
     ours, theirs = run(fused, x, states, **kwargs), run(plain, x, states, **kwargs)
-    # Layer normalisation magnifies rounding where a variance is small: as much luck as a jump.
+    # Layer normalisation magnifies rounding where a variance is small: as much luck as a jump. And
+    # of one token a large weight's gradient has no more independent errors than there are units.
     jumps = plain.mode == "RNN_RELU" or getattr(plain, "layer_norm", False)
-    assert_as_exact_as_torch(ours, theirs, exact, noise, jumps)
+    few = exact["output"].numel() < MANY
+    assert_as_exact_as_torch(ours, theirs, exact, noise, luck=jumps or few)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -7,7 +7,7 @@ error is compared, and may also be what rounding the inputs differently would ha
 (`noise`: the reference run again on inputs moved by an epsilon), which is how far any result in
 this dtype can be trusted, and a few roundings of the largest value. What luck hides there,
 test_numbers.test_small_tensors_on_average asks of many cases. The gradient of relu jumps where
-rounding moves a sum across 0, and who meets such a point is luck too: `jumps` admits the noise in
+rounding moves a sum across 0, and who meets such a point is luck too: `luck` admits the noise in
 large tensors as well. float64 itself is compared directly, to 1e-12 of the tensor's largest value.
 """
 
@@ -39,7 +39,7 @@ def assert_as_exact_as_torch(
     theirs: Results,
     exact: Results,
     noise: Iterable[Results] = (),
-    jumps: bool = False,
+    luck: bool = False,
 ) -> None:
     """Each of `ours` against the float64 `exact`, judged by torch.nn's own error in `theirs`."""
     noise = list(noise)
@@ -53,7 +53,7 @@ def assert_as_exact_as_torch(
         if a.dtype == torch.float64:
             found, bound = largest(error), FLOAT64 * largest(reference)
         elif reference.numel() >= MANY:
-            trust = max((rms(other[name] - reference) for other in noise if jumps), default=0.0)
+            trust = max((rms(other[name] - reference) for other in noise if luck), default=0.0)
             found = rms(error)
             bound = FACTOR * (rms(peer) + trust) + eps / 2 * rms(reference)
         else:

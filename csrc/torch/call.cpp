@@ -165,13 +165,13 @@ Tensor Call::empty(const std::vector<int64_t>& sizes, ScalarType type) const {
   return Tensor(made);
 }
 
-ForwardOutputs Call::outputs(Keep keep) const {
+ForwardOutputs Call::outputs(Save save) const {
   const Problem& p = problem;
   const int64_t reserve_row = Reserve(p).bytes_per_token();
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
   Tensor reserve, hs, cs;
-  if (keep != Keep::kNothing) {
-    reserve = empty({keep == Keep::kReserve ? tokens : 0, reserve_row}, ScalarType::Byte);
+  if (save != Save::kNothing) {
+    reserve = empty({save == Save::kReserve ? tokens : 0, reserve_row}, ScalarType::Byte);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
   return {empty(token_sizes(out_width()), type()),

@@ -30,7 +30,7 @@ struct Call {
   // The sizes of the states of all layers and steps; nothing where they are not asked for.
   std::vector<int64_t> hs_sizes() const, cs_sizes() const;
   // y, hn, cn, the reserve, hs and cs, unwritten.
-  ForwardOutputs outputs(Keep) const;
+  ForwardOutputs outputs(Save) const;
 
  private:
   void read_batch_sizes(const Tensor&);

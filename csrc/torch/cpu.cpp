@@ -17,20 +17,61 @@ namespace {
 
 // ---- threads ----
 
+// Memory that the calling thread keeps from call to call, up to a limit: given back, most of it
+// would be unmapped, and clearing the pages of the next call takes as long as small products.
+class KeptMemory {
+ public:
+  struct Block {
+    char* at;
+    int64_t bytes;
+  };
+
+  ~KeptMemory() {
+    for (const Block& block : free_) release(block);
+  }
+  Block take(int64_t bytes) {
+    auto best = free_.end();
+    for (auto i = free_.begin(); i != free_.end(); ++i)
+      if (i->bytes >= bytes && (best == free_.end() || i->bytes < best->bytes)) best = i;
+    if (best == free_.end()) return {static_cast<char*>(::operator new(bytes, kPage)), bytes};
+    const Block found = *best;
+    free_.erase(best), kept_ -= found.bytes;
+    return found;
+  }
+  void give(const Block& block) {
+    if (block.bytes > kMost) return release(block);
+    free_.push_back(block), kept_ += block.bytes;
+    while (kept_ > kMost) {  // the one that was not asked for longest
+      kept_ -= free_.front().bytes;
+      release(free_.front());
+      free_.erase(free_.begin());
+    }
+  }
+  static constexpr std::align_val_t kPage{4096};
+
+ private:
+  static constexpr int64_t kMost = 32 << 20;
+  static void release(const Block& block) { ::operator delete(block.at, kPage); }
+
+  std::vector<Block> free_;
+  int64_t kept_ = 0;
+};
+thread_local KeptMemory kept_memory;
+
 // `count` parts of `bytes` each, in pages of their own.
 class ScratchMemory {
  public:
   ScratchMemory(int64_t count, int64_t bytes)
-      : stride_((bytes + kPage - 1) / kPage * kPage),
-        memory_(static_cast<char*>(::operator new(count * stride_, std::align_val_t(kPage)))) {}
-  ~ScratchMemory() { ::operator delete(memory_, std::align_val_t(kPage)); }
+      : stride_((bytes + 4095) / 4096 * 4096), block_(kept_memory.take(count * stride_)) {
+    if (poison_scratch()) std::memset(block_.at, 0xFF, count * stride_);
+  }
+  ~ScratchMemory() { kept_memory.give(block_); }
   ScratchMemory(const ScratchMemory&) = delete;
-  char* of(int64_t part) const { return memory_ + part * stride_; }
+  char* of(int64_t part = 0) const { return block_.at + part * stride_; }
 
  private:
-  static constexpr int64_t kPage = 4096;
   int64_t stride_;
-  char* memory_;
+  KeptMemory::Block block_;
 };
 
 // Runs task(i, scratch) for every i below `count`. A thread takes the next task when it is done
@@ -200,7 +241,7 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
   const int64_t scratch = (k.direct_scratch(p, B) + 63) / 64 * 64;
   const ScratchMemory memory(1, 3 * B * row + threads * scratch + 64);
-  char* const states = memory.of(0);
+  char* const states = memory.of();
   char* const inputs = states + (3 * B * row + 63) / 64 * 64;
   const int64_t longest = B ? call.length[a.seq.order[0]] : 0;
   for (int64_t i = 0; i < call.directions(); i++) {
@@ -230,14 +271,14 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
 
 }  // namespace
 
-ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Keep keep) {
+ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   Forward a{};
   CpuCall call(in, config, a);
   const Problem& p = a.problem;
   const Kernels& k = kernels(p.dtype);
   const int64_t D = p.num_directions;
-  const bool save = keep == Keep::kReserve;
-  auto [y, hn, cn, reserve, hs, cs] = call.outputs(keep);
+  const bool saves = save == Save::kReserve;
+  auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
   if (call.padded_rows) torch::stable::zero_(y), torch::stable::zero_(hs), torch::stable::zero_(cs);
   call.set_states(a, hs, cs);
   a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr(), a.cn = cn.mutable_data_ptr();
@@ -245,11 +286,11 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Keep keep) {
 
   // A reserve of no bytes (one-layer RNN) still says that outputs need not go elsewhere.
   static char nothing;
-  a.reserve = !save             ? nullptr
+  a.reserve = !saves            ? nullptr
               : reserve.numel() ? static_cast<char*>(reserve.mutable_data_ptr())
                                 : &nothing;
   std::vector<Tensor> inner;
-  for (int64_t i = 0; !save && !a.hs && i < std::min<int64_t>(2, p.num_layers - 1); i++) {
+  for (int64_t i = 0; !saves && !a.hs && i < std::min<int64_t>(2, p.num_layers - 1); i++) {
     inner.push_back(call.empty({a.seq.tokens, call.out_width()}, call.type()));
     a.inner[i] = inner.back().mutable_data_ptr();
   }
@@ -263,9 +304,9 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Keep keep) {
   std::vector<int64_t> at{0};
   for (int64_t i = 0; i < p.num_layers * D; i++)
     at.push_back(at.back() + k.forward_offsets(a, i / D).total);
-  const Tensor packed = call.empty({at.back()}, call.compute());
   const int64_t size = compute_bytes(p.dtype);
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  const ScratchMemory packed(1, at.back() * size);
+  char* const to = packed.of();
   a.packed = to;
   const CpuPlan plan = call.plan();
   run_tasks(plan.threads, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
@@ -300,14 +341,13 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   Tensor grad_out =
       g.y ? *g.y : torch::stable::new_zeros(call.like, {tokens, call.out_width()}, call.compute());
 
-  const Tensor dgates = empty({D, tokens, p.slot_columns()});
-  a.dgates = dgates.mutable_data_ptr();
-  const Tensor dproj = empty({p.proj_size ? D : 0, tokens, p.out_size()});
-  const Tensor hidden = empty({p.proj_size ? D : 0, tokens, p.hidden_size});
-  const Tensor dnormed = empty({p.layer_norm ? D : 0, tokens, p.normed_columns()});
-  a.dproj = dproj.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr();
-  a.dnormed = dnormed.mutable_data_ptr();
-  const int64_t size = compute_bytes(p.dtype);
+  const int64_t size = compute_bytes(p.dtype), all = D * tokens * size;
+  const ScratchMemory dgates(1, all * p.slot_columns());
+  const ScratchMemory dproj(1, p.proj_size ? all * p.out_size() : 0);
+  const ScratchMemory hidden(1, p.proj_size ? all * p.hidden_size : 0);
+  const ScratchMemory dnormed(1, p.layer_norm ? all * p.normed_columns() : 0);
+  a.dgates = dgates.of(), a.dnormed = dnormed.of();
+  a.dproj = dproj.of(), a.hidden = hidden.of();
   const CpuPlan plan = call.plan();
   const int64_t threads = plan.threads;
   // One layer's rows of the gradient of all states.
@@ -319,8 +359,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   for (int64_t layer = p.num_layers - 1; layer >= g.lowest; layer--) {
     a.layer = layer;
     const int64_t total = k.backward_offsets(p, layer).total;
-    const Tensor packed = empty({D * total});
-    char* to = static_cast<char*>(packed.mutable_data_ptr());
+    const ScratchMemory packed(1, D * total * size);
+    char* const to = packed.of();
     a.packed = to;
     run_tasks(threads, D * kPackParts, 0, [&](int64_t i, char*) {
       const int64_t dir = i / kPackParts;

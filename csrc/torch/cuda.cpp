@@ -126,13 +126,13 @@ void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Diff
 
 }  // namespace
 
-ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Keep keep) {
+ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
   CudaCall call(in, config, false);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch;
   const int64_t size = bytes(p.dtype), out = p.out_size();
-  const bool save = keep == Keep::kReserve;
-  auto [y, hn, cn, reserve, hs, cs] = call.outputs(keep);
+  const bool saves = save == Save::kReserve;
+  auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
   if (B == 0) return {y, hn, cn, reserve, hs, cs};
   char *const hn_at = static_cast<char*>(hn.mutable_data_ptr()),
               *const cn_at =
@@ -151,7 +151,7 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Keep keep) {
     std::vector<LayerForward> layers;
     for (int64_t layer = first; layer < end; layer++) {
       outputs.push_back(layer == L - 1 ? torch::stable::reshape(y, {call.tokens, D * out})
-                        : save         ? call.output_in(reserve, layer)
+                        : saves        ? call.output_in(reserve, layer)
                                        : call.empty({call.tokens, D * out}, call.type()));
       for (int64_t dir = 0; dir < D; dir++) {
         LayerForward a{};
@@ -161,7 +161,7 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Keep keep) {
         const int64_t row = (layer * D + dir) * B * size;
         a.hn = hn_at + row * out;
         a.cn = cn_at ? cn_at + row * p.hidden_size : nullptr;
-        if (save) {
+        if (saves) {
           a.saved = call.slots_in(reserve, layer, dir);
           a.saved_c = call.cells_in(reserve, layer, dir);
         }

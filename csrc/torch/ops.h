@@ -38,10 +38,10 @@ using BackwardOutputs =
 
 // What forward leaves beside y, hn and cn: the reserve; an empty one; the last three of its outputs
 // are not even tensors.
-enum class Keep { kReserve, kEmpty, kNothing };
+enum class Save { kReserve, kEmpty, kNothing };
 
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
-using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Keep);
+using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Save);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
                                          const Kept&, const std::vector<bool>& needs);
 
@@ -80,7 +80,7 @@ ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vect
       {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
       {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
        all_states, layer_norm},
-      save ? Keep::kReserve : Keep::kEmpty);
+      save ? Save::kReserve : Save::kEmpty);
 }
 
 template <ForwardFunction& implementation>
@@ -89,7 +89,7 @@ States infer(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor>
              bool bias, bool bidirectional) {
   Inputs in{x, hx, cx, std::move(weights)};
   Config config{std::move(mode), hidden_size, proj_size, num_layers, bias, bidirectional};
-  auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Keep::kNothing);
+  auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
   return {y, hn, cn};
 }
 

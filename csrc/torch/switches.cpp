@@ -22,6 +22,11 @@ bool permits_tf32(const char* module, const char* group, bool unknown) {
   return found;
 }
 
+bool is_set(const char* variable, const char* value) {
+  const char* found = std::getenv(variable);
+  return found && !std::strcmp(found, value);
+}
+
 }  // namespace
 
 Float32Switches float32_switches() {
@@ -34,9 +39,7 @@ Float32Switches float32_switches() {
 
 const char* forced_plan() { return std::getenv("FUSEDRNN_PLAN"); }
 
-bool all_threads() {
-  const char* asked = std::getenv("FUSEDRNN_THREADS");
-  return asked && !std::strcmp(asked, "all");
-}
+bool all_threads() { return is_set("FUSEDRNN_THREADS", "all"); }
+bool poison_scratch() { return is_set("FUSEDRNN_POISON", "1"); }
 
 }  // namespace fusedrnn

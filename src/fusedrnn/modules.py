@@ -295,9 +295,15 @@ class _Fused(_DropIn, nn.RNNBase):
             t.requires_grad for t in (x, hx, cx, *weights) if t is not None
         )
         # torch.func's transforms, and what torch.nn lacks where no kernel has it either.
-        plain = torch._C._are_functorch_transforms_active() or (more and no_kernel(x) is not None)
+        by_reference = torch._C._are_functorch_transforms_active() or (
+            more and no_kernel(x) is not None
+        )
         drops = self.training and self.dropout
-        if not (plain or graph or cpu_only or packed or drops) and lengths is None and ops.eager():
+        if (
+            not (by_reference or graph or cpu_only or packed or drops)
+            and lengths is None
+            and ops.eager()
+        ):
             y, hn, cn = ops.infer(x, hx, cx, weights, *self._stack())
         else:
             if resets is not None:
@@ -311,7 +317,7 @@ class _Fused(_DropIn, nn.RNNBase):
             # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
             dropout = 0.0 if drawn[0] is None else self.dropout
             call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
-            if plain or (cpu_only and not x.is_cpu):
+            if by_reference or (cpu_only and not x.is_cpu):
                 y, hn, cn, hs, cs = reference.forward(*call)
             else:
                 y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
