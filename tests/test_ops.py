@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from cases import CELLS, make_pair, random_state
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
@@ -125,6 +126,36 @@ def test_infer_is_forward_with_nothing_kept(cell, integers, states):
     torch.library.opcheck(ops.infer, tuple(few))
     for ours, full in zip(ops.infer(*few), ops.forward(*call.values()), strict=False):
         assert torch.equal(ours, full)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_infer_has_derivatives_where_they_are_wanted(cell):
+    """A user's own call; modules call forward then."""
+    call = arguments(cell, grad=True)
+    few = [call[name] for name in INFER]
+    leaves = [t for t in (*few[:3], *few[3]) if t is not None]
+    found = torch.autograd.grad([t.sum() for t in ops.infer(*few)], leaves)
+    full = torch.autograd.grad([t.sum() for t in ops.forward(*call.values())[:3]], leaves)
+    for a, b in zip(found, full, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = torch.randn_like(few[0])
+        y, *_ = ops.infer(forward_ad.make_dual(few[0].detach(), tangent), *few[1:])
+        assert forward_ad.unpack_dual(y).tangent.any()
+
+
+def test_traced_integers_keep_their_gradient(tmp_path):
+    layer = fusedrnn.GRU(INPUT, HIDDEN)
+    tokens = torch.randint(INPUT, (T, B))
+    traced = torch.jit.trace(layer, tokens)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    again = torch.jit.load(tmp_path / "traced.pt")
+    assert torch.equal(again(tokens)[0], layer(tokens)[0])
+    again(tokens)[0].sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+    with torch.no_grad():
+        silent = torch.jit.trace(layer, tokens)
+    assert "fusedrnn::forward" in str(traced.graph) and "fusedrnn::forward" in str(silent.graph)
 
 
 def test_which_op_a_module_calls():

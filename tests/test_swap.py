@@ -300,7 +300,7 @@ def test_explain_counts_rows(x, batch_first, batch):
     threads=st.integers(1, 64),
 )
 def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
-    size = ("GRU", "float32", 5, False, hidden, 0, layers, False, batch, batch * steps)
+    size = ("GRU", "float32", 5, False, hidden, 0, layers, False, False, batch, batch * steps)
     with pytest.MonkeyPatch.context() as context:
         context.delenv("FUSEDRNN_THREADS")
         _, used, rows, tasks, members = _C.cpu_plan(*size, threads)
@@ -326,6 +326,10 @@ def test_explain_says_what_is_slow(monkeypatch):
     assert "among 2 of 2 threads" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
     alone = fusedrnn.explain(large, torch.zeros(9, 1, 256))
     assert "1 tasks" in alone and "2 threads to a task" in alone and "idle" not in alone
+    normed = fusedrnn.LSTM(256, 256, layer_norm=True)
+    assert "1 threads idle: the batch has too few rows" in fusedrnn.explain(
+        normed, torch.zeros(9, 1, 256)
+    )
     narrow = fusedrnn.RNN(5000, 64)
     assert "1 threads idle: the batch has too few rows" in fusedrnn.explain(
         narrow, torch.zeros(9, 1, 5000)

@@ -25,7 +25,7 @@ def program(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("what", ["all", "serial", "absent", "late", "grouped"])
+@pytest.mark.parametrize("what", ["all", "some", "serial", "absent", "late", "grouped"])
 def test_meeting(program, what):
     """Under ThreadSanitizer; each returns 0 if every member saw what the others had written."""
     subprocess.run([program, what], check=True, timeout=120)

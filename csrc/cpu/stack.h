@@ -5,7 +5,7 @@
 // A token is one row of the batch at one step. Token (t, b) lies at row offset[t] + b of every
 // per-token array, so padded (T, B) and packed data are the same thing here.
 #pragma once
-#include "cpu/team.h"
+#include "cpu/member.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {

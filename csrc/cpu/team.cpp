@@ -6,10 +6,8 @@
 namespace fusedrnn {
 namespace {
 
-// What the first member waits for the others: several times what a sleeping thread takes to wake.
-constexpr std::chrono::microseconds kPatience{200};
-// Looks before a waiting thread offers its core to others, about the time that a step takes.
-constexpr int kLooks = 1000;
+// Looks before a waiting thread offers its core to others, one to three microseconds.
+constexpr int kLooks = 200;
 
 // Calls done() until it is true.
 template <class Done>
@@ -33,7 +31,7 @@ bool Team::join(int64_t places, int64_t all, Member* me) {
   } while (!members.compare_exchange_weak(before, before + 1, std::memory_order_relaxed));
   taken.fetch_add(places, std::memory_order_relaxed);
   if (before == 0) {
-    const auto end = std::chrono::steady_clock::now() + kPatience;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(patience);
     wait_until([&] {
       return taken.load(std::memory_order_relaxed) == all || std::chrono::steady_clock::now() > end;
     });

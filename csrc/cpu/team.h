@@ -3,19 +3,9 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/member.h"
+
 namespace fusedrnn {
-
-class Team;
-
-// One thread's place in its team.
-struct Member {
-  Team* team = nullptr;
-  int64_t index = 0, count = 1;
-  int64_t met = 0;
-
-  // Returns once all members have called it as often: what they wrote before can be read.
-  void meet();
-};
 
 // A team has as many members as come in time. A thread pool may run two calls of a parallel loop
 // one after the other on one thread, and the scheduler may let a thread wait for another process:
@@ -23,6 +13,9 @@ struct Member {
 // a bit of them, so neither does their number.
 class alignas(64) Team {
  public:
+  // The patience of the first member: several times what a sleeping thread takes to wake.
+  explicit Team(int64_t microseconds = 200) : patience(microseconds) {}
+
   // One thread's call for `places` of the `all` places; false: the others have begun without it.
   bool join(int64_t places, int64_t all, Member*);
 
@@ -30,6 +23,7 @@ class alignas(64) Team {
   friend struct Member;
   static constexpr int64_t kClosed = int64_t(1) << 32;
 
+  const int64_t patience;
   std::atomic<int64_t> members{0};  // and kClosed, once the first of them waits no longer
   std::atomic<int64_t> taken{0};    // places
   alignas(64) std::atomic<int64_t> meetings{0};  // calls of meet()

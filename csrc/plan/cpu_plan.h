@@ -15,8 +15,8 @@ struct CpuPlan {
 };
 
 // As many threads as the work is worth, or all of them. Each has a share of the batch; one of more
-// rows than keep their states and gates in the second cache is cut into equal tasks. Where threads
-// are more than rows, teams of them take a row each, if `may_team` and a step is worth meeting for.
+// rows than keep their states and gates in the second cache is cut into equal tasks. Where each row
+// has two threads or more, they take it together, if `may_team` and a step is worth meeting for.
 inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t threads, bool all,
                         bool may_team) {
   constexpr int64_t kMostRows = 32;

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/stack.h"
+#include "cpu/team.h"
 #include "plan/cpu_plan.h"
 #include "torch/call.h"
 #include "torch/switches.h"
@@ -26,31 +27,45 @@ class KeptMemory {
     int64_t bytes;
   };
 
+  KeptMemory() { free_.reserve(kMostBlocks); }
   ~KeptMemory() {
     for (const Block& block : free_) release(block);
   }
   Block take(int64_t bytes) {
+    if (bytes == 0) return {nullptr, 0};
     auto best = free_.end();
-    for (auto i = free_.begin(); i != free_.end(); ++i)
-      if (i->bytes >= bytes && (best == free_.end() || i->bytes < best->bytes)) best = i;
-    if (best == free_.end()) return {static_cast<char*>(::operator new(bytes, kPage)), bytes};
+    for (auto i = free_.begin(); i != free_.end(); ++i)  // not one that a larger need comes for
+      if (i->bytes >= bytes && i->bytes <= 2 * bytes &&
+          (best == free_.end() || i->bytes < best->bytes))
+        best = i;
+    if (best == free_.end()) {
+      void* const fresh = ::operator new(bytes, kPage, std::nothrow);
+      STD_TORCH_CHECK(fresh, "fusedrnn: cannot allocate ", bytes, " bytes of scratch memory");
+      return {static_cast<char*>(fresh), bytes};
+    }
     const Block found = *best;
     free_.erase(best), kept_ -= found.bytes;
     return found;
   }
   void give(const Block& block) {
-    if (block.bytes > kMost) return release(block);
-    free_.push_back(block), kept_ += block.bytes;
-    while (kept_ > kMost) {  // the one that was not asked for longest
-      kept_ -= free_.front().bytes;
+    if (block.bytes == 0) return;
+    if (block.bytes > kMostBytes) return release(block);
+    while (kept_ + block.bytes > kMostBytes || free_.size() == kMostBlocks) {
+      kept_ -= free_.front().bytes;  // not asked for longest
       release(free_.front());
       free_.erase(free_.begin());
     }
+    free_.push_back(block), kept_ += block.bytes;
   }
   static constexpr std::align_val_t kPage{4096};
 
  private:
-  static constexpr int64_t kMost = 32 << 20;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t kMostBytes = 0;  // what overruns a block is to be seen
+#else
+  static constexpr int64_t kMostBytes = 32 << 20;
+#endif
+  static constexpr size_t kMostBlocks = 64;
   static void release(const Block& block) { ::operator delete(block.at, kPage); }
 
   std::vector<Block> free_;
@@ -63,7 +78,7 @@ class ScratchMemory {
  public:
   ScratchMemory(int64_t count, int64_t bytes)
       : stride_((bytes + 4095) / 4096 * 4096), block_(kept_memory.take(count * stride_)) {
-    if (poison_scratch()) std::memset(block_.at, 0xFF, count * stride_);
+    if (block_.at && poison_scratch()) std::memset(block_.at, 0xFF, count * stride_);
   }
   ~ScratchMemory() { kept_memory.give(block_); }
   ScratchMemory(const ScratchMemory&) = delete;

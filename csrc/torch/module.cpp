@@ -121,13 +121,13 @@ PyObject* cpu_variant(PyObject*, PyObject*) {
 PyObject* cpu_plan(PyObject*, PyObject* args) {
   const char *mode, *dtype;
   long long input, hidden, proj, layers, batch, tokens, threads;
-  int one_hot, bidirectional;
-  if (!PyArg_ParseTuple(args, "ssLpLLLpLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
-                        &layers, &bidirectional, &batch, &tokens, &threads))
+  int one_hot, bidirectional, layer_norm;
+  if (!PyArg_ParseTuple(args, "ssLpLLLppLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
+                        &layers, &bidirectional, &layer_norm, &batch, &tokens, &threads))
     return nullptr;
   return guarded([&] {
     Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.input_size = input, p.one_hot = one_hot;
+    p.input_size = input, p.one_hot = one_hot, p.layer_norm = layer_norm;
     const CpuPlan plan = plan_cpu(p, batch, tokens, threads, all_threads(), true);
     return Py_BuildValue("(LLLLL)", (long long)plan_direct(p, tokens, threads),
                          (long long)plan.threads, (long long)plan.rows_per_task,
@@ -153,7 +153,8 @@ PyMethodDef methods[] = {
     {"cpu_plan", cpu_plan, METH_VARARGS,
      "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
      "bidirectional, "
-     "batch, tokens, threads) -> (threads without packing or 0, threads, rows a task, tasks, "
+     "layer_norm, batch, tokens, threads) -> (threads without packing or 0, threads, rows a task, "
+     "tasks, "
      "threads a task)"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},

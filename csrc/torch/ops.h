@@ -36,9 +36,12 @@ using ForwardOutputs =
 using BackwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // of x, hx, cx, weights
 
-// What forward leaves beside y, hn and cn: the reserve; an empty one; the last three of its outputs
-// are not even tensors.
-enum class Save { kReserve, kEmpty, kNothing };
+// What forward leaves beside y, hn and cn.
+enum class Save {
+  kReserve,
+  kEmpty,    // a reserve of no rows
+  kNothing,  // reserve, hs and cs are no tensors
+};
 
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
 using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Save);

@@ -22,6 +22,7 @@ def cpu_plan(
     proj_size: int,
     num_layers: int,
     bidirectional: bool,
+    layer_norm: bool,
     batch: int,
     tokens: int,
     threads: int,

@@ -77,6 +77,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         module.proj_size,
         module.num_layers,
         module.bidirectional,
+        module.layer_norm,
         batch,
         tokens,
         allowed,

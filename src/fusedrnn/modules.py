@@ -291,8 +291,11 @@ class _Fused(_DropIn, nn.RNNBase):
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
-        graph = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, hx, cx, *weights) if t is not None
+        # A trace is replayed with and without gradients.
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        graph = tracing or (
+            torch.is_grad_enabled()
+            and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
         )
         # torch.func's transforms, and what torch.nn lacks where no kernel has it either.
         by_reference = torch._C._are_functorch_transforms_active() or (
@@ -302,9 +305,9 @@ class _Fused(_DropIn, nn.RNNBase):
         if (
             not (by_reference or graph or cpu_only or packed or drops)
             and lengths is None
-            and ops.eager()
+            and ops.eager((x, hx, cx, *weights))
         ):
-            y, hn, cn = ops.infer(x, hx, cx, weights, *self._stack())
+            y, hn, cn = ops.run_infer(x, hx, cx, weights, *self._stack())
         else:
             if resets is not None:
                 resets = checks.checked_resets(self, resets, input, x, one_hot)

@@ -3,8 +3,8 @@
 `torch.ops.fusedrnn.forward` runs a whole stack of layers, `torch.ops.fusedrnn.backward` its
 back-propagation through time, and `torch.ops.fusedrnn.infer` is the forward of a plain call that no
 gradient is wanted of, with few arguments and results because these are what a small call costs. All
-are defined in csrc/torch. Arguments, with T steps, B rows of
-the batch, D directions, H hidden units, P = proj_size or H, L layers:
+are defined in csrc/torch. Arguments, with T steps, B rows of the batch, D directions, H hidden
+units, P = proj_size or H, L layers:
 
     x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed); or integers
                  (T, B), (tokens,), which stand for one-hot vectors as wide as the first w_ih
@@ -227,7 +227,7 @@ class _Forward(torch.autograd.Function):
             with torch.no_grad():
                 _, _, _, reserve, _, _ = forward(*call.arguments(), True)
         arguments = (*grads, y, reserve, hs, cs, needs, *call.arguments())
-        if torch.is_grad_enabled() or not eager():
+        if torch.is_grad_enabled() or not eager((*grads, *tensors)):
             *states, dweights = backward(*arguments)
         else:
             *states, dweights = _below_autograd(backward, None, arguments)
@@ -355,9 +355,17 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     return _Forward.apply(keys, save, call.constants, *call.tensors)
 
 
-def eager() -> bool:
-    """Whether neither forward mode nor a compiler is to see the next call."""
-    return forward_ad._current_level < 0 and not torch.compiler.is_compiling()
+def eager(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether nobody looks on who must see the dispatcher call an op.
+
+    That is forward mode, a compiler, a tracer, and classes of tensors or modes that override torch.
+    """
+    return not (
+        forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.overrides.has_torch_function(tensors)
+    )
 
 
 def run(call: tuple, graph: bool, save: bool) -> tuple:
@@ -365,12 +373,26 @@ def run(call: tuple, graph: bool, save: bool) -> tuple:
 
     Past its key, whose implementation in Python takes 9 us: what that would do is done here.
     """
-    if not eager():
+    tensors, constants = Call.of(*call)
+    if not eager(tensors):
         return forward(*call, save)
     if not graph:
         return _below_autograd(forward, None, (*call, save))
-    tensors, constants = Call.of(*call)
     return _Forward.apply(None, save, constants, *tensors)
+
+
+def run_infer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The infer op, where `eager`."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return infer(*arguments)
+
+
+def _infer_autograd(keys: Any, *arguments: Any) -> tuple:
+    x, hx, cx, weights, *stack = arguments
+    if _has_tangent(x, hx, cx, *weights) or _needs_graph(x, hx, cx, *weights):
+        others = (*[None] * OTHERS, 0.0, *Config(*stack), True)
+        return tuple(forward(x, hx, cx, weights, *others)[:3])
+    return _below_autograd(infer, keys, arguments)
 
 
 def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
@@ -392,4 +414,4 @@ def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
 _library = torch.library.Library("fusedrnn", "IMPL")
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
-_library.impl("infer", torch.library.fallthrough_kernel, "Autograd")
+_library.impl("infer", _infer_autograd, "Autograd", with_keyset=True)
