@@ -24,12 +24,12 @@ struct BackwardBuffers {
         ld_dh(p.out_size()),
         ld_proj(operands<X>(p.out_size()) + kRowPad),
         ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
-    gates = common.take<X>(tokens * ld_gates);
+    gates = common.take<X>((tokens + kSpareRows<X>)*ld_gates);
     dh = s.take<C>(rows * ld_dh);
     dropped = s.take<C>(rows * ld_dh);
     dc = s.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
     dhidden = s.take<C>(p.proj_size ? rows * p.hidden_size : 0);
-    dproj = s.take<X>(p.proj_size ? rows * ld_proj : 0);
+    dproj = s.take<X>(p.proj_size ? (rows + kSpareRows<X>)*ld_proj : 0);
     input = s.take<C>(tokens * ld_input);
   }
 };
@@ -51,10 +51,10 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
   auto row_of_gates = [&](X* gates, int64_t r) {
     return reinterpret_cast<E*>(gates + r * buf.ld_gates);
   };
-  // The last run may end in half a pair. A run before it ends in the next slot's first value, times
-  // 0: what is not finite there reaches the same sums anyway.
+  // The last run may end within what a product takes at a time. A run before it ends in the next
+  // slot's first values, times 0: what is not finite there reaches the same sums anyway.
   for (int64_t r = 0; me.index == 0 && r < buf.tokens; r++)
-    row_of_gates(buf.gates, r)[p.slot_columns()] = E{};
+    for (int i = 0; i < kStep<X> - 1; i++) row_of_gates(buf.gates, r)[p.slot_columns() + i] = E{};
   auto of_slot = [&](const X* gates, int slot) {
     return reinterpret_cast<const X*>(reinterpret_cast<const E*>(gates) + slot * H);
   };

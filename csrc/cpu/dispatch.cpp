@@ -2,6 +2,11 @@
 //
 // The question is asked here and not in kernels.cpp: that is compiled with instructions that the
 // processor may lack.
+#if FUSEDRNN_HAVE_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -12,6 +17,9 @@
 namespace fusedrnn {
 
 // The build says which variants are in the binary.
+#if FUSEDRNN_HAVE_amx
+extern const Kernels kernels_amx;
+#endif
 #if FUSEDRNN_HAVE_avx512bf16
 extern const Kernels kernels_avx512bf16;
 #endif
@@ -28,6 +36,20 @@ extern const Kernels kernels_neon;
 extern const Kernels kernels_baseline;
 #endif
 
+namespace {
+#if FUSEDRNN_HAVE_amx
+// Whether the processor has tiles for bfloat16 and Linux lets this process use them, for which it
+// has to be asked (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+  constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBFloat16 | kTiles)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+}  // namespace
+
 const Variant* variants(int* count) {
 #define HAS(feature) bool(__builtin_cpu_supports(feature))
 #if FUSEDRNN_HAVE_avx512
@@ -35,6 +57,9 @@ const Variant* variants(int* count) {
                       HAS("avx512vl") && HAS("fma") && HAS("bmi2");
 #endif
   static const Variant all[] = {
+#if FUSEDRNN_HAVE_amx
+      {&kernels_amx, avx512 && HAS("avx512bf16") && may_use_tiles()},
+#endif
 #if FUSEDRNN_HAVE_avx512bf16
       {&kernels_avx512bf16, avx512 && HAS("avx512bf16")},
 #endif
@@ -79,12 +104,14 @@ const Kernels& kernels() {
 }
 
 const Kernels& kernels(DType dtype) {
+  const Kernels& chosen = kernels();
 #if FUSEDRNN_HAVE_avx512bf16
-  if (&kernels() == &kernels_avx512bf16 && dtype != DType::kBFloat16) return kernels_avx512;
+  const bool one_dtype = &chosen == &kernels_avx512bf16 || &chosen == &kernels_amx;
+  if (one_dtype && dtype != DType::kBFloat16) return kernels_avx512;
 #else
   (void)dtype;
 #endif
-  return kernels();
+  return chosen;
 }
 
 }  // namespace fusedrnn

@@ -29,13 +29,13 @@ struct ForwardBuffers {
         ld_operand(operands<X>(p.out_size()) + kRowPad),
         ld_projected(operands<X>(p.hidden_size) + kRowPad) {
     const int64_t tokens = max(rows, kChunkTokens);
-    input = s.take<X>(tokens * ld_input);
+    input = s.take<X>((tokens + kSpareRows<X>)*ld_input);
     gates = s.take<C>(tokens * ld_gates);
     for (C*& buffer : h) buffer = common.take<C>(rows * ld_h);
     c = common.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
-    operand = s.take<X>(rows * ld_operand);
+    operand = s.take<X>((rows + kSpareRows<X>)*ld_operand);
     hidden = s.take<C>(p.proj_size ? rows * ld_hidden : 0);
-    projected = s.take<X>(p.proj_size && kDepth<X> > 1 ? rows * ld_projected : 0);
+    projected = s.take<X>(p.proj_size && kDepth<X> > 1 ? (rows + kSpareRows<X>)*ld_projected : 0);
   }
 };
 

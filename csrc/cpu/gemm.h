@@ -6,7 +6,7 @@
 // and one element of A at a time. Every element of C is the same chains of multiply-adds whatever
 // the tiling of rows: results do not depend on how rows are split over threads.
 #pragma once
-#include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace {
 
@@ -20,18 +20,6 @@ struct Panels {
   static constexpr int64_t size(int64_t k, int64_t n) { return operands<X>(k) * padded(n); }
 };
 constexpr int kRows = 6;
-
-// 0, 1, ..., N - 1 as template arguments.
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeIndices<0, I...> {
-  using type = Indices<I...>;
-};
-template <int N>
-using FirstIndices = typename MakeIndices<N>::type;
 
 // The w x w block of which row(i) is row i, turned: lane j of out[i] is lane i of row(j).
 // log2(w) rounds of interleaving row i with row i + w/2.
@@ -61,12 +49,12 @@ void pack_panels(X* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_
   for (int64_t n = n0; n < n1; n += P::kColumns) {
     const int64_t cols = n1 - n < P::kColumns ? n1 - n : P::kColumns, width = P::padded(cols);
     X* to = dst + n * operands<X>(K);
-    for (int64_t k = 0; k < K; k += kDepth<X>, to += width) {
-      const S *first = src + k * ld + n, *second = k + 1 < K ? first + ld : nullptr;
+    auto row = [&](int64_t k, int64_t j) {
+      return k < K ? load(src + k * ld + n + j, cols - j) : Vec<Compute<X>>{};
+    };
+    for (int64_t k = 0; k < operands<X>(K) * kDepth<X>; k += kDepth<X>, to += width)
       for (int64_t j = 0; j < cols; j += P::kWidth)
-        store(to + j, operand<X>(load(first + j, cols - j),
-                                 second ? load(second + j, cols - j) : Vec<Compute<X>>{}));
-    }
+        store(to + j, operand<X>(row(k, j), kDepth<X> > 1 ? row(k + 1, j) : Vec<Compute<X>>{}));
   }
 }
 
@@ -98,13 +86,6 @@ void pack_vectors(X* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, 
     }
   }
 }
-
-// What a product is added to: rows of stride ld, the same row for all with ld = 0, nothing if null.
-template <class C>
-struct Addend {
-  const C* at;
-  int64_t ld;
-};
 
 // R rows of A times one panel of V vectors, K operands deep. A[r, k] = a[r * ar + k * ak]; rows of
 // C hold `cols`.
@@ -226,6 +207,13 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
   for (int64_t n = 0; n < N; n += P::kColumns) {
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
     const X* const panel = packed + n * depth;
+#if defined(__AMX_BF16__)
+    if constexpr (kTiled<X>) {
+      multiply_panel(M, depth, a, lda, panel, P::padded(cols) / P::kWidth, c + n, ldc, cols,
+                     {d.at ? d.at + n : nullptr, d.ld});
+      continue;
+    }
+#endif
     Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
     for (int64_t k = 0; k == 0 || k < depth; k += kLongestSum) {
       const int64_t part = depth - k < kLongestSum ? depth - k : kLongestSum;

@@ -85,10 +85,12 @@ RowsScratch rows_scratch_of(const Problem& p, int64_t rows) {
   });
 }
 void forward_of(const Forward& a, const Rows& rows, Member& me) {
+  const TileSetup tiles;
   with_both(a.problem,
             [&](auto cell, auto s) { forward_rows<decltype(cell), decltype(s)>(a, rows, me); });
 }
 void backward_of(const Backward& a, const Rows& rows, Member& me) {
+  const TileSetup tiles;
   with_both(a.problem,
             [&](auto cell, auto s) { backward_rows<decltype(cell), decltype(s)>(a, rows, me); });
 }
@@ -122,6 +124,7 @@ int64_t weight_scratch_of(const Problem& p, int64_t layer) {
                     [&](auto s) { return weight_scratch<Operand<decltype(s)>>(p, layer); });
 }
 void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
+  const TileSetup tiles;
   with_dtype(a.problem.dtype, [&](auto s) { weight_grad<decltype(s)>(a, task, threads, scratch); });
 }
 

@@ -67,8 +67,8 @@ PackedOffsets forward_offsets(const Common& a, int64_t layer) {
 template <class X>
 PackedOffsets backward_offsets(const Problem& p, int64_t layer) {
   PackedOffsets o{};
-  // A run of an odd number of rows rounds up, and a cell has at most two.
-  const int64_t rows = p.gate_rows() + kDepth<X> - 1;
+  // Each run rounds up, and a cell has at most two.
+  const int64_t rows = p.gate_rows() + 2 * (kStep<X> - 1);
   o.w_ih = Panels<X>::size(rows, p.out_size());
   o.w_hr = o.w_ih + Panels<X>::size(rows, p.product_input(layer));
   o.total = o.w_hr + Panels<X>::size(p.proj_size, p.hidden_size);

@@ -72,10 +72,23 @@ template <class X>
 using Element = typename ElementOf<X>::type;
 template <class X>
 constexpr int kDepth = sizeof(X) / sizeof(Element<X>);  // values in one operand
-// Operands that n values take; behind an odd value stands a zero.
+// Whether products of X use tiles (tiles.h), and how many values along the sum they take at a time.
+#if defined(__AMX_BF16__)
+template <class X>
+constexpr bool kTiled = kDepth<X> == 2;
+#else
+template <class X>
+constexpr bool kTiled = false;
+#endif
+template <class X>
+constexpr int kStep = kTiled<X> ? 32 : kDepth<X>;
+// Rows behind the last one of a matrix A that products read.
+template <class X>
+constexpr int kSpareRows = kTiled<X> ? 15 : 0;
+// Operands that n values take; behind the last value stand zeros.
 template <class X>
 constexpr int64_t operands(int64_t n) {
-  return (n + kDepth<X> - 1) / kDepth<X>;
+  return (n + kStep<X> - 1) / kStep<X> * (kStep<X> / kDepth<X>);
 }
 
 template <class C>
@@ -295,7 +308,7 @@ template <class X, class From>
 FUSEDRNN_INLINE void to_operands(X* to, const From* from, int64_t n) {
   Element<X>* elements = reinterpret_cast<Element<X>*>(to);
   convert_row(elements, from, n);
-  if (n % kDepth<X>) elements[n] = Element<X>{};
+  for (int64_t i = n; i < operands<X>(n) * kDepth<X>; i++) elements[i] = Element<X>{};
 }
 
 template <class X>

@@ -151,7 +151,7 @@ struct Variant {
 };
 
 const Kernels& kernels();  // the best that this processor runs, or the one that FUSEDRNN_CPU names
-// The same for one dtype: avx512bf16 has bfloat16 alone and leaves all else to avx512.
+// The same for one dtype: amx and avx512bf16 have bfloat16 alone and leave all else to avx512.
 const Kernels& kernels(DType dtype);
 const Variant* variants(int* count);  // all in the binary, best first
 

@@ -68,11 +68,67 @@ inline int64_t weight_tasks(const Problem& p, int64_t, int64_t threads) {
   return n * p.num_directions;
 }
 
+// Operands of M rows of a block of tokens as the left factor.
+template <class X>
+FUSEDRNN_INLINE int64_t left_factor(int64_t M) {
+  const int64_t depth = operands<X>(kTokenBlock);
+  return kTiled<X> ? (M + kSpareRows<X>)*(depth + kRowPad) : M * depth;
+}
+
 template <class X>
 int64_t weight_scratch(const Problem& p, int64_t layer) {
   const int64_t widest = max(max(p.layer_input(layer), p.out_size()), p.hidden_size);
   const int64_t columns = Panels<X>::padded(min(widest, kColumnBlock));
-  return operands<X>(kTokenBlock) * (columns + kMostRows) * sizeof(X) + 128;
+  return (operands<X>(kTokenBlock) * columns + left_factor<X>(kMostRows)) * sizeof(X) + 128;
+}
+
+// Up to kTokenBlock tokens side by side as the left factor, M values of each: token(k) points to
+// those of the k-th. In blocks of rows for the registers, [k][rows of a block] each.
+template <class X, class C, class Token>
+void pack_tokens(X* to, int64_t M, int64_t tokens, Token token) {
+  constexpr int w = Lanes<X>::kWidth;
+  const int64_t K = operands<X>(tokens);
+  for (int64_t k = 0; k < K; k++) {
+    // The tokens of one operand; without a second one zeros are in its place.
+    const int64_t first = k * kDepth<X>, second = min(first + 1, tokens - 1);
+    const bool pair = second > first;
+    const C *a1 = token(first), *a2 = token(second);
+    X row[kMostRows + w];
+    for (int64_t m = 0; m < M; m += w)
+      store(row + m, operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}));
+    each_block(M, [&](int64_t m, int64_t rows) {
+      X* at = to + m * K + k * rows;
+      if (rows == kRows) {  // a size the compiler knows
+        std::memcpy(at, row + m, kRows * sizeof(X));
+      } else {
+        for (int64_t r = 0; r < rows; r++) at[r] = row[m + r];
+      }
+    });
+  }
+}
+
+// The same for tiles: M rows of `ld` operands.
+template <class X, class C, class Token>
+void turn_tokens(X* to, int64_t ld, int64_t M, int64_t tokens, Token token) {
+  constexpr int w = Lanes<X>::kWidth;
+  for (int64_t k = 0; k < operands<X>(tokens); k += w) {
+    const C* at[w * kDepth<X>];
+    for (int i = 0; i < w * kDepth<X>; i++) {
+      const int64_t which = k * kDepth<X> + i;
+      at[i] = which < tokens ? token(which) : nullptr;
+    }
+    for (int64_t m = 0; m < M; m += w) {
+      auto values = [&](int i) { return at[i] ? load(at[i] + m, M - m) : Vec<C>{}; };
+      Vec<X> block[w];
+      turn_block<X>(
+          block,
+          [&](int i) {
+            return operand<X>(values(i * kDepth<X>), values(i * kDepth<X> + kDepth<X> - 1));
+          },
+          FirstIndices<w>{});
+      for (int64_t i = 0; i < w && m + i < M; i++) store(to + (m + i) * ld + k, block[i]);
+    }
+  }
 }
 
 // dst [M, N] = sum over tokens of a[token, m] * row(token)[n]; row(k) gives a function (n, lanes)
@@ -82,46 +138,44 @@ void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_
                    C* dst, Scratch scratch) {
   using P = Panels<X>;
   constexpr int w = P::kWidth;
-  X* const b_panels = scratch.take<X>(operands<X>(kTokenBlock) * P::padded(min(N, kColumnBlock)));
-  X* const a_rows = scratch.take<X>(operands<X>(kTokenBlock) * M);
-  auto row_of_a = [&](int64_t k) {
-    return a + seq.token(seq.valid_step[k], seq.valid_row[k]) * lda;
-  };
+  constexpr int64_t kMostDepth = operands<X>(kTokenBlock);
+  X* const b_panels = scratch.take<X>(kMostDepth * P::padded(min(N, kColumnBlock)));
+  X* const a_rows = scratch.take<X>(left_factor<X>(M));
   for (int64_t n0 = 0; n0 < N; n0 += kColumnBlock) {
     const int64_t cols = min(kColumnBlock, N - n0);
     for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
       const int64_t tokens = min(kTokenBlock, seq.valid - k0), K = operands<X>(tokens);
       for (int64_t k = 0; k < K; k++) {
-        // The tokens of one operand; without a second one zeros are in its place.
-        const int64_t first = k0 + k * kDepth<X>, second = min(first + 1, k0 + tokens - 1);
-        const auto row1 = row(first), row2 = row(second);
-        const bool pair = second > first;
+        const int64_t first = k * kDepth<X>, second = first + kDepth<X> - 1;
+        const auto row1 = row(k0 + min(first, tokens - 1)),
+                   row2 = row(k0 + min(second, tokens - 1));
         for (int64_t n = 0; n < cols; n += w) {
           const int64_t panel = n / P::kColumns * P::kColumns,
                         width = min(P::kColumns, P::padded(cols - panel)), lanes = cols - n;
           store(b_panels + panel * K + k * width + n - panel,
-                operand<X>(row1(n0 + n, lanes), pair ? row2(n0 + n, lanes) : Vec<C>{}));
+                operand<X>(first < tokens ? row1(n0 + n, lanes) : Vec<C>{},
+                           second < tokens ? row2(n0 + n, lanes) : Vec<C>{}));
         }
-        X of_a[kMostRows + w];
-        const C *a1 = row_of_a(first), *a2 = row_of_a(second);
-        for (int64_t m = 0; m < M; m += w)
-          store(of_a + m, operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}));
-        each_block(M, [&](int64_t m, int64_t rows) {
-          X* to = a_rows + m * K + k * rows;
-          if (rows == kRows) {  // a size the compiler knows
-            std::memcpy(to, of_a + m, kRows * sizeof(X));
-          } else {
-            for (int64_t r = 0; r < rows; r++) to[r] = of_a[m + r];
-          }
-        });
       }
-      for (int64_t n = 0; n < cols; n += P::kColumns) {
-        const int64_t width = min(P::kColumns, cols - n);
-        each_block(M, [&](int64_t m, int64_t rows) {
-          C* to = dst + m * N + n0 + n;
-          multiply_for<X>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, to, N, width,
-                                       {k0 > 0 ? to : nullptr, N});
-        });
+      auto token = [&](int64_t k) {
+        return a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
+      };
+      C* const to = dst + n0;
+      const C* const onto = k0 > 0 ? to : nullptr;
+      if constexpr (kTiled<X>) {
+        const int64_t ld = kMostDepth + kRowPad;
+        turn_tokens<X, C>(a_rows, ld, M, tokens, token);
+        gemm<X>(M, cols, tokens, a_rows, ld, b_panels, to, N, {onto, N});
+      } else {
+        pack_tokens<X, C>(a_rows, M, tokens, token);
+        for (int64_t n = 0; n < cols; n += P::kColumns) {
+          const int64_t width = min(P::kColumns, cols - n);
+          each_block(M, [&](int64_t m, int64_t rows) {
+            const int64_t at = m * N + n;
+            multiply_for<X>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, to + at, N,
+                                         width, {onto ? onto + at : nullptr, N});
+          });
+        }
       }
     }
     if (seq.valid == 0)
