@@ -82,7 +82,7 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
     const S* saved =
         reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
     const KeptCells<C> cells(a, layer, dir);
-    C* const dgates = static_cast<C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+    E* const dgates = static_cast<E*>(a.dgates) + dir * seq.tokens * p.slot_columns();
     const C* scales =
         reinterpret_cast<const C*>(a.reserve + reserve.scales_offset(layer, dir, seq.tokens));
     C* const dnormed = static_cast<C*>(a.dnormed) + dir * seq.tokens * p.normed_columns();

@@ -13,7 +13,7 @@ namespace {
 template <class X>
 struct Panels {
   static constexpr int kWidth = Lanes<X>::kWidth;
-  static constexpr int kVectors = kVectorRegisters == 32 ? 4 : 2;
+  static constexpr int kVectors = kTiled<X> ? 1 : kVectorRegisters == 32 ? 4 : 2;
   static constexpr int kColumns = kVectors * kWidth;
 
   static constexpr int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
@@ -204,16 +204,12 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
           int64_t ldc, Addend<Compute<X>> d) {
   using P = Panels<X>;
   const int64_t depth = operands<X>(K);
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<X>) return tile_product(M, N, depth, a, lda, packed, c, ldc, d);
+#endif
   for (int64_t n = 0; n < N; n += P::kColumns) {
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
     const X* const panel = packed + n * depth;
-#if defined(__AMX_BF16__)
-    if constexpr (kTiled<X>) {
-      multiply_panel(M, depth, a, lda, panel, P::padded(cols) / P::kWidth, c + n, ldc, cols,
-                     {d.at ? d.at + n : nullptr, d.ld});
-      continue;
-    }
-#endif
     Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
     for (int64_t k = 0; k == 0 || k < depth; k += kLongestSum) {
       const int64_t part = depth - k < kLongestSum ? depth - k : kLongestSum;

@@ -119,6 +119,11 @@ void direct_end_of(const Forward& a, const DirectStep& step) {
                     a.problem.hidden_size, static_cast<const C*>(step.c));
   });
 }
+int64_t weight_tasks_of(const Problem& p, int64_t threads) {
+  return with_dtype(p.dtype, [&](auto s) {
+    return weight_tasks<Operand<decltype(s)>>(p, threads) * p.num_directions;
+  });
+}
 int64_t weight_scratch_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
                     [&](auto s) { return weight_scratch<Operand<decltype(s)>>(p, layer); });
@@ -146,7 +151,7 @@ const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
     direct_begin_of,
     direct_step_of,
     direct_end_of,
-    weight_tasks,
+    weight_tasks_of,
     weight_scratch_of,
     weight_grad_of,
 };

@@ -83,8 +83,8 @@ struct BackwardRow {
   const S *saved, *h, *h_prev, *c0;  // c0: c_prev when it is the initial state
   const C *c, *c_prev, *candidate;   // candidate: h without zoneout, where it is not h itself
   const C *dh, *dy, *dcs;            // dL/dh of this row is dh + dy; dy may be null
-  C *dh_direct, *dc, *dgates, *hidden;
-  Element<Operand<S>>* factors;  // dgates once more, as the products read them
+  C *dh_direct, *dc, *hidden;
+  Element<Operand<S>>*dgates, *factors;  // the same twice: for all tokens, and for the next product
   Keep<C> keep_h, keep_c;
 };
 

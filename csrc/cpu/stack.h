@@ -92,10 +92,12 @@ struct Backward : Common {
   void *grad_in, *dhx, *dcx;
   bool onto_grad_in;    // grad_in holds a gradient already, to which this layer's is added
   const void* grad_cs;  // of this layer's cell states, as in `cs`; null: zeros
-  void* dgates;   // [directions, tokens, slots * hidden], the gradients of the pre-activations
-  void* dproj;    // [directions, tokens, out], gradients of h, with a projection
-  void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
-  void* dnormed;  // [directions, tokens, Problem::normed_columns()] (layer_norm.h)
+  // [directions, tokens, slots * hidden], the gradients of the pre-activations: as the products
+  // take them, in the space of the compute type
+  void* dgates;
+  void* dproj;            // [directions, tokens, out], gradients of h, with a projection
+  void* hidden;           // [directions, tokens, hidden], what was projected, with a projection
+  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (layer_norm.h)
   void* const* dweights;  // [directions * 9] in the order of Weights; null: not wanted
   int64_t layer;
 };
@@ -140,7 +142,7 @@ struct Kernels {
   void (*direct_step)(const Forward&, const DirectStep&, int64_t part, int64_t parts,
                       void* scratch);
   void (*direct_end)(const Forward&, const DirectStep&);
-  int64_t (*weight_tasks)(const Problem&, int64_t layer, int64_t threads);
+  int64_t (*weight_tasks)(const Problem&, int64_t threads);
   int64_t (*weight_scratch)(const Problem&, int64_t layer);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);
 };

@@ -78,13 +78,12 @@ FUSEDRNN_INLINE void each_constant(Indices<I...>, F f) {
   (f(Constant<I>{}), ...);
 }
 
-// R tiles of rows of A, `rows` of them present, times V vectors of a panel whose rows are `width`
-// wide; K operands deep, a multiple of 16. Rows of C hold `cols`.
+// R tiles of rows of A, `rows` of them present, times V panels; K operands deep, a multiple of 16.
+// Rows of C hold `cols`.
 template <int R, int V>
 __attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t lda,
-                                              const Pair* panel, int64_t width, int64_t rows,
-                                              float* c, int64_t ldc, int64_t cols,
-                                              Addend<float> d) {
+                                              const Pair* panels, int64_t rows, float* c,
+                                              int64_t ldc, int64_t cols, Addend<float> d) {
   constexpr int kFirstA = R * V, kFirstB = kFirstA + R;
   constexpr int kBs = 8 - kFirstB < V ? 8 - kFirstB : V;  // tiles that take turns
   constexpr auto each_row = FirstIndices<R>{};
@@ -114,10 +113,10 @@ __attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t 
       tile_load<tile.value>(part, kTileRows * kSize);
     }
   });
-  for (int64_t k = 0; k < K; k += kTileRows, panel += kTileRows * width) {
+  for (int64_t k = 0; k < K; k += kTileRows) {
     each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
       constexpr int kB = kFirstB + v.value % kBs;
-      tile_load<kB>(panel + v.value * kTileRows, width * sizeof(Pair));
+      tile_load<kB>(panels + (v.value * K + k) * kTileRows, kTileRows * sizeof(Pair));
       each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
         constexpr int kA = kFirstA + r.value;
         if (v.value == 0) tile_load<kA>(a + r.value * kTileRows * lda + k, lda * sizeof(Pair));
@@ -133,31 +132,24 @@ __attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t 
   });
 }
 
-// M rows times one panel of `vectors` vectors.
-FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, const Pair* a, int64_t lda,
-                                    const Pair* panel, int64_t vectors, float* c, int64_t ldc,
-                                    int64_t cols, Addend<float> d) {
-  const int64_t width = vectors * kTileRows;
-  auto multiply = [&](auto product, int64_t m, int64_t v) __attribute__((always_inline)) {
-    const int64_t n = v * kTileRows;
-    product(K, a + m * lda, lda, panel + n, width, M - m, c + m * ldc + n, ldc, cols - n,
+// C [M, N] = A [M, K] B + D as gemm.h's, K operands deep.
+FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t lda,
+                                  const Pair* packed, float* c, int64_t ldc, Addend<float> d) {
+  auto multiply = [&](auto product, int64_t m, int64_t n) __attribute__((always_inline)) {
+    product(K, a + m * lda, lda, packed + n * K, M - m, c + m * ldc + n, ldc, N - n,
             {d.at ? d.at + m * d.ld + n : nullptr, d.ld});
   };
-  const int64_t paired = M - (M % (2 * kTileRows) > kTileRows ? 0 : M % (2 * kTileRows));
-  for (int64_t v = 0; v < vectors; v += 2)
-    for (int64_t m = 0; m < paired; m += 2 * kTileRows)
-      multiply(v + 1 < vectors ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, m, v);
-  if (paired == M) return;
-  switch (vectors) {
-    case 1:
-      return multiply(multiply_tiles<1, 1>, paired, 0);
-    case 2:
-      return multiply(multiply_tiles<1, 2>, paired, 0);
-    case 3:
-      return multiply(multiply_tiles<1, 3>, paired, 0);
-    default:
-      return multiply(multiply_tiles<1, 4>, paired, 0);
-  }
+  constexpr int64_t kTwo = 2 * kTileRows;
+  const int64_t rest = M % kTwo, paired = rest > kTileRows ? M : M - rest;
+  for (int64_t n = 0; n < N; n += kTwo)
+    for (int64_t m = 0; m < paired; m += kTwo)
+      multiply(N - n > kTileRows ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, m, n);
+  for (int64_t n = 0; paired < M && n < N; n += 2 * kTwo)
+    multiply(N - n > 3 * kTileRows   ? multiply_tiles<1, 4>
+             : N - n > 2 * kTileRows ? multiply_tiles<1, 3>
+             : N - n > kTileRows     ? multiply_tiles<1, 2>
+                                     : multiply_tiles<1, 1>,
+             paired, n);
 }
 
 #else

@@ -1,25 +1,59 @@
-// Weight gradients of one layer: for every matrix one product over all tokens, after the
-// recurrence.
+// Weight gradients of one layer: products over all tokens, after the recurrence.
 //
 //   dW_ih = dgates^T x    dW_hh = dgates^T h_{t-1}    dW_hr = dh^T (o tanh c)    db = sum of dgates
 //   with layer normalisation    db, dshift = sum of dnormed    dgain = sum of dnormed * normalised
 //
-// A task is a tile of rows of one matrix, or a tile of the bias sums; tokens are always added in
-// the same order, block by block, so results depend neither on the number of threads nor on the
-// tiling.
+// A task is a tile of columns of dgates, with all that they are multiplied with, or of another left
+// factor, or a tile of the bias sums.
 #pragma once
-#include "cpu/layer.h"
+#include "cpu/outer_product.h"
 
 namespace {
 
-constexpr int64_t kTokenBlock = 128;   // tokens packed at a time; short, for the sake of rounding
-constexpr int64_t kColumnBlock = 512;  // columns packed at a time
-constexpr int64_t kBiasTile = 64;      // slot columns of one bias task
-constexpr int64_t kBiasBlock = 16;     // tokens added before they join the sum, for the same sake
+// Slots in a row whose gradients W_ih, W_hh or both get, as rows of the gates from x_gate and
+// h_gate on; -1: not that one.
+struct Segment {
+  int slot, count, x_gate, h_gate;
+};
+struct Segments {
+  int count = 0;
+  Segment segment[4] = {};
 
-constexpr int64_t kMostRows = 64 * kRows;  // of one task
+  explicit constexpr Segments(const CellRuns& runs) {
+    int slots = 0;
+    auto reach = [&](const RunList& list) {
+      for (const Run& run : list)
+        slots = run.slot + run.count > slots ? run.slot + run.count : slots;
+    };
+    reach(runs.x), reach(runs.h);
+    for (int slot = 0; slot < slots; slot++) {
+      const int x = gate_at(runs.x, slot), h = gate_at(runs.h, slot);
+      Segment& last = segment[count ? count - 1 : 0];
+      auto follows = [&](int gate, int first) {
+        return gate == (first < 0 ? -1 : first + last.count);
+      };
+      if (count && follows(x, last.x_gate) && follows(h, last.h_gate))
+        last.count++;
+      else
+        segment[count++] = {slot, 1, x, h};
+    }
+  }
 
-enum Matrix { kIH, kHH, kBias, kHR, kMatrices };
+ private:
+  static constexpr int gate_at(const RunList& list, int slot) {
+    for (const Run& run : list)
+      if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
+    return -1;
+  }
+};
+
+constexpr int64_t kBiasTile = 64;  // columns of one bias task
+constexpr int64_t kBiasBlock =
+    16;  // tokens added before they join the sum: long ones round too much
+constexpr int64_t kSumBlock = 128;  // and before that joins the next
+
+// What is divided into tiles: the columns of each segment of dgates, the bias sums, dh before W_hr.
+enum Part { kBias = 4, kHR, kParts };
 // Places in Weights and in Backward::dweights.
 enum {
   kPlaceIH,
@@ -38,156 +72,59 @@ enum {
 FUSEDRNN_INLINE int64_t padded_slot(const Problem& p) {
   return (p.hidden_size + kBiasTile - 1) / kBiasTile * kBiasTile;
 }
-FUSEDRNN_INLINE int64_t matrix_rows(const Problem& p, int matrix) {
-  switch (matrix) {
-    case kIH:
-    case kHH:
-      return p.gate_rows();
+FUSEDRNN_INLINE int64_t part_columns(const Problem& p, const Segments& segments, int part) {
+  switch (part) {
     case kBias:
       if (p.layer_norm) return p.normed_columns() / p.hidden_size * padded_slot(p);
       return p.bias ? p.slot_columns() : 0;
-    default:
+    case kHR:
       return p.proj_size;
+    default:
+      return part < segments.count ? segments.segment[part].count * p.hidden_size : 0;
   }
 }
-// Rows of a task: as many as share one packing of the other factor, but one task of each matrix for
-// each thread.
-FUSEDRNN_INLINE int64_t tile_rows(const Problem& p, int matrix, int64_t threads) {
-  if (matrix == kBias) return kBiasTile;
-  const int64_t want = (matrix_rows(p, matrix) + threads - 1) / threads;
-  return min(kMostRows, max(8, (want + kRows - 1) / kRows) * kRows);
-}
-FUSEDRNN_INLINE int64_t tiles(const Problem& p, int matrix, int64_t threads) {
-  const int64_t rows = tile_rows(p, matrix, threads);
-  return (matrix_rows(p, matrix) + rows - 1) / rows;
-}
-
-inline int64_t weight_tasks(const Problem& p, int64_t, int64_t threads) {
-  int64_t n = 0;
-  for (int matrix = 0; matrix < kMatrices; matrix++) n += tiles(p, matrix, threads);
-  return n * p.num_directions;
-}
-
-// Operands of M rows of a block of tokens as the left factor.
+// Columns of a task: as many as share one packing of what they are multiplied with, but one task of
+// each part for each thread.
 template <class X>
-FUSEDRNN_INLINE int64_t left_factor(int64_t M) {
-  const int64_t depth = operands<X>(kTokenBlock);
-  return kTiled<X> ? (M + kSpareRows<X>)*(depth + kRowPad) : M * depth;
+FUSEDRNN_INLINE int64_t tile_columns(int64_t columns, int part, int64_t threads) {
+  if (part == kBias) return kBiasTile;
+  constexpr int64_t kUnit = kTiled<X> ? 32 : kRows;
+  const int64_t want = max(48, (columns + threads - 1) / threads);
+  return min(Outer<X>::kMostRows, (want + kUnit - 1) / kUnit * kUnit);
+}
+
+// A tile of a part, and how many tasks come before it; past the last: kParts.
+struct Tile {
+  int part;
+  int64_t begin, columns, before;
+};
+template <class X>
+Tile tile_of(const Problem& p, const Segments& segments, int64_t task, int64_t threads) {
+  int64_t before = 0;
+  for (int part = 0; part < kParts; part++) {
+    const int64_t all = part_columns(p, segments, part), size = tile_columns<X>(all, part, threads),
+                  tiles = (all + size - 1) / size, begin = (task - before) * size;
+    if (task < before + tiles) return {part, begin, min(size, all - begin), task};
+    before += tiles;
+  }
+  return {kParts, 0, 0, before};
+}
+
+// Of one direction.
+template <class X>
+int64_t weight_tasks(const Problem& p, int64_t threads) {
+  return tile_of<X>(p, Segments(cell_runs(p.cell, p.layer_norm)), INT64_MAX, threads).before;
 }
 
 template <class X>
 int64_t weight_scratch(const Problem& p, int64_t layer) {
-  const int64_t widest = max(max(p.layer_input(layer), p.out_size()), p.hidden_size);
-  const int64_t columns = Panels<X>::padded(min(widest, kColumnBlock));
-  return (operands<X>(kTokenBlock) * columns + left_factor<X>(kMostRows)) * sizeof(X) + 128;
-}
-
-// Up to kTokenBlock tokens side by side as the left factor, M values of each: token(k) points to
-// those of the k-th. In blocks of rows for the registers, [k][rows of a block] each.
-template <class X, class C, class Token>
-void pack_tokens(X* to, int64_t M, int64_t tokens, Token token) {
-  constexpr int w = Lanes<X>::kWidth;
-  const int64_t K = operands<X>(tokens);
-  for (int64_t k = 0; k < K; k++) {
-    // The tokens of one operand; without a second one zeros are in its place.
-    const int64_t first = k * kDepth<X>, second = min(first + 1, tokens - 1);
-    const bool pair = second > first;
-    const C *a1 = token(first), *a2 = token(second);
-    X row[kMostRows + w];
-    for (int64_t m = 0; m < M; m += w)
-      store(row + m, operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}));
-    each_block(M, [&](int64_t m, int64_t rows) {
-      X* at = to + m * K + k * rows;
-      if (rows == kRows) {  // a size the compiler knows
-        std::memcpy(at, row + m, kRows * sizeof(X));
-      } else {
-        for (int64_t r = 0; r < rows; r++) at[r] = row[m + r];
-      }
-    });
-  }
-}
-
-// The same for tiles: M rows of `ld` operands.
-template <class X, class C, class Token>
-void turn_tokens(X* to, int64_t ld, int64_t M, int64_t tokens, Token token) {
-  constexpr int w = Lanes<X>::kWidth;
-  for (int64_t k = 0; k < operands<X>(tokens); k += w) {
-    const C* at[w * kDepth<X>];
-    for (int i = 0; i < w * kDepth<X>; i++) {
-      const int64_t which = k * kDepth<X> + i;
-      at[i] = which < tokens ? token(which) : nullptr;
-    }
-    for (int64_t m = 0; m < M; m += w) {
-      auto values = [&](int i) { return at[i] ? load(at[i] + m, M - m) : Vec<C>{}; };
-      Vec<X> block[w];
-      turn_block<X>(
-          block,
-          [&](int i) {
-            return operand<X>(values(i * kDepth<X>), values(i * kDepth<X> + kDepth<X> - 1));
-          },
-          FirstIndices<w>{});
-      for (int64_t i = 0; i < w && m + i < M; i++) store(to + (m + i) * ld + k, block[i]);
-    }
-  }
-}
-
-// dst [M, N] = sum over tokens of a[token, m] * row(token)[n]; row(k) gives a function (n, lanes)
-// that loads from the k-th valid token's row of N values.
-template <class X, class C, class Row>
-void outer_product(const Sequence& seq, int64_t M, int64_t N, const C* a, int64_t lda, Row row,
-                   C* dst, Scratch scratch) {
-  using P = Panels<X>;
-  constexpr int w = P::kWidth;
-  constexpr int64_t kMostDepth = operands<X>(kTokenBlock);
-  X* const b_panels = scratch.take<X>(kMostDepth * P::padded(min(N, kColumnBlock)));
-  X* const a_rows = scratch.take<X>(left_factor<X>(M));
-  for (int64_t n0 = 0; n0 < N; n0 += kColumnBlock) {
-    const int64_t cols = min(kColumnBlock, N - n0);
-    for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
-      const int64_t tokens = min(kTokenBlock, seq.valid - k0), K = operands<X>(tokens);
-      for (int64_t k = 0; k < K; k++) {
-        const int64_t first = k * kDepth<X>, second = first + kDepth<X> - 1;
-        const auto row1 = row(k0 + min(first, tokens - 1)),
-                   row2 = row(k0 + min(second, tokens - 1));
-        for (int64_t n = 0; n < cols; n += w) {
-          const int64_t panel = n / P::kColumns * P::kColumns,
-                        width = min(P::kColumns, P::padded(cols - panel)), lanes = cols - n;
-          store(b_panels + panel * K + k * width + n - panel,
-                operand<X>(first < tokens ? row1(n0 + n, lanes) : Vec<C>{},
-                           second < tokens ? row2(n0 + n, lanes) : Vec<C>{}));
-        }
-      }
-      auto token = [&](int64_t k) {
-        return a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
-      };
-      C* const to = dst + n0;
-      const C* const onto = k0 > 0 ? to : nullptr;
-      if constexpr (kTiled<X>) {
-        const int64_t ld = kMostDepth + kRowPad;
-        turn_tokens<X, C>(a_rows, ld, M, tokens, token);
-        gemm<X>(M, cols, tokens, a_rows, ld, b_panels, to, N, {onto, N});
-      } else {
-        pack_tokens<X, C>(a_rows, M, tokens, token);
-        for (int64_t n = 0; n < cols; n += P::kColumns) {
-          const int64_t width = min(P::kColumns, cols - n);
-          each_block(M, [&](int64_t m, int64_t rows) {
-            const int64_t at = m * N + n;
-            multiply_for<X>(rows, width)(K, a_rows + m * K, 1, rows, b_panels + n * K, to + at, N,
-                                         width, {onto ? onto + at : nullptr, N});
-          });
-        }
-      }
-    }
-    if (seq.valid == 0)
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < cols; n++) dst[m * N + n0 + n] = 0;
-  }
+  return Outer<X>::scratch_bytes(max(max(p.layer_input(layer), p.out_size()), p.hidden_size));
 }
 
 // The same for one-hot rows: dst[m, value] is the sum of a[token, m] over the tokens of that value,
 // in blocks as those of bias gradients.
-template <class C>
-void scatter_add(const OneHot& x, int64_t M, int64_t N, const C* a, int64_t lda, C* dst) {
+template <class C, class A>
+void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda, C* dst) {
   constexpr int w = Lanes<C>::kWidth;
   for (int64_t m = 0; m < M; m++)
     for (int64_t n = 0; n < N; n++) dst[m * N + n] = 0;
@@ -198,7 +135,7 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const C* a, int64_t lda,
       for (int64_t k = x.begin[i], n = 1; k < x.begin[i + 1]; k++, n++) {
         sum += load(a + x.token[k] * lda + m, lanes);
         if (n % kBiasBlock == 0) block += sum, sum = Vec<C>{};
-        if (n % kTokenBlock == 0) total += block, block = Vec<C>{};
+        if (n % kSumBlock == 0) total += block, block = Vec<C>{};
       }
       total += block + sum;
       for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = total[j];
@@ -212,8 +149,8 @@ template <class C, class Value>
 FUSEDRNN_INLINE void sum_tokens(const Sequence& seq, int64_t cols, C* total, Value value) {
   constexpr int w = Lanes<C>::kWidth;
   Vec<C> all[kBiasTile / w] = {};
-  for (int64_t k0 = 0; k0 < seq.valid; k0 += kTokenBlock) {
-    const int64_t k2 = min(seq.valid, k0 + kTokenBlock);
+  for (int64_t k0 = 0; k0 < seq.valid; k0 += kSumBlock) {
+    const int64_t k2 = min(seq.valid, k0 + kSumBlock);
     Vec<C> block[kBiasTile / w] = {};
     for (int64_t k1 = k0; k1 < k2; k1 += kBiasBlock) {
       Vec<C> sum[kBiasTile / w] = {};
@@ -228,9 +165,9 @@ FUSEDRNN_INLINE void sum_tokens(const Sequence& seq, int64_t cols, C* total, Val
   std::memcpy(total, all, sizeof all);
 }
 
-template <class C>
+template <class C, class A>
 void bias_grad(const Sequence& seq, const CellRuns& runs, int64_t H, int64_t column, int64_t cols,
-               const C* dgates, int64_t ld, C* db_ih, C* db_hh) {
+               const A* dgates, int64_t ld, C* db_ih, C* db_hh) {
   C total[kBiasTile];
   sum_tokens(seq, cols, total, [&](int64_t token, int64_t j, int64_t lanes) {
     return load(dgates + token * ld + column + j, lanes);
@@ -292,35 +229,32 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   const Problem& p = a.problem;
   const Sequence& seq = a.seq;
   const CellRuns runs = cell_runs(p.cell, p.layer_norm);
+  const Segments segments(runs);
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, layer = a.layer;
-  const int64_t per_direction = weight_tasks(p, layer, threads) / D, dir = task / per_direction;
-  int matrix = 0;
-  int64_t tile = task % per_direction;
-  while (tile >= tiles(p, matrix, threads)) tile -= tiles(p, matrix++, threads);
-  const int64_t begin = tile * tile_rows(p, matrix, threads);
-  const int64_t rows = min(tile_rows(p, matrix, threads), matrix_rows(p, matrix) - begin);
-  const C* dgates = static_cast<const C*>(a.dgates) + dir * seq.tokens * p.slot_columns();
-  void* const* dweights = a.dweights + dir * kPlaces;
+  const int64_t per_direction = weight_tasks<X>(p, threads), dir = task / per_direction;
+  const Tile tile = tile_of<X>(p, segments, task % per_direction, threads);
+  const auto* dgates =
+      static_cast<const Element<X>*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+  auto gradient_of = [&](int place) { return static_cast<C*>(a.dweights[dir * kPlaces + place]); };
   Scratch scratch{static_cast<char*>(scratch_space)};
 
-  if (matrix == kBias) {
+  if (tile.part == kBias) {
     if (p.layer_norm) {
-      const int64_t unit = begin % padded_slot(p);
-      norm_grad<S>(a, dir, begin / padded_slot(p), unit, min(rows, H - unit));
+      const int64_t unit = tile.begin % padded_slot(p);
+      norm_grad<S>(a, dir, tile.begin / padded_slot(p), unit, min(tile.columns, H - unit));
       return;
     }
-    C *db_ih = static_cast<C*>(dweights[kPlaceBiasIH]),
-      *db_hh = static_cast<C*>(dweights[kPlaceBiasHH]);
+    C *db_ih = gradient_of(kPlaceBiasIH), *db_hh = gradient_of(kPlaceBiasHH);
     if (db_ih || db_hh)
-      bias_grad(seq, runs, H, begin, rows, dgates, p.slot_columns(), db_ih, db_hh);
+      bias_grad(seq, runs, H, tile.begin, tile.columns, dgates, p.slot_columns(), db_ih, db_hh);
     return;
   }
 
   auto zeros_if_null = [](const auto* from, int64_t n, int64_t lanes) {
     return from ? load(from + n, lanes) : Vec<C>{};
   };
-  if (matrix == kHR) {
-    C* dst = static_cast<C*>(dweights[kPlaceHR]);
+  if (tile.part == kHR) {
+    C* const dst = gradient_of(kPlaceHR);
     if (!dst) return;
     const C* hidden = static_cast<const C*>(a.hidden) + dir * seq.tokens * H;
     const C* dproj = static_cast<const C*>(a.dproj) + dir * seq.tokens * P;
@@ -328,12 +262,11 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
       const C* from = hidden + seq.token(seq.valid_step[k], seq.valid_row[k]) * H;
       return [from](int64_t n, int64_t lanes) { return load(from + n, lanes); };
     };
-    outer_product<X>(seq, rows, H, dproj + begin, P, row, dst + begin * H, scratch);
+    outer_products<X>(seq, tile.columns, dproj + tile.begin, P, scratch,
+                      [&](auto product) { product(H, row, dst + tile.begin * H); });
     return;
   }
 
-  C* dst = static_cast<C*>(dweights[matrix == kIH ? kPlaceIH : kPlaceHH]);
-  if (!dst) return;
   auto output_of = [&](int64_t l) {
     return l == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, l);
   };
@@ -366,28 +299,23 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
     };
   };
 
-  // Rows [begin, begin + rows) of the weight, run by run.
-  auto each_run = [&](const RunList& list, int64_t N, auto product) {
-    for (const Run& run : list) {
-      const int64_t m0 = max(begin, run.gate * H),
-                    m1 = min(begin + rows, (run.gate + run.count) * H);
-      if (m0 < m1) product(m1 - m0, N, dgates + m0 + (run.slot - run.gate) * H, dst + m0 * N);
-    }
+  const Segment& segment = segments.segment[tile.part];
+  // The tile's rows of one of the matrices; null: it gets nothing, or nobody wants it.
+  auto rows_of = [&](int place, int gate, int64_t width) -> C* {
+    C* const dst = gate < 0 ? nullptr : gradient_of(place);
+    return dst ? dst + (gate * H + tile.begin) * width : nullptr;
   };
-  auto with_rows = [&](auto row) {
-    return [&, row](int64_t M, int64_t N, const C* from, C* to) {
-      outer_product<X>(seq, M, N, from, p.slot_columns(), row, to, scratch);
-    };
-  };
-  if (matrix == kHH) {
-    each_run(runs.h, P, with_rows(state_row));
-  } else if (!p.indexed(layer)) {
-    each_run(runs.x, input.width, with_rows(input_row));
-  } else {
-    each_run(runs.x, p.input_size, [&](int64_t M, int64_t N, const C* from, C* to) {
-      scatter_add(a.one_hot, M, N, from, p.slot_columns(), to);
-    });
-  }
+  const bool indexed = p.indexed(layer);
+  C* const dw_ih = rows_of(kPlaceIH, segment.x_gate, indexed ? p.input_size : input.width);
+  C* const dw_hh = rows_of(kPlaceHH, segment.h_gate, P);
+  const auto* from = dgates + segment.slot * H + tile.begin;
+  const int64_t ld = p.slot_columns();
+  if (dw_ih && indexed) scatter_add(a.one_hot, tile.columns, p.input_size, from, ld, dw_ih);
+  if ((!dw_ih || indexed) && !dw_hh) return;
+  outer_products<X>(seq, tile.columns, from, ld, scratch, [&](auto product) {
+    if (dw_ih && !indexed) product(input.width, input_row, dw_ih);
+    if (dw_hh) product(P, state_row, dw_hh);
+  });
 }
 
 }  // namespace

@@ -411,7 +411,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     }
     a.dweights = places.data();
     if (any)
-      run_tasks(threads, k.weight_tasks(p, layer, threads), k.weight_scratch(p, layer),
+      run_tasks(threads, k.weight_tasks(p, threads), k.weight_scratch(p, layer),
                 [&](int64_t i, char* scratch) { k.weight_grad(a, i, threads, scratch); });
     grad_out = grad_in;
   }
