@@ -20,6 +20,7 @@ struct Panels {
   static constexpr int64_t size(int64_t k, int64_t n) { return operands<X>(k) * padded(n); }
 };
 constexpr int kRows = 6;
+constexpr int kCacheLine = 64;
 
 // The w x w block of which row(i) is row i, turned: lane j of out[i] is lane i of row(j).
 // log2(w) rounds of interleaving row i with row i + w/2.
@@ -88,13 +89,14 @@ void pack_vectors(X* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, 
 }
 
 // R rows of A times one panel of V vectors, K operands deep. A[r, k] = a[r * ar + k * ak]; rows of
-// C hold `cols`.
+// C hold `cols`. What is read after this, from `ahead` on, is fetched into the second cache on the
+// way, a line for each k.
 // A narrow panel leaves registers free: they take every second (fourth) k, which hides the latency
 // of the additions and halves the rounding.
 template <class X, int R, int V>
 __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64_t ak,
                                         const X* panel, Compute<X>* c, int64_t ldc, int64_t cols,
-                                        Addend<Compute<X>> d) {
+                                        Addend<Compute<X>> d, const void* ahead) {
   using C = Compute<X>;
   constexpr int w = Lanes<X>::kWidth, kChains = Panels<X>::kVectors / V;
   Vec<C> acc[kChains][R][V];
@@ -116,6 +118,10 @@ __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64
     }
     panel += V * w;
     a += ak;
+    if constexpr (R >= 4) {  // with fewer rows the loads are what takes time
+      __builtin_prefetch(ahead, 0, 2);
+      ahead = static_cast<const char*>(ahead) + kCacheLine;
+    }
   };
   int64_t k = 0;
   for (; k + kChains <= K; k += kChains)
@@ -152,7 +158,7 @@ __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64
 
 template <class X>
 using Multiply = void (*)(int64_t, const X*, int64_t, int64_t, const X*, Compute<X>*, int64_t,
-                          int64_t, Addend<Compute<X>>);
+                          int64_t, Addend<Compute<X>>, const void*);
 
 template <class X, int V>
 FUSEDRNN_INLINE Multiply<X> multiply_for(int64_t rows) {
@@ -195,8 +201,8 @@ FUSEDRNN_INLINE void each_block(int64_t M, F f) {
 }
 
 // Operands that are added before they join the sum of an element: longer sums lose too much to
-// rounding, and a panel of more does not stay in the second cache.
-constexpr int64_t kLongestSum = 512;
+// rounding, and of a panel no more stays in the first cache beside what it is multiplied with.
+constexpr int64_t kLongestSum = 128;
 
 // C [M, N] = A [M, K] B + D, K values deep, A in rows of lda operands, C of stride ldc.
 template <class X>
@@ -211,12 +217,17 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
     const X* const panel = packed + n * depth;
     Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
-    for (int64_t k = 0; k == 0 || k < depth; k += kLongestSum) {
-      const int64_t part = depth - k < kLongestSum ? depth - k : kLongestSum;
+    const int64_t parts = depth > kLongestSum ? (depth + kLongestSum - 1) / kLongestSum : 1,
+                  longest = (depth + parts - 1) / parts;
+    for (int64_t k = 0; k == 0 || k < depth; k += longest) {
+      const int64_t part = depth - k < longest ? depth - k : longest;
       each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
-        multiply_for<X>(rows, cols)(part, a + m * lda + k, lda, 1, panel + k * P::padded(cols),
-                                    c + m * ldc + n, ldc, cols,
-                                    {onto.at ? onto.at + m * onto.ld : nullptr, onto.ld});
+        // Each block of rows fetches a share of the next part.
+        const int64_t share = m / rows % P::kVectors * part;
+        multiply_for<X>(rows, cols)(
+            part, a + m * lda + k, lda, 1, panel + k * P::padded(cols), c + m * ldc + n, ldc, cols,
+            {onto.at ? onto.at + m * onto.ld : nullptr, onto.ld},
+            panel + (k + part) * P::padded(cols) + share * kCacheLine / sizeof(X));
       });
       onto = {c + n, ldc};
     }

@@ -134,7 +134,8 @@ void outer_products(const Sequence& seq, int64_t M, const A* a, int64_t lda, Scr
             each_block(M, [&](int64_t m, int64_t rows) {
               const int64_t at = m * N + n;
               multiply_for<X>(rows, width)(K, left + m * K, 1, rows, right + n * K, to + at, N,
-                                           width, {onto ? onto + at : nullptr, N});
+                                           width, {onto ? onto + at : nullptr, N},
+                                           left + (m + rows) * K);
             });
           }
         }
