@@ -34,6 +34,47 @@ struct BackwardBuffers {
   }
 };
 
+// For calls of few tokens, whose weights are not packed: `columns` of A W + D, W [K, N] in rows as
+// it lies, a few of which are read at a time. M <= kFewRows.
+constexpr int64_t kFewRows = 8;
+template <class C, class E, class S>
+void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda, const S* weights,
+                       Columns columns, C* to, int64_t ld, Addend<C> d) {
+  constexpr int w = Lanes<C>::kWidth, kAtOnce = 8;
+  constexpr int64_t kBlock = 512;  // columns whose sums stay in the first cache
+  C sums[kFewRows * kBlock];
+  for (int64_t n0 = columns.begin; n0 < columns.end; n0 += kBlock) {
+    const int64_t cols = min(kBlock, columns.end - n0);
+    for (int64_t r = 0; r < M; r++)
+      for (int64_t n = 0; n < cols; n += w)
+        store(to + r * ld + n0 + n, d.at ? load(d.at + r * d.ld + n0 + n, cols - n) : Vec<C>{},
+              cols - n);
+    for (int64_t k0 = 0; k0 < K; k0 += kLongestSum) {
+      const int64_t k1 = min(K, k0 + kLongestSum);
+      for (int64_t k = k0; k < k1; k += kAtOnce) {
+        const S* row[kAtOnce];
+        for (int i = 0; i < kAtOnce; i++) row[i] = weights + min(k + i, K - 1) * N + n0;
+        for (int64_t r = 0; r < M; r++) {
+          Vec<C> factor[kAtOnce];
+          for (int i = 0; i < kAtOnce; i++)
+            factor[i] = broadcast<C>(k + i < k1 ? to_compute(a[r * lda + k + i]) : C(0));
+          for (int64_t n = 0; n < cols; n += w) {
+            Vec<C> sum = k > k0 ? load(sums + r * kBlock + n) : Vec<C>{};
+#pragma GCC unroll 8
+            for (int i = 0; i < kAtOnce; i++) sum += factor[i] * load(row[i] + n, cols - n);
+            store(sums + r * kBlock + n, sum);
+          }
+        }
+      }
+      for (int64_t r = 0; r < M; r++)
+        for (int64_t n = 0; n < cols; n += w) {
+          C* const at = to + r * ld + n0 + n;
+          store(at, load(at, cols - n) + load(sums + r * kBlock + n), cols - n);
+        }
+    }
+  }
+}
+
 template <class Cell, class S>
 void backward_rows(const Backward& a, const Rows& of, Member& me) {
   using C = Compute<S>;
@@ -62,11 +103,20 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
   // This member's units as the cells see them, as outputs, and as the layer's inputs.
   const Columns units = share<X>(H, me.index, me.count), outputs = share<X>(P, me.index, me.count),
                 inputs = share<X>(input.width, me.index, me.count);
-  // `columns` of the product of M rows of gates with a matrix of N, packed run by run.
-  auto multiply_runs = [&](const auto& runs, int64_t M, const X* gates, const X* panels, int64_t N,
-                           Columns columns, C* to, int64_t ld, const C* onto) {
+  // `columns` of the product of M rows of gates with a matrix of N, packed run by run, or as it is.
+  auto multiply_runs = [&](const auto& runs, int64_t M, const X* gates, const X* panels,
+                           const void* weights, int64_t N, Columns columns, C* to, int64_t ld,
+                           const C* onto) {
     for (const Run& run : runs.run) {
       const int64_t depth = run.count * H;
+      if (!a.packed) {
+        multiply_unpacked(M, depth, N, reinterpret_cast<const E*>(of_slot(gates, run.slot)),
+                          buf.ld_gates * kDepth<X>,
+                          static_cast<const S*>(weights) + run.gate * H * N, columns, to, ld,
+                          Addend<C>{onto, ld});
+        onto = to;
+        continue;
+      }
       gemm(M, columns.end - columns.begin, depth, of_slot(gates, run.slot), buf.ld_gates,
            panels + columns.begin * operands<X>(depth), to + columns.begin, ld,
            {onto ? onto + columns.begin : nullptr, ld});
@@ -78,7 +128,8 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
 
   for (int64_t dir = 0; dir < D; dir++) {
     const int64_t state = (layer * D + dir) * seq.batch;
-    const X* packed = static_cast<const X*>(a.packed) + dir * at.total;
+    const X* packed = a.packed ? static_cast<const X*>(a.packed) + dir * at.total : nullptr;
+    const Weights& weights = a.weights[layer * D + dir];
     const S* saved =
         reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
     const KeptCells<C> cells(a, layer, dir);
@@ -175,14 +226,13 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
           row.dgates = dgates + token * p.slot_columns();
           row.factors = row_of_gates(gates, r);
           if constexpr (kIsNormed<Cell>)
-            normed_backward<Cell>(H, row, NormWeights<S>(a.weights[layer * D + dir]),
-                                  scales + token * Cell::kScales,
+            normed_backward<Cell>(H, row, NormWeights<S>(weights), scales + token * Cell::kScales,
                                   dnormed + token * p.normed_columns());
           else
             cell_backward_row<Cell, S>(H, units.begin, units.end, row);
         }
         me.meet();
-        multiply_runs(Cell::h_runs(), n, gates, packed + at.w_hh, P, outputs,
+        multiply_runs(Cell::h_runs(), n, gates, packed + at.w_hh, weights.w_hh, P, outputs,
                       a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
                       adds_direct && !a.h_mask ? buf.dh : nullptr);
         for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
@@ -191,7 +241,8 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
 
       if (a.grad_in)
         multiply_runs(Cell::x_runs(), (gates - buf.gates) / buf.ld_gates, buf.gates,
-                      packed + at.w_ih, input.width, inputs, buf.input, buf.ld_input, nullptr);
+                      packed + at.w_ih, weights.w_ih, input.width, inputs, buf.input, buf.ld_input,
+                      nullptr);
       me.meet();  // the next chunk's gates take the place of these
       if (!a.grad_in) continue;
       C* from = buf.input;

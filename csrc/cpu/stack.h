@@ -75,7 +75,9 @@ struct Common {
   // [layers, tokens, directions * hidden]; null where they are not.
   void *hs, *cs;
   const Weights* weights;  // [layers * directions]
-  const void* packed;      // compute type, one PackedOffsets::total per layer and direction
+  // Compute type, one PackedOffsets::total per layer and direction; null: backward of few tokens,
+  // which reads the weights as they lie.
+  const void* packed;
   char* reserve;           // null: nothing is kept for backward
 };
 

@@ -365,6 +365,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dproj = dproj.of(), a.hidden = hidden.of();
   const CpuPlan plan = call.plan();
   const int64_t threads = plan.threads;
+  const bool few = plan_direct(p, tokens, threads) > 0;
   // One layer's rows of the gradient of all states.
   auto of_layer = [&](const OptionalTensor& gradients, int64_t layer, int64_t width) {
     const int64_t bytes = layer * tokens * D * width * size;
@@ -373,11 +374,11 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
 
   for (int64_t layer = p.num_layers - 1; layer >= g.lowest; layer--) {
     a.layer = layer;
-    const int64_t total = k.backward_offsets(p, layer).total;
+    const int64_t total = few ? 0 : k.backward_offsets(p, layer).total;
     const ScratchMemory packed(1, D * total * size);
     char* const to = packed.of();
     a.packed = to;
-    run_tasks(threads, D * kPackParts, 0, [&](int64_t i, char*) {
+    run_tasks(threads, few ? 0 : D * kPackParts, 0, [&](int64_t i, char*) {
       const int64_t dir = i / kPackParts;
       k.pack_backward(p, a.weights[layer * D + dir], layer, to + dir * total * size, i % kPackParts,
                       kPackParts);
