@@ -44,9 +44,9 @@ inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t
 // How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:
 // they are packed. For what plain layers do: a call may need more than the problem says.
 inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
-  constexpr int64_t kMostTokens = 8;             // more than these pay for the packing
+  const int64_t most_tokens = p.dtype == DType::kBFloat16 ? 4 : 8;  // more pay for the packing
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
-  if (tokens > kMostTokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
+  if (tokens > most_tokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
     return 0;
   const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size);
   const int64_t parts = p.gate_rows() * depth * bytes(p.dtype) / kBytesOfThread;
