@@ -19,7 +19,7 @@ struct CpuPlan {
 // has two threads or more, they take it together, if `may_team` and a step is worth meeting for.
 inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t threads, bool all,
                         bool may_team) {
-  constexpr int64_t kMostRows = 32;
+  const int64_t most_rows = p.dtype == DType::kBFloat16 ? 64 : 32;
   constexpr int64_t kWorkOfThread = 1 << 20;   // multiply-adds that take longer than to wake one
   constexpr int64_t kWorkOfGate = 8;           // its activation, counted the same way
   constexpr int64_t kWorkOfMeeting = 1 << 12;  // once a step, for each thread that comes
@@ -31,7 +31,7 @@ inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t
   if (!all) threads = std::min(threads, std::max<int64_t>(1, tokens * per_token / kWorkOfThread));
   if (batch == 0) return {threads, 1, 0, 1};
   const int64_t share = divide(batch, threads);
-  const int64_t rows = divide(share, divide(share, kMostRows));
+  const int64_t rows = divide(share, divide(share, most_rows));
   int64_t members = 1;
   if (may_team && !p.proj_size && !p.layer_norm) {
     const int64_t step = p.gate_rows() * p.hidden_size;
