@@ -9,20 +9,35 @@ namespace {
 // Looks before a waiting thread offers its core to others, one to three microseconds.
 constexpr int kLooks = 200;
 
+// The same of one that then goes to sleep: some tens of microseconds, about what waking it takes.
+constexpr int kLooksAwake = 2000;
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
 // Calls done() until it is true.
 template <class Done>
 void wait_until(const Done& done) {
   for (int64_t look = 1; !done(); look++) {
     if (look % kLooks == 0) std::this_thread::yield();
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb");
-#endif
+    pause();
   }
 }
 
 }  // namespace
+
+void wait_for_zero(const std::atomic<int>& left) {
+  for (int look = 0; look < kLooksAwake; look++) {
+    if (left.load(std::memory_order_acquire) == 0) return;
+    pause();
+  }
+  for (int now; (now = left.load(std::memory_order_acquire)) != 0;) left.wait(now);
+}
 
 bool Team::join(int64_t places, int64_t all, Member* me) {
   int64_t before = members.load(std::memory_order_relaxed);

@@ -29,4 +29,8 @@ class alignas(64) Team {
   alignas(64) std::atomic<int64_t> meetings{0};  // calls of meet()
 };
 
+// Waits for `left`, whose last change is followed by notify_all(). Soon sleeps: an idle core then
+// takes over a thread that waits for another process, and on that thread this one may be waiting.
+void wait_for_zero(const std::atomic<int>& left);
+
 }  // namespace fusedrnn

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -89,47 +90,84 @@ class ScratchMemory {
   KeptMemory::Block block_;
 };
 
-// Runs task(i, scratch) for every i below `count`. A thread takes the next task when it is done
-// with one, so one that shares its core with another process takes fewer.
-template <class Task>
-void run_tasks(int64_t threads, int64_t count, int64_t scratch_bytes, const Task& task) {
-  const int64_t workers = std::min(threads, count);
+// Work of which no part needs another: task(i, scratch) for every i below `count`.
+struct Phase {
+  int64_t count, scratch_bytes;
+  std::function<void(int64_t, char*)> task;
+};
+
+// Runs phases one after the other, in one parallel loop. A thread takes the next task when it is
+// done with one, and a phase ends when its tasks are done, whoever did them: a thread whose core
+// another process holds does fewer, or none, and is waited for at the end of the loop alone.
+void run_phases(int64_t threads, const std::vector<Phase>& phases) {
+  int64_t most = 0, bytes = 0;
+  for (const Phase& phase : phases)
+    most = std::max(most, phase.count), bytes = std::max(bytes, phase.scratch_bytes);
+  const int64_t workers = std::min(threads, most);
   if (workers < 1) return;
-  const ScratchMemory scratch(workers, scratch_bytes);
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Progress {
+    std::atomic<int64_t> next{0};
+    std::atomic<int> left{
+        0};  // tasks that are not done; of 32 bits, which Linux lets threads sleep on
+  };
+  std::vector<Progress> progress(phases.size());
+  for (size_t i = 0; i < phases.size(); i++) progress[i].left = int(phases[i].count);
+  const ScratchMemory scratch(workers, bytes);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-        task(i, scratch.of(worker));
+      for (size_t p = 0; p < phases.size(); p++) {
+        int done = 0;
+        for (int64_t i;
+             (i = progress[p].next.fetch_add(1, std::memory_order_relaxed)) < phases[p].count;
+             done++)
+          phases[p].task(i, scratch.of(worker));
+        std::atomic<int>& left = progress[p].left;
+        if (done && left.fetch_sub(done, std::memory_order_acq_rel) == done) left.notify_all();
+        if (p + 1 < phases.size()) wait_for_zero(left);
+      }
   });
 }
 
-// Runs task(rows, member) for all rows of the batch.
-template <class Task>
-void run_rows(const CpuPlan& plan, int64_t batch, const RowsScratch& bytes, const Task& task) {
-  auto rows = [&](int64_t i, char* scratch, int64_t member) {
-    const int64_t first = i * plan.rows_per_task;
-    return Rows{first, std::min(batch, first + plan.rows_per_task), scratch,
-                scratch + bytes.common + member * bytes.own};
-  };
-  const int64_t M = plan.members, of_task = bytes.common + M * bytes.own;
-  if (M == 1) {
-    run_tasks(plan.threads, plan.tasks, of_task, [&](int64_t i, char* scratch) {
-      Member alone;
-      task(rows(i, scratch, 0), alone);
-    });
-    return;
+// All rows of the batch through a task, one thread or one team each; `times` times.
+class RowTasks {
+ public:
+  RowTasks(const CpuPlan& plan, int64_t batch, const RowsScratch& bytes, int64_t times)
+      : plan_(plan),
+        batch_(batch),
+        bytes_(bytes),
+        teams_(plan.members > 1 ? times * plan.tasks : 0),
+        memory_(plan.members > 1 ? plan.tasks : 0, of_task()) {}
+
+  template <class Task>
+  Phase phase(int64_t time, Task task) {
+    const int64_t M = plan_.members;
+    if (M == 1)
+      return {plan_.tasks, of_task(), [this, task](int64_t i, char* scratch) {
+                Member alone;
+                task(rows(i, scratch, 0), alone);
+              }};
+    Team* const teams = teams_.data() + time * plan_.tasks;
+    return {plan_.tasks * M, 0, [this, task, teams, M](int64_t place, char*) {
+              const int64_t i = place / M;
+              Member me;
+              if (teams[i].join(1, M, &me)) task(rows(i, memory_.of(i), me.index), me);
+            }};
   }
-  std::vector<Team> teams(plan.tasks);
-  ScratchMemory scratch(plan.tasks, of_task);
-  torch::stable::parallel_for(0, plan.tasks * M, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin / M; i * M < end; i++) {
-      const int64_t places = std::min(end, (i + 1) * M) - std::max(begin, i * M);
-      Member me;
-      if (teams[i].join(places, M, &me)) task(rows(i, scratch.of(i), me.index), me);
-    }
-  });
-}
+
+ private:
+  int64_t of_task() const { return bytes_.common + plan_.members * bytes_.own; }
+  Rows rows(int64_t i, char* scratch, int64_t member) const {
+    const int64_t first = i * plan_.rows_per_task;
+    return Rows{first, std::min(batch_, first + plan_.rows_per_task), scratch,
+                scratch + bytes_.common + member * bytes_.own};
+  }
+
+  const CpuPlan plan_;
+  const int64_t batch_;
+  const RowsScratch bytes_;
+  std::vector<Team> teams_;
+  const ScratchMemory memory_;
+};
 
 // ---- tensors as pointers ----
 
@@ -324,13 +362,14 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   char* const to = packed.of();
   a.packed = to;
   const CpuPlan plan = call.plan();
-  run_tasks(plan.threads, p.num_layers * D * kPackParts, 0, [&](int64_t i, char*) {
-    const int64_t which = i / kPackParts;
-    k.pack_forward(a, which, to + at[which] * size, i % kPackParts, kPackParts);
-  });
-
-  run_rows(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task),
-           [&](const Rows& rows, Member& me) { k.forward(a, rows, me); });
+  RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
+  run_phases(plan.threads,
+             {{p.num_layers * D * kPackParts, 0,
+               [&](int64_t i, char*) {
+                 const int64_t which = i / kPackParts;
+                 k.pack_forward(a, which, to + at[which] * size, i % kPackParts, kPackParts);
+               }},
+              tasks.phase(0, [&](const Rows& rows, Member& me) { k.forward(a, rows, me); })});
   return {y, hn, cn, reserve, hs, cs};
 }
 
@@ -353,7 +392,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.grad_hn = pointer(g.hn), a.grad_cn = pointer(g.cn);
   if (g.need_hx) a.dhx = g.hx.mutable_data_ptr();
   if (g.need_cx) a.dcx = g.cx.mutable_data_ptr();
-  Tensor grad_out =
+  const Tensor given_out =
       g.y ? *g.y : torch::stable::new_zeros(call.like, {tokens, call.out_width()}, call.compute());
 
   const int64_t size = compute_bytes(p.dtype), all = D * tokens * size;
@@ -367,55 +406,70 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   const int64_t threads = plan.threads;
   const bool few = plan_direct(p, tokens, threads) > 0;
   // One layer's rows of the gradient of all states.
-  auto of_layer = [&](const OptionalTensor& gradients, int64_t layer, int64_t width) {
+  auto rows_of = [&](const OptionalTensor& all, int64_t layer, int64_t width) {
     const int64_t bytes = layer * tokens * D * width * size;
-    return gradients ? static_cast<const char*>(gradients->const_data_ptr()) + bytes : nullptr;
+    return all ? static_cast<const char*>(all->const_data_ptr()) + bytes : nullptr;
   };
 
-  for (int64_t layer = p.num_layers - 1; layer >= g.lowest; layer--) {
-    a.layer = layer;
-    const int64_t total = few ? 0 : k.backward_offsets(p, layer).total;
-    const ScratchMemory packed(1, D * total * size);
-    char* const to = packed.of();
-    a.packed = to;
-    run_tasks(threads, few ? 0 : D * kPackParts, 0, [&](int64_t i, char*) {
-      const int64_t dir = i / kPackParts;
-      k.pack_backward(p, a.weights[layer * D + dir], layer, to + dir * total * size, i % kPackParts,
-                      kPackParts);
-    });
+  // Every layer's arguments, the last layer first. What is between two layers lies in two buffers
+  // that take turns.
+  const int64_t layers = p.num_layers - g.lowest, between = tokens * call.out_width() * size;
+  const ScratchMemory gradients(std::min<int64_t>(2, layers), between);
+  int64_t longest = 0;
+  for (int64_t layer = g.lowest; layer < p.num_layers && !few; layer++)
+    longest = std::max(longest, k.backward_offsets(p, layer).total);
+  const ScratchMemory packed(1, D * longest * size);
+  RowTasks tasks(plan, B, k.rows_scratch(p, plan.rows_per_task), layers);
+  std::vector<Backward> of_layer(layers, a);
+  std::vector<std::vector<void*>> places(layers);
+  std::vector<Phase> phases;
+  const void* grad_out = given_out.const_data_ptr();
+  for (int64_t i = 0; i < layers; i++) {
+    Backward& b = of_layer[i];
+    const int64_t layer = b.layer = p.num_layers - 1 - i;
+    b.packed = packed.of();
+    b.grad_out = grad_out;
+    if (g.wants_input(layer)) b.grad_in = layer ? gradients.of(i % 2) : g.x.mutable_data_ptr();
+    b.grad_cs = rows_of(g.cs, layer, p.hidden_size);
+    const void* const onto = layer && b.grad_in ? rows_of(g.hs, layer - 1, p.out_size()) : nullptr;
+    b.onto_grad_in = onto;
+    grad_out = b.grad_in;
 
-    a.grad_out = grad_out.const_data_ptr();
-    const bool want_input = g.wants_input(layer);
-    Tensor grad_in = layer == 0 ? g.x : empty({want_input ? tokens : 0, call.out_width()});
-    a.grad_in = want_input ? grad_in.mutable_data_ptr() : nullptr;
-    a.onto_grad_in = want_input && layer > 0 && g.hs;
-    if (a.onto_grad_in)
-      std::memcpy(a.grad_in, of_layer(g.hs, layer - 1, p.out_size()),
-                  tokens * call.out_width() * size);
-    a.grad_cs = of_layer(g.cs, layer, p.hidden_size);
-    run_rows(plan, B, k.rows_scratch(p, plan.rows_per_task),
-             [&](const Rows& rows, Member& me) { k.backward(a, rows, me); });
+    const int64_t total = few ? 0 : k.backward_offsets(p, layer).total;
+    const int64_t parts = few ? 0 : D * kPackParts;
+    phases.push_back({parts + (onto ? 1 : 0), 0, [&, onto, total, parts](int64_t part, char*) {
+                        if (part == parts) {
+                          std::memcpy(b.grad_in, onto, between);
+                          return;
+                        }
+                        const int64_t dir = part / kPackParts;
+                        k.pack_backward(p, b.weights[b.layer * D + dir], b.layer,
+                                        packed.of() + dir * total * size, part % kPackParts,
+                                        kPackParts);
+                      }});
+    phases.push_back(
+        tasks.phase(i, [&](const Rows& rows, Member& me) { k.backward(b, rows, me); }));
 
     const bool gains = p.layer_norm, of_c = gains && traits(p.cell).has_cell;
-    std::vector<void*> places;  // nine a direction, in the order of Weights
     bool any = false;
-    for (int64_t dir = 0; dir < D; dir++) {
-      size_t i = (layer * D + dir) * p.weights_per_direction();
+    for (int64_t dir = 0; dir < D; dir++) {  // nine a direction, in the order of Weights
+      size_t which = (layer * D + dir) * p.weights_per_direction();
       auto next = [&](bool present) -> void* {
         if (!present) return nullptr;
-        void* at = needs[3 + i] ? g.weights[i].mutable_data_ptr() : nullptr;
-        i++, any |= at != nullptr;
+        void* at = needs[3 + which] ? g.weights[which].mutable_data_ptr() : nullptr;
+        which++, any |= at != nullptr;
         return at;
       };
       for (bool present : {true, true, p.bias, p.bias, p.proj_size > 0, gains, gains, of_c, of_c})
-        places.push_back(next(present));
+        places[i].push_back(next(present));
     }
-    a.dweights = places.data();
+    b.dweights = places[i].data();
     if (any)
-      run_tasks(threads, k.weight_tasks(p, threads), k.weight_scratch(p, layer),
-                [&](int64_t i, char* scratch) { k.weight_grad(a, i, threads, scratch); });
-    grad_out = grad_in;
+      phases.push_back(
+          {k.weight_tasks(p, threads), k.weight_scratch(p, layer),
+           [&](int64_t task, char* scratch) { k.weight_grad(b, task, threads, scratch); }});
   }
+  run_phases(threads, phases);
   return g.in_type(call.type());
 }
 
