@@ -337,8 +337,9 @@ def test_explain_says_what_is_slow(monkeypatch):
     assert "idle" not in fusedrnn.explain(large, torch.zeros(9, 2, 256))
     half = torch.zeros(5, 2, 3, dtype=torch.float16)
     assert "computed in float32" in fusedrnn.explain(layer.half(), half)
-    pairs = "products of pairs" in fusedrnn.explain(layer.bfloat16(), half.bfloat16())
-    assert pairs == (_C.cpu_variant() == "avx512bf16")
+    found = fusedrnn.explain(layer.bfloat16(), half.bfloat16())
+    assert ("products of pairs" in found) == (_C.cpu_variant() == "avx512bf16")
+    assert ("products on tiles" in found) == (_C.cpu_variant() == "amx")
 
 
 def test_explain_says_why_not_ours():

@@ -46,7 +46,7 @@ def numbers():
 
     for cell in CELLS:
         for dtype in DTYPES:
-            for T, B, width, hidden in [(5, 3, 4, 5), (3, 37, 33, 67)]:
+            for T, B, width, hidden in [(5, 3, 4, 5), (3, 37, 33, 67), (27, 20, 9, 16)]:
                 plain, fused = make_pair(
                     cell, width, hidden, num_layers=2, bidirectional=True, dtype=dtype
                 )
@@ -191,7 +191,7 @@ def test_variant(variant, check):
 def test_variants_are_different_code():
     """Without fused multiply-add sums round otherwise: proof that not all runs used one variant."""
     pytest.importorskip("numpy")
-    with_fma = [v for v in VARIANTS if v in ("avx2", "avx512", "avx512bf16")]
+    with_fma = [v for v in VARIANTS if v in ("avx2", "avx512", "avx512bf16", "amx")]
     if not with_fma or "baseline" not in VARIANTS:
         pytest.skip("needs baseline and a variant with fused multiply-add")
     digests = {variant: findings(variant)["bits"] for variant in ("baseline", *with_fma)}
@@ -199,14 +199,15 @@ def test_variants_are_different_code():
         assert all(digests[v][dtype] != digests["baseline"][dtype] for v in with_fma), digests
 
 
-def test_pairs_of_bfloat16():
-    """avx512bf16 computes bfloat16 in another way, and leaves all else to avx512."""
+@pytest.mark.parametrize("variant", ["avx512bf16", "amx"])
+def test_bfloat16_of_its_own(variant):
+    """These compute bfloat16 in other ways, and leave all else to avx512."""
     pytest.importorskip("numpy")
-    if "avx512bf16" not in VARIANTS:
-        pytest.skip("needs a processor with AVX512-BF16")
-    pairs, plain = (findings(v)["bits"] for v in ("avx512bf16", "avx512"))
-    assert pairs.keys() == plain.keys()
-    assert [d for d in pairs if pairs[d] != plain[d]] == ["torch.bfloat16"]
+    if variant not in VARIANTS:
+        pytest.skip(f"this processor lacks {variant}")
+    own, plain = (findings(v)["bits"] for v in (variant, "avx512"))
+    assert own.keys() == plain.keys()
+    assert [d for d in own if own[d] != plain[d]] == ["torch.bfloat16"]
 
 
 def test_the_best_variant_is_the_default():

@@ -7,7 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__F16C__) || defined(__AVX512F__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // GCC's header begins from undefined vectors
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))

@@ -78,7 +78,7 @@ struct Common {
   // Compute type, one PackedOffsets::total per layer and direction; null: backward of few tokens,
   // which reads the weights as they lie.
   const void* packed;
-  char* reserve;           // null: nothing is kept for backward
+  char* reserve;  // null: nothing is kept for backward
 };
 
 struct Forward : Common {

@@ -21,8 +21,8 @@ struct Config {
   std::string mode;
   int64_t hidden_size, proj_size, num_layers;
   bool bias, bidirectional;
-  double zoneout_h, zoneout_c;  // how much of the old h and c stays
-  bool all_states, layer_norm;
+  double zoneout_h = 0, zoneout_c = 0;  // how much of the old h and c stays
+  bool all_states = false, layer_norm = false;
 };
 
 inline std::string show(const Tensor& t) {

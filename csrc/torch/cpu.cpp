@@ -382,7 +382,6 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   const Kernels& k = kernels(p.dtype);
   const int64_t D = p.num_directions, tokens = a.seq.tokens, B = a.seq.batch;
   GradientTensors g(call, given, kept, needs);
-  auto empty = [&](const std::vector<int64_t>& sizes) { return call.empty(sizes, call.compute()); };
   if (call.padded_rows) torch::stable::zero_(g.x);
   if (B == 0) return g.in_type(call.type());
 
@@ -403,8 +402,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dgates = dgates.of(), a.dnormed = dnormed.of();
   a.dproj = dproj.of(), a.hidden = hidden.of();
   const CpuPlan plan = call.plan();
-  const int64_t threads = plan.threads;
-  const bool few = plan_direct(p, tokens, threads) > 0;
+  // Of few tokens as in forward: their weights, which are read and get gradients, are what counts.
+  const int64_t few = plan_direct(p, tokens, torch::stable::get_num_threads());
+  const int64_t threads = std::max(plan.threads, few);
   // One layer's rows of the gradient of all states.
   auto rows_of = [&](const OptionalTensor& all, int64_t layer, int64_t width) {
     const int64_t bytes = layer * tokens * D * width * size;

@@ -11,13 +11,13 @@ struct Inputs {
              // (T, B), (tokens) that mean one-hot vectors
   OptionalTensor hx, cx;
   std::vector<Tensor> weights;
-  OptionalTensor batch_sizes;     // of packed input
-  OptionalTensor lengths;         // of padded input
-  OptionalTensor mask;            // of the dropout between layers, uint8
-  OptionalTensor resets;          // where a new sequence begins, bool
-  OptionalTensor h_mask;          // recurrent dropout, compute type
-  OptionalTensor zone_h, zone_c;  // zoneout, uint8
-  double dropout;
+  OptionalTensor batch_sizes{};       // of packed input
+  OptionalTensor lengths{};           // of padded input
+  OptionalTensor mask{};              // of the dropout between layers, uint8
+  OptionalTensor resets{};            // where a new sequence begins, bool
+  OptionalTensor h_mask{};            // recurrent dropout, compute type
+  OptionalTensor zone_h{}, zone_c{};  // zoneout, uint8
+  double dropout = 0;
 };
 
 struct OutputGradients {

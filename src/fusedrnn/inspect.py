@@ -101,8 +101,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     if not direct and tasks * members < threads:
         idle = threads - tasks * members
         lines.append(f"{idle} threads idle: the batch has too few rows to divide")
-    if data.dtype == torch.bfloat16 and _C.cpu_variant() == "avx512bf16" and not direct:
-        lines.append(f"products of pairs of {data.dtype}, all else in float32")
+    products = {"amx": "on tiles", "avx512bf16": "of pairs"}.get(_C.cpu_variant())
+    if data.dtype == torch.bfloat16 and products and not direct:
+        lines.append(f"products {products} of {data.dtype}, all else in float32")
     elif data.dtype in (torch.bfloat16, torch.float16):
         lines.append(f"{data.dtype} is computed in float32: half the memory, not twice the speed")
     return "\n  ".join([head, *lines])
