@@ -14,7 +14,7 @@ namespace {
 // bfloat16 being read and written.
 template <class X>
 struct Outer {
-  static constexpr int64_t kTokens = kTiled<X> ? 512 : 128;
+  static constexpr int64_t kTokens = kTiled<X> ? 512 : kLongestSum;
   static constexpr int64_t kColumns = kTiled<X> ? 256 : 512;
   static constexpr int64_t kMostRows = kTiled<X> ? 512 : 64 * kRows;  // M
 
