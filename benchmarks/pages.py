@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import tables
 from benchmarks.gpu import summary as gpu_summary
 from benchmarks.report import Report, caption
+from benchmarks.suite import Row
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 README_MODES = ("training", "inference")
@@ -39,13 +40,17 @@ def page(report: Report, figures: Sequence[str] = (), folder: str = ".") -> str:
 
 def headline(report: Report) -> str:
     """What the README has of a report: float32, at the number of threads with the most cases."""
-    rows = [r for r in report.rows if r.mode in README_MODES and r.dtype == "float32"]
+    rows = _readme_rows(report)
     counts = Counter(r.threads for r in rows)
     threads = max(counts, key=lambda n: (counts[n], n), default=0)
     shown = tables.headlines([r for r in rows if r.threads == threads])
     shown += tables.training(report.training)
     parts = [_made(report), *(table.markdown() for table in shown), tables.NOTE]
     return "\n\n".join(parts) + "\n"
+
+
+def _readme_rows(report: Report) -> list[Row]:
+    return [r for r in report.rows if r.mode in README_MODES and r.dtype == "float32"]
 
 
 def _made(report: Report) -> str:
@@ -67,9 +72,14 @@ def results(root: Path = ROOT) -> str:
 
 
 def readme_tables(root: Path = ROOT) -> str:
-    """The README's part: the headline of every report there is."""
-    found = [Report.load(path) for path in sorted((root / RESULTS).glob("*/results.json"))]
-    return "\n".join(headline(r) for r in found if tables.headlines(r.rows) or r.training)
+    """The README's part: the headlines of the newest report of a CPU and of the newest of a GPU."""
+    found = [Report.load(path) for path in (root / RESULTS).glob("*/results.json")]
+    newest = {
+        bool(r.environment["gpu"]): r
+        for r in sorted(found, key=lambda r: str(r.environment["date"]))
+        if tables.headlines(_readme_rows(r)) or r.training
+    }
+    return "\n".join(headline(newest[gpu]) for gpu in sorted(newest))
 
 
 def write_docs(root: Path = ROOT) -> None:

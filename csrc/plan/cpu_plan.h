@@ -44,7 +44,8 @@ inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t
 // How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:
 // they are packed. For what plain layers do: a call may need more than the problem says.
 inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
-  const int64_t most_tokens = p.dtype == DType::kBFloat16 ? 4 : 8;  // more pay for the packing
+  // More pay for the packing.
+  const int64_t most_tokens = p.dtype == DType::kBFloat16 ? kFewTokens / 2 : kFewTokens;
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
   if (tokens > most_tokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
     return 0;
