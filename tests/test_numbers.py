@@ -322,10 +322,11 @@ def test_few_tokens(cell, dtype):
         torch.set_num_threads(2)
         assert torch.equal(fused(x)[0], one)
         torch.set_num_threads(1)
-    lengths = torch.tensor([1, 0, 2])
-    y, _ = fused(x.view(-1, 33)[:6].view(2, 3, 33), lengths=lengths)
-    for b, n in enumerate(lengths.tolist()):
-        assert (y[n:, b] == 0).all()
-        if n:
-            alone, _ = fused(x.view(-1, 33)[:6].view(2, 3, 33)[:n, b : b + 1])
-            assert torch.equal(y[:n, b : b + 1], alone)
+    x = x.view(-1, 33)[:4].view(2, 2, 33)  # as many tokens as bfloat16 is not packed for
+    for lengths in ([1, 2], [2, 0]):
+        y, _ = fused(x, lengths=torch.tensor(lengths))
+        for b, n in enumerate(lengths):
+            assert (y[n:, b] == 0).all()
+            if n:
+                alone, _ = fused(x[:n, b : b + 1])
+                assert torch.equal(y[:n, b : b + 1], alone)

@@ -48,9 +48,9 @@ struct Segments {
 };
 
 constexpr int64_t kBiasTile = 64;  // columns of one bias task
-constexpr int64_t kBiasBlock =
-    16;  // tokens added before they join the sum: long ones round too much
-constexpr int64_t kSumBlock = 128;  // and before that joins the next
+// Tokens that are added before they join a sum, and what is added of those before it joins the
+// next: long sums round too much.
+constexpr int64_t kBiasBlock = 16, kSumBlock = 128;
 
 // What is divided into tiles: the columns of each segment of dgates, the bias sums, dh before W_hr.
 enum Part { kBias = 4, kHR, kParts };

@@ -257,7 +257,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   // Every layer's arguments, the last layer first. What is between two layers lies in two buffers
   // that take turns.
   const int64_t layers = p.num_layers - g.lowest, between = tokens * call.out_width() * size;
-  const ScratchMemory gradients(std::min<int64_t>(2, layers), between);
+  const ScratchMemory gradients(std::clamp<int64_t>(layers - 1, 0, 2), between);
   int64_t longest = 0;
   for (int64_t layer = g.lowest; layer < p.num_layers && !few; layer++)
     longest = std::max(longest, k.backward_offsets(p, layer).total);
