@@ -311,6 +311,25 @@ def test_module_is_exported():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_open_gates(cell, dtype):
+    """A gate near 1 multiplies a state at every step: an error of its own would add up."""
+    plain, fused = make_pair(cell, 8, 16, dtype=dtype)
+    with torch.no_grad():
+        for module in (plain, fused):
+            for p in module.parameters():
+                p.mul_(0.2)
+            module.bias_ih_l0[16:32] = 10  # the update gate, the forget gate
+    x = torch.randn(1000, 32, 8).to(dtype)
+    exact_module = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        _, exact = exact_module(x.double())
+        (_, theirs), (_, ours) = plain(x), fused(x)
+    named = [dict(enumerate(s if cell == "lstm" else [s])) for s in (ours, theirs, exact)]
+    assert_as_exact_as_torch(*named)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_few_tokens(cell, dtype):
     """Their weights are not packed; the bits are those of any number of threads."""

@@ -92,7 +92,8 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
     return reinterpret_cast<E*>(gates + r * buf.ld_gates);
   };
   // The last run may end within what a product takes at a time. A run before it ends in the next
-  // slot's first values, times 0: what is not finite there reaches the same sums anyway.
+  // slot's first values, times 0: in plain cells what is not finite there reaches the same sums
+  // anyway, and with layer normalisation it makes that step's gradients NaN.
   for (int64_t r = 0; me.index == 0 && r < buf.tokens; r++)
     for (int i = 0; i < kStep<X> - 1; i++) row_of_gates(buf.gates, r)[p.slot_columns() + i] = E{};
   auto of_slot = [&](const X* gates, int slot) {
@@ -103,9 +104,9 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
   const Columns units = share<X>(H, me.index, me.count), outputs = share<X>(P, me.index, me.count),
                 inputs = share<X>(input.width, me.index, me.count);
   // `columns` of the product of M rows of gates with a matrix of N, packed run by run, or as it is.
-  auto multiply_runs = [&](const auto& runs, int64_t M, const X* gates, const X* panels,
-                           const void* weights, int64_t N, Columns columns, C* to, int64_t ld,
-                           const C* onto) {
+  auto multiply_runs = [&](const auto& runs, int64_t M, const X* gates, const X* packed,
+                           int64_t panels, const void* weights, int64_t N, Columns columns, C* to,
+                           int64_t ld, const C* onto) {
     for (const Run& run : runs.run) {
       const int64_t depth = run.count * H;
       if (!a.packed) {
@@ -117,7 +118,7 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
         continue;
       }
       gemm(M, columns.end - columns.begin, depth, of_slot(gates, run.slot), buf.ld_gates,
-           panels + columns.begin * operands<X>(depth), to + columns.begin, ld,
+           packed + panels + columns.begin * operands<X>(depth), to + columns.begin, ld,
            {onto ? onto + columns.begin : nullptr, ld});
       panels += Panels<X>::size(depth, N);
       onto = to;
@@ -231,7 +232,7 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
             cell_backward_row<Cell, S>(H, units.begin, units.end, row);
         }
         me.meet();
-        multiply_runs(Cell::h_runs(), n, gates, packed + at.w_hh, weights.w_hh, P, outputs,
+        multiply_runs(Cell::h_runs(), n, gates, packed, at.w_hh, weights.w_hh, P, outputs,
                       a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
                       adds_direct && !a.h_mask ? buf.dh : nullptr);
         for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
@@ -239,9 +240,8 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
       }
 
       if (a.grad_in)
-        multiply_runs(Cell::x_runs(), (gates - buf.gates) / buf.ld_gates, buf.gates,
-                      packed + at.w_ih, weights.w_ih, input.width, inputs, buf.input, buf.ld_input,
-                      nullptr);
+        multiply_runs(Cell::x_runs(), (gates - buf.gates) / buf.ld_gates, buf.gates, packed,
+                      at.w_ih, weights.w_ih, input.width, inputs, buf.input, buf.ld_input, nullptr);
       me.meet();  // the next chunk's gates take the place of these
       if (!a.grad_in) continue;
       C* from = buf.input;

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -38,14 +39,22 @@ extern const Kernels kernels_baseline;
 
 namespace {
 #if FUSEDRNN_HAVE_amx
-// Whether the processor has tiles for bfloat16 and Linux lets this process use them, for which it
-// has to be asked (Documentation/arch/x86/xstate.rst).
-bool may_use_tiles() {
+// Linux gives a process tiles when it asks (Documentation/arch/x86/xstate.rst). What it then needs
+// larger are alternate signal stacks, of whoever has them: so it asks when tiles are used at last.
+constexpr int kTileData = 18;
+// Whether the processor has tiles for bfloat16, and Linux would give them.
+bool has_tiles() {
   constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24;
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kGetSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
   unsigned a, b, c, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBFloat16 | kTiles)) return false;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  uint64_t supported = 0;
+  return syscall(SYS_arch_prctl, kGetSupported, &supported) == 0 && supported >> kTileData & 1;
+}
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  static const bool given = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return given;
 }
 #endif
 }  // namespace
@@ -58,7 +67,7 @@ const Variant* variants(int* count) {
 #endif
   static const Variant all[] = {
 #if FUSEDRNN_HAVE_amx
-      {&kernels_amx, avx512 && HAS("avx512bf16") && may_use_tiles()},
+      {&kernels_amx, avx512 && HAS("avx512bf16") && has_tiles()},
 #endif
 #if FUSEDRNN_HAVE_avx512bf16
       {&kernels_avx512bf16, avx512 && HAS("avx512bf16")},
@@ -105,11 +114,15 @@ const Kernels& kernels() {
 
 const Kernels& kernels(DType dtype) {
   const Kernels& chosen = kernels();
-#if FUSEDRNN_HAVE_avx512bf16
-  const bool one_dtype = &chosen == &kernels_avx512bf16 || &chosen == &kernels_amx;
-  if (one_dtype && dtype != DType::kBFloat16) return kernels_avx512;
-#else
   (void)dtype;
+#if FUSEDRNN_HAVE_amx
+  if (&chosen == &kernels_amx) {
+    if (dtype != DType::kBFloat16) return kernels_avx512;
+    return may_use_tiles() ? kernels_amx : kernels_avx512bf16;
+  }
+#endif
+#if FUSEDRNN_HAVE_avx512bf16
+  if (&chosen == &kernels_avx512bf16 && dtype != DType::kBFloat16) return kernels_avx512;
 #endif
   return chosen;
 }

@@ -222,8 +222,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
     const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
     const X* const panel = packed + n * depth;
     Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
-    const int64_t parts = depth > kLongestSum ? (depth + kLongestSum - 1) / kLongestSum : 1,
-                  longest = (depth + parts - 1) / parts;
+    const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
+    const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // of no depth: D alone
     for (int64_t k = 0; k == 0 || k < depth; k += longest) {
       const int64_t part = depth - k < longest ? depth - k : longest;
       each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {

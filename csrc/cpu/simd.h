@@ -8,8 +8,9 @@
 #include <cstring>
 #if defined(__F16C__) || defined(__AVX512F__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored \
-    "-Wmaybe-uninitialized"  // GCC's header begins from undefined vectors
+#if !defined(__clang__)  // GCC's header begins from undefined vectors
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif

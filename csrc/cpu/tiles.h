@@ -2,7 +2,7 @@
 // rows of 32 bfloat16 make with 32 x 16 of them.
 //
 // A tile of A is 16 rows of 16 pairs, as they lie; one of B 16 rows of one vector of a packed
-// panel. Up to two of A meet up to two of B, or one of A all of a panel, and the sums stay in their
+// panel. Up to two of A meet up to two of B, or one of A up to four, and the sums stay in their
 // tiles for the whole depth. They begin with what the product is added to, so that every element is
 // one chain however rows are divided. Tiles are always whole: rows of A behind the last are read,
 // up to kSpareRows of them, and make sums that are not stored.

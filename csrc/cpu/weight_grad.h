@@ -103,8 +103,11 @@ Tile tile_of(const Problem& p, const Segments& segments, int64_t task, int64_t t
   int64_t before = 0;
   for (int part = 0; part < kParts; part++) {
     const int64_t all = part_columns(p, segments, part), size = tile_columns<X>(all, part, threads),
-                  tiles = (all + size - 1) / size, begin = (task - before) * size;
-    if (task < before + tiles) return {part, begin, min(size, all - begin), task};
+                  tiles = (all + size - 1) / size;
+    if (task < before + tiles) {
+      const int64_t begin = (task - before) * size;
+      return {part, begin, min(size, all - begin), task};
+    }
     before += tiles;
   }
   return {kParts, 0, 0, before};
@@ -121,8 +124,8 @@ int64_t weight_scratch(const Problem& p, int64_t layer) {
   return Outer<X>::scratch_bytes(max(max(p.layer_input(layer), p.out_size()), p.hidden_size));
 }
 
-// The same for one-hot rows: dst[m, value] is the sum of a[token, m] over the tokens of that value,
-// in blocks as those of bias gradients.
+// The product over tokens with one-hot rows: dst[m, value] is the sum of a[token, m] over the
+// tokens of that value, in blocks as those of bias gradients.
 template <class C, class A>
 void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda, C* dst) {
   constexpr int w = Lanes<C>::kWidth;

@@ -103,13 +103,14 @@ inline void run_phases(int64_t threads, const std::vector<Phase>& phases) {
   if (workers < 1) return;
   struct alignas(64) Progress {
     std::atomic<int64_t> next{0};
-    std::atomic<int> left{
-        0};  // tasks that are not done; of 32 bits, which Linux lets threads sleep on
+    // Tasks that are not done; of 32 bits, which Linux lets threads sleep on.
+    std::atomic<int> left{0};
   };
   std::vector<Progress> progress(phases.size());
   for (size_t i = 0; i < phases.size(); i++) progress[i].left = int(phases[i].count);
   const ScratchMemory scratch(workers, bytes);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  // noexcept: others would wait for ever for the task of a thread that left.
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) noexcept {
     for (int64_t worker = begin; worker < end; worker++)
       for (size_t p = 0; p < phases.size(); p++) {
         int done = 0;
