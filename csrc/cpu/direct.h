@@ -10,27 +10,25 @@
 
 namespace {
 
+// Vectors hold `w / kPart` sums in parts of that many lanes. Two make one with parts half as long,
+// until lane i of v[0] is the sum of v[i].
+template <int kPart, class C, int... I>
+FUSEDRNN_INLINE void add_lanes(Vec<C>* v, Indices<I...> all) {
+  constexpr int w = sizeof...(I), kHalf = kPart / 2;
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; i++)
+    v[i] = shuffle<(I / kPart * kPart + I % kHalf + (I % kPart < kHalf ? 0 : w))...>(v[i],
+                                                                                     v[i + kHalf]) +
+           shuffle<(I / kPart * kPart + kHalf + I % kHalf + (I % kPart < kHalf ? 0 : w))...>(
+               v[i], v[i + kHalf]);
+  if constexpr (kPart > 2) add_lanes<kHalf, C>(v, all);
+}
+
 // Lane i of the result is the sum of v[i].
 template <class C>
 FUSEDRNN_INLINE Vec<C> sums_of(Vec<C> (&v)[Lanes<C>::kWidth]) {
-  using Int = typename Lanes<C>::Int;
   constexpr int w = Lanes<C>::kWidth;
-  // A vector holds `w / part` sums in parts of that many lanes. Two make one with parts half as
-  // long.
-#pragma GCC unroll 8
-  for (int part = w; part > 1; part /= 2) {
-    Int low, high;
-    for (int i = 0; i < w; i++) {
-      const int half = part / 2, segment = i / part, inside = i % part;
-      low[i] = segment * part + inside % half + (inside < half ? 0 : w);
-      high[i] = low[i] + half;
-    }
-    const int count = part / 2;
-#pragma GCC unroll 8
-    for (int i = 0; i < count; i++)
-      v[i] =
-          __builtin_shuffle(v[i], v[i + count], low) + __builtin_shuffle(v[i], v[i + count], high);
-  }
+  add_lanes<w, C>(v, FirstIndices<w>{});
   return v[0];
 }
 

@@ -34,9 +34,8 @@ FUSEDRNN_INLINE void turn_block(Vec<X>* out, Row row, Indices<I...>) {
   for (int round = 1; round < w; round *= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < w / 2; i++) {
-      out[2 * i] = __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + I % 2 * w)...);
-      out[2 * i + 1] =
-          __builtin_shufflevector(rows[i], rows[i + w / 2], (I / 2 + w / 2 + I % 2 * w)...);
+      out[2 * i] = shuffle<(I / 2 + I % 2 * w)...>(rows[i], rows[i + w / 2]);
+      out[2 * i + 1] = shuffle<(I / 2 + w / 2 + I % 2 * w)...>(rows[i], rows[i + w / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < w; i++) rows[i] = out[i];

@@ -164,6 +164,16 @@ FUSEDRNN_INLINE Float16 from_compute<Float16>(float x) {
   return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
 }
 
+// Lane i of the result is lane I[i] of a and b, one behind the other.
+template <int... I, class V>
+FUSEDRNN_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){I...});
+#endif
+}
+
 // ---- whole vectors ----
 
 template <class C>
@@ -280,9 +290,8 @@ FUSEDRNN_INLINE Vec<X> operand(Vec<Compute<X>> first, Vec<Compute<X>> second) {
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
     const Halves h =
         bit_cast<Halves>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
-    return bit_cast<Vec<X>>(__builtin_shufflevector(h, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
-                                                    6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12,
-                                                    28, 13, 29, 14, 30, 15, 31));
+    return bit_cast<Vec<X>>(shuffle<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                    9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(h, h));
   } else
 #endif
   {
