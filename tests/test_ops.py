@@ -468,3 +468,18 @@ def test_all_meta_runs_the_fake():
     assert {t.device.type for t in found} == {"meta"}
     real = ops.forward(*arguments().values())
     assert [t.shape for t in found] == [t.shape for t in real]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [2, 16])
+def test_input_of_no_width(dtype, batch):
+    """Modules refuse it, the op does not: products of no depth are what they are added to."""
+    w_hh, b_ih, b_hh = torch.randn(64, 16), torch.randn(64), torch.randn(64)
+
+    def states(width):
+        weights = [t.to(dtype) for t in (torch.zeros(64, width), w_hh, b_ih, b_hh)]
+        x = torch.zeros(4, batch, width, dtype=dtype)
+        return torch.ops.fusedrnn.infer(x, None, None, weights, "LSTM", 16, 0, 1, True, False)
+
+    for none, zeros in zip(states(0), states(1), strict=True):
+        assert torch.equal(none, zeros)
