@@ -12,6 +12,7 @@ from emulator import ROOT, setup_script
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
+from fusedrnn import _C
 
 SOURCES = [ROOT / "tests/team.cpp", ROOT / "csrc/cpu/team.cpp"]
 
@@ -94,3 +95,18 @@ def test_same_bits_of_packed_rows(cell):
     assert_same_bits(
         list(with_threads((1, 3, 6, 8), lambda: run(fused, x, random_state(fused, 3))))
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("cell", "hidden"), [("rnn", 1100), ("gru", 600), ("lstm", 550)])
+def test_rows_together_because_of_large_weights(cell, hidden, dtype):
+    """As right as alone, and the same bits; rows that end early rest meanwhile."""
+    _, fused = make_pair(cell, 20, hidden, num_layers=2, dtype=dtype)
+    members = _C.cpu_plan(
+        fused.mode, str(dtype)[6:], 20, False, hidden, 0, 2, False, False, 6, 22, 2
+    )[-1]
+    assert members == 2, "the plan makes no team of these"
+    lengths = torch.tensor([4, 1, 6, 3, 2, 6])
+    x = pack_padded_sequence(torch.randn(6, 6, 20).to(dtype), lengths, enforce_sorted=False)
+    states = random_state(fused, 6)
+    assert_same_bits(list(with_threads((1, 2, 3, 4), lambda: run(fused, x, states))))

@@ -19,10 +19,10 @@ struct BackwardBuffers {
   C *dh, *dc, *dhidden, *input, *dropped;
 
   BackwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& s)
-      : tokens(max(rows, kChunkTokens)),
-        ld_gates(operands<X>(p.slot_columns()) + kRowPad),
+      : tokens(max(rows, kChunkTokens<X>)),
+        ld_gates(operands<X>(p.slot_columns()) + kRowPad<X>),
         ld_dh(p.out_size()),
-        ld_proj(operands<X>(p.out_size()) + kRowPad),
+        ld_proj(operands<X>(p.out_size()) + kRowPad<X>),
         ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
     gates = common.take<X>((tokens + kSpareRows<X>)*ld_gates);
     dh = s.take<C>(rows * ld_dh);
@@ -88,14 +88,13 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
   Scratch common{static_cast<char*>(of.common)}, own{static_cast<char*>(of.own)};
   const BackwardBuffers<S> buf(p, rows, common, own);
   const PackedOffsets at = backward_offsets<X>(p, layer);
-  auto row_of_gates = [&](X* gates, int64_t r) {
-    return reinterpret_cast<E*>(gates + r * buf.ld_gates);
-  };
+  const int64_t plane = buf.ld_gates / kPlanes<X>;
   // The last run may end within what a product takes at a time. A run before it ends in the next
   // slot's first values, times 0: in plain cells what is not finite there reaches the same sums
   // anyway, and with layer normalisation it makes that step's gradients NaN.
-  for (int64_t r = 0; me.index == 0 && r < buf.tokens; r++)
-    for (int i = 0; i < kStep<X> - 1; i++) row_of_gates(buf.gates, r)[p.slot_columns() + i] = E{};
+  for (int64_t r = 0; me.index == 0 && r < buf.tokens * kPlanes<X>; r++)
+    for (int i = 0; i < kStep<X> - 1; i++)
+      reinterpret_cast<E*>(buf.gates + r * plane)[p.slot_columns() + i] = E{};
   auto of_slot = [&](const X* gates, int slot) {
     return reinterpret_cast<const X*>(reinterpret_cast<const E*>(gates) + slot * H);
   };
@@ -109,13 +108,15 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
                            int64_t ld, const C* onto) {
     for (const Run& run : runs.run) {
       const int64_t depth = run.count * H;
-      if (!a.packed) {
-        multiply_unpacked(M, depth, N, reinterpret_cast<const E*>(of_slot(gates, run.slot)),
-                          buf.ld_gates * kDepth<X>,
-                          static_cast<const S*>(weights) + run.gate * H * N, columns, to, ld,
-                          Addend<C>{onto, ld});
-        onto = to;
-        continue;
+      if constexpr (kPlanes<X> == 1) {
+        if (!a.packed) {
+          multiply_unpacked(M, depth, N, reinterpret_cast<const E*>(of_slot(gates, run.slot)),
+                            buf.ld_gates * kDepth<X>,
+                            static_cast<const S*>(weights) + run.gate * H * N, columns, to, ld,
+                            Addend<C>{onto, ld});
+          onto = to;
+          continue;
+        }
       }
       gemm(M, columns.end - columns.begin, depth, of_slot(gates, run.slot), buf.ld_gates,
            packed + panels + columns.begin * operands<X>(depth), to + columns.begin, ld,
@@ -133,7 +134,7 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
     const S* saved =
         reinterpret_cast<const S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens));
     const KeptCells<C> cells(a, layer, dir);
-    E* const dgates = static_cast<E*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+    Kept<X>* const dgates = static_cast<Kept<X>*>(a.dgates) + dir * seq.tokens * p.slot_columns();
     const C* scales =
         reinterpret_cast<const C*>(a.reserve + reserve.scales_offset(layer, dir, seq.tokens));
     C* const dnormed = static_cast<C*>(a.dnormed) + dir * seq.tokens * p.normed_columns();
@@ -167,7 +168,7 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
       for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.dc[r * H + j] = 0;
     };
 
-    const int64_t steps = chunk_steps(rows);
+    const int64_t steps = chunk_steps<X>(rows);
     for (int64_t chunk_end = longest; chunk_end > 0; chunk_end -= min(chunk_end, steps)) {
       const int64_t chunk = max(0, chunk_end - steps);
       X* gates = buf.gates;
@@ -185,7 +186,7 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
               const C all = dh[j] + dy[j], kept = keep ? keep.at(j, 1)[0] * all : C(0);
               d[j] = all - kept, dh[j] = kept;
             }
-            to_operands(buf.dproj + r * buf.ld_proj, d, P);
+            to_operands(buf.dproj + r * buf.ld_proj, buf.ld_proj / kPlanes<X>, d, P);
           }
           gemm(n, H, P, buf.dproj, buf.ld_proj, packed + at.w_hr, buf.dhidden, H, {});
         }
@@ -224,7 +225,8 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
             row.dy = static_cast<const C*>(a.grad_out) + (token * D + dir) * P;
           }
           row.dgates = dgates + token * p.slot_columns();
-          row.factors = row_of_gates(gates, r);
+          row.factors = gates + r * buf.ld_gates;
+          row.plane = plane;
           if constexpr (kIsNormed<Cell>)
             normed_backward<Cell>(H, row, NormWeights<S>(weights), scales + token * Cell::kScales,
                                   dnormed + token * p.normed_columns());

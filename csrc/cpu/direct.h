@@ -106,7 +106,7 @@ void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t
              *b_hh = static_cast<const S*>(weights.b_hh);
   C* const x = static_cast<C*>(scratch);
 
-  for (int64_t r = 0; r < step.rows; r++) input.read(x + r * K, step.t, a.seq.order[r]);
+  for (int64_t r = 0; r < step.rows; r++) input.read(x + r * K, K, step.t, a.seq.order[r]);
   const int64_t end = min(H, G::blocks(H) * (part + 1) / parts * w);
   for (int64_t j = G::blocks(H) * part / parts * w; j < end; j += w) {
     const int64_t n = min(w, H - j);

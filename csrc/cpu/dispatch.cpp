@@ -112,17 +112,23 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const Kernels& kernels(DType dtype) {
+const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
   const Kernels& chosen = kernels();
-  (void)dtype;
+  (void)p, (void)batch, (void)tokens;
 #if FUSEDRNN_HAVE_amx
   if (&chosen == &kernels_amx) {
-    if (dtype != DType::kBFloat16) return kernels_avx512;
-    return may_use_tiles() ? kernels_amx : kernels_avx512bf16;
+    // A float32 is three times the bfloat16 for tiles, and takes making: what is small is better
+    // off without. Tests ask for tiles by name, to see them with everything that is packed.
+    static const bool named = std::getenv("FUSEDRNN_CPU") && *std::getenv("FUSEDRNN_CPU");
+    const bool pays = named || (batch >= 16 && p.hidden_size >= 64 && p.gate_rows() >= 128);
+    const bool tiles =
+        p.dtype == DType::kBFloat16 || (p.dtype == DType::kFloat32 && pays && tokens > kFewTokens);
+    if (tiles && may_use_tiles()) return kernels_amx;
+    return p.dtype == DType::kBFloat16 ? kernels_avx512bf16 : kernels_avx512;
   }
 #endif
 #if FUSEDRNN_HAVE_avx512bf16
-  if (&chosen == &kernels_avx512bf16 && dtype != DType::kBFloat16) return kernels_avx512;
+  if (&chosen == &kernels_avx512bf16 && p.dtype != DType::kBFloat16) return kernels_avx512;
 #endif
   return chosen;
 }

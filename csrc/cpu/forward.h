@@ -22,13 +22,14 @@ struct ForwardBuffers {
   X *operand, *projected;  // h of the last step through recurrent dropout, and `hidden`, as factors
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& s)
-      : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) + kRowPad),
-        ld_gates(p.cell_traits().slots * Panels<C>::padded(p.hidden_size) + kRowPad),
-        ld_h(p.out_size() + kRowPad),
-        ld_hidden(p.hidden_size + kRowPad),
-        ld_operand(operands<X>(p.out_size()) + kRowPad),
-        ld_projected(operands<X>(p.hidden_size) + kRowPad) {
-    const int64_t tokens = max(rows, kChunkTokens);
+      : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) +
+                 kRowPad<X>),
+        ld_gates(p.cell_traits().slots * Panels<C>::padded(p.hidden_size) + kRowPad<C>),
+        ld_h(p.out_size() + kRowPad<C>),
+        ld_hidden(p.hidden_size + kRowPad<C>),
+        ld_operand(operands<X>(p.out_size()) + kRowPad<X>),
+        ld_projected(operands<X>(p.hidden_size) + kRowPad<X>) {
+    const int64_t tokens = max(rows, kChunkTokens<X>);
     input = s.take<X>((tokens + kSpareRows<X>)*ld_input);
     gates = s.take<C>(tokens * ld_gates);
     for (C*& buffer : h) buffer = common.take<C>(rows * ld_h);
@@ -74,6 +75,22 @@ S* output_of(const Forward& a, int64_t layer) {
   S* const kept = kept_outputs<S>(a, layer);
   return kept ? kept : static_cast<S*>(a.inner[layer % 2]);
 }
+
+// The cells of a group of units, in all rows of a step, that wait for the time of a product.
+template <class Cell, class S>
+struct WaitingCells {
+  int64_t H;
+  const ForwardRow<S>* rows;
+  int64_t block, blocks, done, count;
+
+  void up_to(int64_t end) {
+    for (; done < end; done++) cell_forward<Cell>(H, block, blocks, rows[done]);
+  }
+  static void meanwhile(void* self, int64_t part, int64_t parts) {
+    WaitingCells& cells = *static_cast<WaitingCells*>(self);
+    cells.up_to(cells.count * part / parts);
+  }
+};
 
 template <class Cell, class S>
 void forward_rows(const Forward& a, const Rows& of, Member& me) {
@@ -123,11 +140,14 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
           for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.c[r * H + j] = 0;
         }
         X* const to = buf.operand + r * buf.ld_operand;
-        if (kDepth<X> > 1) to_operands(to, h, P);
-        if (!a.h_mask) return;
-        const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
-        Element<X>* const elements = reinterpret_cast<Element<X>*>(to);
-        for (int64_t j = 0; j < P; j++) elements[j] = from_compute<Element<X>>(h[j] * mask[j]);
+        constexpr int kP = kPlanes<X>;
+        if (a.h_mask) {
+          const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
+          make_operands(to, buf.ld_operand / kP, P,
+                        [&](int64_t j, int64_t n) { return load(h + j, n) * load(mask + j, n); });
+        } else if (kDepth<X> > 1) {
+          to_operands(to, buf.ld_operand / kP, h, P);
+        }
       };
       // Rows as factors: converted, or as they are.
       auto factors = [](const C* same, const X* converted) -> const X* {
@@ -140,7 +160,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
       auto at_value = [&](int64_t token) {
         return packed + at.w_ih + a.one_hot.which[token] * columns;
       };
-      const int64_t steps = chunk_steps(rows);
+      const int64_t steps = chunk_steps<X>(rows);
       for (int64_t chunk = 0; chunk < longest; chunk += steps) {
         const int64_t chunk_end = min(longest, chunk + steps);
         int64_t q = 0;
@@ -152,7 +172,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
             if (p.indexed(layer))
               convert_row(buf.gates + q * buf.ld_gates, at_value(seq.token(t, b)), columns);
             else
-              input.read(buf.input + q * buf.ld_input, t, b);
+              input.read(buf.input + q * buf.ld_input, buf.ld_input / kPlanes<X>, t, b);
           }
         }
         if (!p.indexed(layer))
@@ -190,15 +210,22 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
             prepare(t, r);
           }
           const X* operand = factors(a.h_mask ? nullptr : buf.h[0], buf.operand);
+          WaitingCells<Cell, S> cells{};
+          Meanwhile meanwhile{};
+          if constexpr (!kIsNormed<Cell>) meanwhile = {cells.meanwhile, &cells};
           G::each(H, me, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
             gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
                  panels + at.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), to,
-                 buf.ld_gates, {kIsNormed<Cell> ? nullptr : to, buf.ld_gates});
-            if constexpr (!kIsNormed<Cell>)
-              for (int64_t r = 0; r < n; r++) cell_forward<Cell>(H, block, blocks, step[r]);
+                 buf.ld_gates, {kIsNormed<Cell> ? nullptr : to, buf.ld_gates}, meanwhile);
+            if constexpr (!kIsNormed<Cell>) {
+              cells.up_to(cells.count);  // what is left of the last group
+              cells = {H, step, block, blocks, 0, n};
+              if (!kTiled<X>) cells.up_to(n);
+            }
           });
+          if constexpr (!kIsNormed<Cell>) cells.up_to(cells.count);
           if constexpr (kIsNormed<Cell>)
             for (int64_t r = 0; r < n; r++) {
               const int64_t token = seq.token(t, seq.order[first + r]);
@@ -207,7 +234,8 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
             }
           if (p.proj_size) {
             for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
-              to_operands(buf.projected + r * buf.ld_projected, buf.hidden + r * buf.ld_hidden, H);
+              to_operands(buf.projected + r * buf.ld_projected, buf.ld_projected / kPlanes<X>,
+                          buf.hidden + r * buf.ld_hidden, H);
             gemm(n, P, H, factors(buf.hidden, buf.projected), buf.ld_projected, panels + at.w_hr,
                  buf.h[1], buf.ld_h, {});
             for (int64_t r = 0; r < n; r++) {
@@ -222,7 +250,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
               convert_row(out + (token * D + dir) * P, h, P);
             }
           }
-          for (int64_t r = n; r < rows; r++)  // rows that rest at this step
+          for (int64_t r = n; me.index == 0 && r < rows; r++)  // rows that rest at this step
             convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, P);
           C* const last = buf.h[0];
           buf.h[0] = buf.h[1], buf.h[1] = last;

@@ -1,10 +1,12 @@
 // Matrix product C = A B + D on packed panels, the one product that everything here is made of.
 //
 // B [K, N] is packed into panels of kPanel columns: panel after panel, each [K][its columns rounded
-// up to a vector], zeros behind the last column. K counts operands (simd.h). One panel and kRows
-// rows of A are multiplied in registers: kRows * kPanelVectors accumulators, one row of the panel
-// and one element of A at a time. Every element of C is the same chains of multiply-adds whatever
-// the tiling of rows: results do not depend on how rows are split over threads.
+// up to a vector], zeros behind the last column. K counts operands (simd.h); where these have
+// planes, the planes of as many as a tile takes lie one behind the other. In rows of A they lie at
+// equal parts of the stride. One panel and kRows rows of A are multiplied in registers: kRows *
+// kPanelVectors accumulators, one row of the panel and one element of A at a time. Every element of
+// C is the same chains of multiply-adds whatever the tiling of rows: results do not depend on how
+// rows are split over threads.
 #pragma once
 #include "cpu/tiles.h"
 
@@ -18,18 +20,20 @@ struct Panels {
 
   static constexpr int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
   static constexpr int64_t size(int64_t k, int64_t n) { return operands<X>(k) * padded(n); }
+  // The place of the k-th operand in a panel, in rows of it.
+  static constexpr int64_t row(int64_t k, int plane) {
+    constexpr int kOfTile = kStep<X> / kDepth<X>;
+    return kPlanes<X> == 1 ? k : (k / kOfTile * kPlanes<X> + plane) * kOfTile + k % kOfTile;
+  }
 };
 constexpr int kRows = 6;
 constexpr int kCacheLine = 64;
 
-// The w x w block of which row(i) is row i, turned: lane j of out[i] is lane i of row(j).
+// A w x w block of rows, turned: lane j of out[i] is lane i of rows[j], which are overwritten.
 // log2(w) rounds of interleaving row i with row i + w/2.
-template <class X, class Row, int... I>
-FUSEDRNN_INLINE void turn_block(Vec<X>* out, Row row, Indices<I...>) {
+template <class X, int... I>
+FUSEDRNN_INLINE void turn_rows(Vec<X>* out, Vec<X>* rows, Indices<I...>) {
   constexpr int w = sizeof...(I);
-  Vec<X> rows[w];
-#pragma GCC unroll 16
-  for (int i = 0; i < w; i++) rows[i] = row(i);
 #pragma GCC unroll 4
   for (int round = 1; round < w; round *= 2) {
 #pragma GCC unroll 8
@@ -40,6 +44,18 @@ FUSEDRNN_INLINE void turn_block(Vec<X>* out, Row row, Indices<I...>) {
 #pragma GCC unroll 16
     for (int i = 0; i < w; i++) rows[i] = out[i];
   }
+}
+// The same of operands: row(i) has all planes.
+template <class X, class Row, int... I>
+FUSEDRNN_INLINE void turn_block(Vec<X> (*out)[sizeof...(I)], Row row, Indices<I...> all) {
+  constexpr int w = sizeof...(I);
+  Vec<X> rows[kPlanes<X>][w];
+#pragma GCC unroll 16
+  for (int i = 0; i < w; i++) {
+    const Operands<X> of_row = row(i);
+    for (int p = 0; p < kPlanes<X>; p++) rows[p][i] = of_row.plane[p];
+  }
+  for (int p = 0; p < kPlanes<X>; p++) turn_rows<X>(out[p], rows[p], all);
 }
 
 // Packs columns [n0, n1) (n0 a multiple of a panel) of B[k, n] = src[k * ld + n].
@@ -52,9 +68,13 @@ void pack_panels(X* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_
     auto row = [&](int64_t k, int64_t j) {
       return k < K ? load(src + k * ld + n + j, cols - j) : Vec<Compute<X>>{};
     };
-    for (int64_t k = 0; k < operands<X>(K) * kDepth<X>; k += kDepth<X>, to += width)
-      for (int64_t j = 0; j < cols; j += P::kWidth)
-        store(to + j, operand<X>(row(k, j), kDepth<X> > 1 ? row(k + 1, j) : Vec<Compute<X>>{}));
+    for (int64_t k = 0; k < operands<X>(K) / kPlanes<X>; k++)
+      for (int64_t j = 0; j < cols; j += P::kWidth) {
+        const int64_t at = k * kDepth<X>;
+        const Operands<X> both =
+            operand<X>(row(at, j), kDepth<X> > 1 ? row(at + 1, j) : Vec<Compute<X>>{});
+        for (int p = 0; p < kPlanes<X>; p++) store(to + P::row(k, p) * width + j, both.plane[p]);
+      }
   }
 }
 
@@ -71,7 +91,7 @@ void pack_vectors(X* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, 
     X* to = dst + panel * w * operands<X>(K) + in_panel * w;
     const S* from = src + first_row(v) * ld;
     const int64_t n = lanes(v);
-    Vec<X> block[w];
+    Vec<X> block[kPlanes<X>][w];
     for (int64_t left = K; left > 0; left -= w * kDepth<X>, from += w * kDepth<X>) {
       if (n >= w && left >= w * kDepth<X>) {
         turn_block<X>(
@@ -79,10 +99,13 @@ void pack_vectors(X* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, 
             FirstIndices<w>{});
       } else {
         turn_block<X>(
-            block, [&](int i) { return i < n ? load_operands<X>(from + i * ld, left) : Vec<X>{}; },
+            block,
+            [&](int i) { return i < n ? load_operands<X>(from + i * ld, left) : Operands<X>{}; },
             FirstIndices<w>{});
       }
-      for (int64_t i = 0; i < w && i < operands<X>(left); i++, to += width) store(to, block[i]);
+      for (int p = 0; p < kPlanes<X>; p++)
+        for (int64_t i = 0; i < w && i < operands<X>(left) / kPlanes<X>; i++, to += width)
+          store(to, block[p][i]);
     }
   }
 }
@@ -211,29 +234,30 @@ constexpr int64_t kLongestSum = 64;
 // C [M, N] = A [M, K] B + D, K values deep, A in rows of lda operands, C of stride ldc.
 template <class X>
 void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* packed, Compute<X>* c,
-          int64_t ldc, Addend<Compute<X>> d) {
+          int64_t ldc, Addend<Compute<X>> d, Meanwhile meanwhile = {}) {
   using P = Panels<X>;
   const int64_t depth = operands<X>(K);
-#if defined(__AMX_BF16__)
-  if constexpr (kTiled<X>) return tile_product(M, N, depth, a, lda, packed, c, ldc, d);
-#endif
-  for (int64_t n = 0; n < N; n += P::kColumns) {
-    const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
-    const X* const panel = packed + n * depth;
-    Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
-    const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
-    const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // of no depth: D alone
-    for (int64_t k = 0; k == 0 || k < depth; k += longest) {
-      const int64_t part = depth - k < longest ? depth - k : longest;
-      each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
-        // Each block of rows fetches a share of the next part.
-        const int64_t share = m / rows % P::kVectors * part;
-        multiply_for<X>(rows, cols)(
-            part, a + m * lda + k, lda, 1, panel + k * P::padded(cols), c + m * ldc + n, ldc, cols,
-            {onto.at ? onto.at + m * onto.ld : nullptr, onto.ld},
-            panel + (k + part) * P::padded(cols) + share * kCacheLine / sizeof(X));
-      });
-      onto = {c + n, ldc};
+  if constexpr (kTiled<X>) {
+    tile_product(M, N, depth, a, lda, packed, c, ldc, d, meanwhile);
+  } else {
+    for (int64_t n = 0; n < N; n += P::kColumns) {
+      const int64_t cols = N - n < P::kColumns ? N - n : P::kColumns;
+      const X* const panel = packed + n * depth;
+      Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
+      const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
+      const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // of no depth: D alone
+      for (int64_t k = 0; k == 0 || k < depth; k += longest) {
+        const int64_t part = depth - k < longest ? depth - k : longest;
+        each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
+          // Each block of rows fetches a share of the next part.
+          const int64_t share = m / rows % P::kVectors * part;
+          multiply_for<X>(rows, cols)(
+              part, a + m * lda + k, lda, 1, panel + k * P::padded(cols), c + m * ldc + n, ldc,
+              cols, {onto.at ? onto.at + m * onto.ld : nullptr, onto.ld},
+              panel + (k + part) * P::padded(cols) + share * kCacheLine / sizeof(X));
+        });
+        onto = {c + n, ldc};
+      }
     }
   }
 }

@@ -17,8 +17,12 @@ namespace {
 // Calls f with a value of the problem's storage type, and with its cell.
 template <class F>
 FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
+  (void)dtype;
+  // dispatch.cpp asks variants with bfloat16 for nothing else, but one with tiles for float32 too.
+#if defined(__AMX_BF16__)
+  if (dtype == DType::kFloat32) return f(float{});
+#endif
 #if defined(__AVX512BF16__)
-  (void)dtype;  // dispatch.cpp asks for nothing else
   return f(BFloat16{});
 #else
   switch (dtype) {
@@ -58,6 +62,12 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
   });
 }
 
+CpuCosts costs_of(DType dtype) {
+  return with_dtype(dtype, [](auto s) {
+    using X = Operand<decltype(s)>;
+    return CpuCosts{kTiled<X> ? 8 : 1, kPlanes<X> * int64_t(sizeof(Element<X>))};
+  });
+}
 PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {
   return with_dtype(a.problem.dtype,
                     [&](auto s) { return forward_offsets<Operand<decltype(s)>>(a, layer); });
@@ -140,6 +150,7 @@ extern const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA);
 const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
     FUSEDRNN_STRING(FUSEDRNN_ISA),
     kVectorBytes,
+    costs_of,
     forward_offsets_of,
     backward_offsets_of,
     pack_forward_of,

@@ -9,14 +9,19 @@ namespace {
 using namespace fusedrnn;
 
 // Rows of A are this much longer than K so that rows of a power of two do not share cache sets.
-constexpr int64_t kRowPad = 16;
+template <class X>
+constexpr int64_t kRowPad = 16 * kPlanes<X>;
 // Tokens whose input products are computed together: enough rows to pay for reading W_ih, few
 // enough that their gates are still in the second cache when their steps come.
-constexpr int64_t kChunkTokens = 64;
+template <class X>
+constexpr int64_t kChunkTokens = kPlanes<X> > 1 ? 128 : 64;
 
 FUSEDRNN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
-FUSEDRNN_INLINE int64_t chunk_steps(int64_t rows) { return max(1, kChunkTokens / rows); }
+template <class X>
+FUSEDRNN_INLINE int64_t chunk_steps(int64_t rows) {
+  return max(1, kChunkTokens<X> / rows);
+}
 
 template <class Cell>
 constexpr bool kIsNormed = false;
@@ -223,17 +228,22 @@ struct LayerInput {
   FUSEDRNN_INLINE const S* at(int64_t t, int64_t b) const {
     return offset ? base + offset[t] + b * row : base + seq.token(t, b) * row;
   }
+  // A row as operands, with planes that are `plane` apart.
   template <class X>
-  FUSEDRNN_INLINE void read(X* to, int64_t t, int64_t b) const {
-    to_operands(to, at(t, b), width);
-    if (mask) drop(reinterpret_cast<Element<X>*>(to), t, b, {0, width});
+  FUSEDRNN_INLINE void read(X* to, int64_t plane, int64_t t, int64_t b) const {
+    const S* const from = at(t, b);
+    if (!mask) return to_operands(to, plane, from, width);
+    const uint8_t* const m = mask + seq.token(t, b) * width;
+    make_operands(to, plane, width, [&](int64_t j, int64_t n) {
+      Vec<C> v = load(from + j, n);
+      for (int64_t i = 0; i < n; i++) v[i] *= m[j + i] * scale;
+      return v;
+    });
   }
-  // Multiplies a row by its mask: the input on the way up, its gradient on the way down.
-  template <class E>
-  void drop(E* values, int64_t t, int64_t b, Columns columns) const {
+  // The gradient of a row on its way down, through the mask.
+  void drop(C* values, int64_t t, int64_t b, Columns columns) const {
     const uint8_t* m = mask + seq.token(t, b) * width;
-    for (int64_t j = columns.begin; j < columns.end; j++)
-      values[j] = from_compute<E>(to_compute(values[j]) * (m[j] * scale));
+    for (int64_t j = columns.begin; j < columns.end; j++) values[j] *= m[j] * scale;
   }
 };
 

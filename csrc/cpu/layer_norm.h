@@ -253,7 +253,7 @@ __attribute__((noinline)) void normed_backward(int64_t H, const BackwardRow<S>& 
   }
   auto put = [&](int k, int64_t j, int64_t n, Vec<C> d) {
     put_part(row.dgates + k * H + j, d, n);
-    put_part(row.factors + k * H + j, d, n);
+    store_operands(row.factors, row.plane, k * H + j, d, n);
   };
   each_vector<C>(H, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
 #pragma GCC unroll 4

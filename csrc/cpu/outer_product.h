@@ -14,12 +14,12 @@ namespace {
 // bfloat16 being read and written.
 template <class X>
 struct Outer {
-  static constexpr int64_t kTokens = kTiled<X> ? 512 : kLongestSum;
+  static constexpr int64_t kTokens = kPlanes<X> > 1 ? 256 : kTiled<X> ? 512 : kLongestSum;
   static constexpr int64_t kColumns = kTiled<X> ? 256 : 512;
   static constexpr int64_t kMostRows = kTiled<X> ? 512 : 64 * kRows;  // M
 
   // Operands of a row of a, and of all of a block's, as tiles take them.
-  static constexpr int64_t kDepth = operands<X>(kTokens), kRow = kDepth + kRowPad;
+  static constexpr int64_t kDepth = operands<X>(kTokens), kRow = kDepth + kRowPad<X>;
   static constexpr int64_t left(int64_t M) {
     return kTiled<X> ? (M + kSpareRows<X>)*kRow : kDepth * M;
   }
@@ -43,7 +43,8 @@ void pack_left(X* to, int64_t M, int64_t tokens, Token token) {
     const auto *a1 = token(first), *a2 = token(second);
     X row[Outer<X>::kMostRows + w];
     for (int64_t m = 0; m < M; m += w)
-      store(row + m, operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}));
+      store(row + m,
+            operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}).plane[0]);
     each_block(M, [&](int64_t m, int64_t rows) {
       X* at = to + m * K + k * rows;
       if (rows == kRows) {  // a size the compiler knows
@@ -60,7 +61,7 @@ template <class X, class Token>
 void turn_left(X* to, int64_t ld, int64_t M, int64_t tokens, Token token) {
   using C = Compute<X>;
   constexpr int w = Lanes<X>::kWidth;
-  for (int64_t k = 0; k < operands<X>(tokens); k += w) {
+  for (int64_t k = 0; k < operands<X>(tokens) / kPlanes<X>; k += w) {
     decltype(token(0)) at[w * kDepth<X>];
     for (int i = 0; i < w * kDepth<X>; i++) {
       const int64_t which = k * kDepth<X> + i;
@@ -68,14 +69,16 @@ void turn_left(X* to, int64_t ld, int64_t M, int64_t tokens, Token token) {
     }
     for (int64_t m = 0; m < M; m += w) {
       auto values = [&](int i) { return at[i] ? load(at[i] + m, M - m) : Vec<C>{}; };
-      Vec<X> block[w];
+      Vec<X> block[kPlanes<X>][w];
       turn_block<X>(
           block,
           [&](int i) {
             return operand<X>(values(i * kDepth<X>), values(i * kDepth<X> + kDepth<X> - 1));
           },
           FirstIndices<w>{});
-      for (int64_t i = 0; i < w && m + i < M; i++) store(to + (m + i) * ld + k, block[i]);
+      for (int p = 0; p < kPlanes<X>; p++)
+        for (int64_t i = 0; i < w && m + i < M; i++)
+          store(to + (m + i) * ld + p * (ld / kPlanes<X>)+k, block[p][i]);
     }
   }
 }
@@ -86,15 +89,16 @@ void pack_right(X* to, int64_t cols, int64_t tokens, Row row) {
   using P = Panels<X>;
   using C = Compute<X>;
   const int64_t K = operands<X>(tokens);
-  for (int64_t k = 0; k < K; k++) {
+  for (int64_t k = 0; k < K / kPlanes<X>; k++) {
     const int64_t first = k * kDepth<X>, second = first + kDepth<X> - 1;
     const auto row1 = row(min(first, tokens - 1)), row2 = row(min(second, tokens - 1));
     for (int64_t n = 0; n < cols; n += P::kWidth) {
       const int64_t panel = n / P::kColumns * P::kColumns,
                     width = min(P::kColumns, P::padded(cols - panel)), lanes = cols - n;
-      store(to + panel * K + k * width + n - panel,
-            operand<X>(first < tokens ? row1(n, lanes) : Vec<C>{},
-                       second < tokens ? row2(n, lanes) : Vec<C>{}));
+      const Operands<X> both = operand<X>(first < tokens ? row1(n, lanes) : Vec<C>{},
+                                          second < tokens ? row2(n, lanes) : Vec<C>{});
+      for (int p = 0; p < kPlanes<X>; p++)
+        store(to + panel * K + P::row(k, p) * width + n - panel, both.plane[p]);
     }
   }
 }

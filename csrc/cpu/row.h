@@ -84,7 +84,10 @@ struct BackwardRow {
   const C *c, *c_prev, *candidate;   // candidate: h without zoneout, where it is not h itself
   const C *dh, *dy, *dcs;            // dL/dh of this row is dh + dy; dy may be null
   C *dh_direct, *dc, *hidden;
-  Element<Operand<S>>*dgates, *factors;  // the same twice: for all tokens, and for the next product
+  // The same twice: for all tokens, and for the next product, whose planes are `plane` apart.
+  Kept<Operand<S>>* dgates;
+  Operand<S>* factors;
+  int64_t plane;
   Keep<C> keep_h, keep_c;
 };
 
@@ -131,7 +134,7 @@ void cell_backward_row(int64_t H, int64_t first, int64_t end, const BackwardRow<
     if (Cell::kHasCell) store(row.dc + j, dc + kept_c, n);
     for (int k = 0; k < Cell::kSlots; k++) {
       store(row.dgates + k * H + j, s[k], n);
-      store(row.factors + k * H + j, s[k], n);
+      store_operands(row.factors, row.plane, k * H + j, s[k], n);
     }
   };
   int64_t j = first;

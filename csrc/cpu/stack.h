@@ -6,6 +6,7 @@
 // per-token array, so padded (T, B) and packed data are the same thing here.
 #pragma once
 #include "cpu/member.h"
+#include "plan/cpu_costs.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {
@@ -129,6 +130,7 @@ struct RowsScratch {
 struct Kernels {
   const char* name;
   int vector_bytes;
+  CpuCosts (*costs)(DType);
   PackedOffsets (*forward_offsets)(const Common&, int64_t layer);
   PackedOffsets (*backward_offsets)(const Problem&, int64_t layer);
   // `which`: of the layers and directions
@@ -155,8 +157,9 @@ struct Variant {
 };
 
 const Kernels& kernels();  // the best that this processor runs, or the one that FUSEDRNN_CPU names
-// The same for one dtype: amx and avx512bf16 have bfloat16 alone and leave all else to avx512.
-const Kernels& kernels(DType dtype);
+// The same for a call: avx512bf16 has bfloat16 alone and amx float32 too, where that pays. They
+// leave all else to avx512.
+const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens);
 const Variant* variants(int* count);  // all in the binary, best first
 
 }  // namespace fusedrnn

@@ -236,8 +236,7 @@ void weight_grad(const Backward& a, int64_t task, int64_t threads, void* scratch
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, layer = a.layer;
   const int64_t per_direction = weight_tasks<X>(p, threads), dir = task / per_direction;
   const Tile tile = tile_of<X>(p, segments, task % per_direction, threads);
-  const auto* dgates =
-      static_cast<const Element<X>*>(a.dgates) + dir * seq.tokens * p.slot_columns();
+  const auto* dgates = static_cast<const Kept<X>*>(a.dgates) + dir * seq.tokens * p.slot_columns();
   auto gradient_of = [&](int place) { return static_cast<C*>(a.dweights[dir * kPlaces + place]); };
   Scratch scratch{static_cast<char*>(scratch_space)};
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "plan/cpu_costs.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {
@@ -15,14 +16,19 @@ struct CpuPlan {
 };
 
 // As many threads as the work is worth, or all of them. Each has a share of the batch; one of more
-// rows than keep their states and gates in the second cache is cut into equal tasks. Where each row
-// has two threads or more, they take it together, if `may_team` and a step is worth meeting for.
-inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t threads, bool all,
-                        bool may_team) {
+// rows than keep their states and gates in the second cache is cut into equal tasks, and none has
+// fewer rows than the kernels do at once. Where each row has two threads or more, they take it
+// together, if `may_team` and a step is worth meeting for. So they do with few rows each, if the
+// weights that a step reads are more than the second cache holds: then each reads a part of them.
+inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, int64_t batch,
+                        int64_t tokens, int64_t threads, bool all, bool may_team) {
   const int64_t most_rows = p.dtype == DType::kBFloat16 ? 64 : 32;
   constexpr int64_t kWorkOfThread = 1 << 20;   // multiply-adds that take longer than to wake one
   constexpr int64_t kWorkOfGate = 8;           // its activation, counted the same way
   constexpr int64_t kWorkOfMeeting = 1 << 12;  // once a step, for each thread that comes
+  constexpr int64_t kSecondCache = 2 << 20;    // bytes
+  // In backward members have more to tell each other, the gradients of all gates.
+  const int64_t few_rows = backward ? 15 : 16;
   auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int64_t per_token = 0;
   for (int64_t layer = 0; layer < p.num_layers; layer++)
@@ -30,14 +36,18 @@ inline CpuPlan plan_cpu(const Problem& p, int64_t batch, int64_t tokens, int64_t
         p.num_directions * p.gate_rows() * (p.product_input(layer) + p.out_size() + kWorkOfGate);
   if (!all) threads = std::min(threads, std::max<int64_t>(1, tokens * per_token / kWorkOfThread));
   if (batch == 0) return {threads, 1, 0, 1};
-  const int64_t share = divide(batch, threads);
-  const int64_t rows = divide(share, divide(share, most_rows));
   int64_t members = 1;
   if (may_team && !p.proj_size && !p.layer_norm) {
     const int64_t step = p.gate_rows() * p.hidden_size;
     auto worth = [&](int64_t n) { return all || n * n * kWorkOfMeeting <= step; };
     while ((members + 1) * batch <= threads && worth(members + 1)) members++;
+    const int64_t weights = step * costs.weight_bytes;
+    if (members == 1 && weights > kSecondCache && divide(batch, threads) <= few_rows)
+      members = threads / std::max<int64_t>(1, threads * kSecondCache / 2 / weights);
   }
+  const int64_t least = all || members > 1 ? 1 : std::min(batch, costs.least_rows);
+  const int64_t share = std::max(divide(batch, threads / members), least);
+  const int64_t rows = divide(share, divide(share, most_rows));
   return {threads, rows, divide(batch, rows), members};
 }
 

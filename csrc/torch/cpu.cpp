@@ -109,9 +109,10 @@ struct CpuCall : Call {
     a.one_hot = {int64_t(value.size()), value.data(), which.data(), begin.data(), token.data()};
   }
 
-  CpuPlan plan() const {
-    return plan_cpu(problem, batch, tokens, torch::stable::get_num_threads(), all_threads(),
-                    !resets);
+  const Kernels& kernels() const { return fusedrnn::kernels(problem, batch, tokens); }
+  CpuPlan plan(bool backward) const {
+    return plan_cpu(problem, kernels().costs(problem.dtype), backward, batch, tokens,
+                    torch::stable::get_num_threads(), all_threads(), !resets);
   }
 
   // Backward only reads them.
@@ -171,7 +172,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   Forward a{};
   CpuCall call(in, config, a);
   const Problem& p = a.problem;
-  const Kernels& k = kernels(p.dtype);
+  const Kernels& k = call.kernels();
   const int64_t D = p.num_directions;
   const bool saves = save == Save::kReserve;
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
@@ -204,7 +205,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   const ScratchMemory packed(1, at.back() * size);
   char* const to = packed.of();
   a.packed = to;
-  const CpuPlan plan = call.plan();
+  const CpuPlan plan = call.plan(false);
   RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
   run_phases(plan.threads,
              {{p.num_layers * D * kPackParts, 0,
@@ -222,7 +223,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   CpuCall call(in, config, a);
   call.list_tokens(a.seq);
   const Problem& p = a.problem;
-  const Kernels& k = kernels(p.dtype);
+  const Kernels& k = call.kernels();
   const int64_t D = p.num_directions, tokens = a.seq.tokens, B = a.seq.batch;
   GradientTensors g(call, given, kept, needs);
   if (call.padded_rows) torch::stable::zero_(g.x);
@@ -244,7 +245,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   const ScratchMemory dnormed(1, p.layer_norm ? all * p.normed_columns() : 0);
   a.dgates = dgates.of(), a.dnormed = dnormed.of();
   a.dproj = dproj.of(), a.hidden = hidden.of();
-  const CpuPlan plan = call.plan();
+  const CpuPlan plan = call.plan(true);
   // Of few tokens as in forward: their weights, which are read and get gradients, are what counts.
   const int64_t few = plan_direct(p, tokens, torch::stable::get_num_threads());
   const int64_t threads = std::max(plan.threads, few);

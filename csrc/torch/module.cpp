@@ -128,8 +128,10 @@ PyObject* cpu_plan(PyObject*, PyObject* args) {
   return guarded([&] {
     Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
     p.input_size = input, p.one_hot = one_hot, p.layer_norm = layer_norm;
-    const CpuPlan plan = plan_cpu(p, batch, tokens, threads, all_threads(), true);
-    return Py_BuildValue("(LLLLL)", (long long)plan_direct(p, tokens, threads),
+    const Kernels& k = kernels(p, batch, tokens);
+    const CpuPlan plan =
+        plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
+    return Py_BuildValue("(sLLLLL)", k.name, (long long)plan_direct(p, tokens, threads),
                          (long long)plan.threads, (long long)plan.rows_per_task,
                          (long long)plan.tasks, (long long)plan.members);
   });
@@ -153,9 +155,8 @@ PyMethodDef methods[] = {
     {"cpu_plan", cpu_plan, METH_VARARGS,
      "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
      "bidirectional, "
-     "layer_norm, batch, tokens, threads) -> (threads without packing or 0, threads, rows a task, "
-     "tasks, "
-     "threads a task)"},
+     "layer_norm, batch, tokens, threads) -> (instruction set, threads without packing or 0, "
+     "threads, rows a task, tasks, threads a task)"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
     {"cuda_plan", cuda_plan, METH_VARARGS,

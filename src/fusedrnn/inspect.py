@@ -68,7 +68,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     dtype = str(module.weight_ih_l0.dtype if one_hot else data.dtype)
     tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
     allowed = torch.get_num_threads()
-    direct, threads, rows, tasks, members = _C.cpu_plan(
+    variant, direct, threads, rows, tasks, members = _C.cpu_plan(
         module.mode,
         dtype.removeprefix("torch."),
         module.input_size,
@@ -101,9 +101,13 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     if not direct and tasks * members < threads:
         idle = threads - tasks * members
         lines.append(f"{idle} threads idle: the batch has too few rows to divide")
-    products = {"amx": "on tiles", "avx512bf16": "of pairs"}.get(_C.cpu_variant())
-    if data.dtype == torch.bfloat16 and products and not direct:
+    products = {"amx": "on tiles", "avx512bf16": "of pairs"}.get(variant)
+    if direct or not products:
+        products = ""
+    if dtype == "torch.float32" and products:
+        lines.append(f"products {products}: of three bfloat16, which make a float32")
+    elif dtype == "torch.bfloat16" and products:
         lines.append(f"products {products} of {data.dtype}, all else in float32")
-    elif data.dtype in (torch.bfloat16, torch.float16):
-        lines.append(f"{data.dtype} is computed in float32: half the memory, not twice the speed")
+    elif dtype in ("torch.bfloat16", "torch.float16"):
+        lines.append(f"{dtype} is computed in float32: half the memory, not twice the speed")
     return "\n  ".join([head, *lines])
