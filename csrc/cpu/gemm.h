@@ -26,7 +26,7 @@ struct Panels {
     return kPlanes<X> == 1 ? k : (k / kOfTile * kPlanes<X> + plane) * kOfTile + k % kOfTile;
   }
 };
-constexpr int kRows = 6;
+constexpr int kRows = 6, kFewRows = 3;
 constexpr int kCacheLine = 64;
 
 // A w x w block of rows, turned: lane j of out[i] is lane i of rows[j], which are overwritten.
@@ -178,6 +178,79 @@ __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64
   }
 }
 
+// Of few rows all K operands, in parts of `part` as gemm cuts them, two parts at a time: there are
+// registers for both, and the latency of additions would be what takes time. Sums are those of
+// multiply, part by part.
+template <class X, int R, int V>
+__attribute__((noinline)) void multiply_few(int64_t K, int64_t part, const X* a, int64_t lda,
+                                            const X* panel, Compute<X>* c, int64_t ldc,
+                                            int64_t cols, Addend<Compute<X>> d) {
+  using C = Compute<X>;
+  constexpr int w = Lanes<X>::kWidth, kChains = Panels<X>::kVectors / V;
+  Vec<C> sums[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++)
+      sums[r][v] = d.at && v * w < cols ? load(d.at + r * d.ld + v * w, cols - v * w)
+                                        : broadcast<C>(C(-0.));  // keeps the sign of zero
+  auto multiply_parts = [&](auto parts, int64_t k0) __attribute__((always_inline)) {
+    constexpr int P = parts.value;
+    Vec<C> acc[P][kChains][R][V];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+      for (int chain = 0; chain < kChains; chain++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) acc[p][chain][r][v] = Vec<C>{};
+    auto add = [&](int p, int chain, int64_t k) __attribute__((always_inline)) {
+      k += k0 + p * part;
+      Vec<X> b[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) b[v] = load(panel + (k * V + v) * w);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const Vec<X> x = broadcast<X>(a[r * lda + k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++)
+          acc[p][chain][r][v] = multiply_add<X>(x, b[v], acc[p][chain][r][v]);
+      }
+    };
+    // The last part may be the shorter one.
+    const int64_t last = K - k0 - (P - 1) * part < part ? K - k0 - (P - 1) * part : part;
+    const int64_t first = P > 1 ? part : last;
+    int64_t k = 0;
+    for (; k + kChains <= last; k += kChains)
+#pragma GCC unroll 8
+      for (int chain = 0; chain < kChains; chain++)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) add(p, chain, k + chain);
+    for (int64_t rest = k; rest < last; rest++) add(P - 1, 0, rest);
+    if constexpr (P > 1) {
+      for (; k + kChains <= first; k += kChains)
+#pragma GCC unroll 8
+        for (int chain = 0; chain < kChains; chain++) add(0, chain, k + chain);
+      for (; k < first; k++) add(0, 0, k);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+#pragma GCC unroll 8
+          for (int chain = 1; chain < kChains; chain++) acc[p][0][r][v] += acc[p][chain][r][v];
+          sums[r][v] += acc[p][0][r][v];
+        }
+  };
+  int64_t k = 0;
+  for (; k + part < K; k += 2 * part) multiply_parts(Constant<2>{}, k);
+  if (k < K) multiply_parts(Constant<1>{}, k);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V && v * w < cols; v++)
+      store(c + r * ldc + v * w, sums[r][v], cols - v * w);
+}
+
 template <class X>
 using Multiply = void (*)(int64_t, const X*, int64_t, int64_t, const X*, Compute<X>*, int64_t,
                           int64_t, Addend<Compute<X>>, const void*);
@@ -208,6 +281,22 @@ FUSEDRNN_INLINE Multiply<X> multiply_for(int64_t rows, int64_t columns) {
     if (vectors >= 4) return multiply_for<X, 4>(rows);
   }
   return vectors == 1 ? multiply_for<X, 1>(rows) : multiply_for<X, 2>(rows);
+}
+
+template <class X, int V>
+FUSEDRNN_INLINE auto multiply_few_for(int64_t rows) {
+  return rows == 1   ? multiply_few<X, 1, V>
+         : rows == 2 ? multiply_few<X, 2, V>
+                     : multiply_few<X, 3, V>;
+}
+template <class X>
+FUSEDRNN_INLINE auto multiply_few_for(int64_t rows, int64_t columns) {
+  const int64_t vectors = Panels<X>::padded(columns) / Panels<X>::kWidth;
+  if constexpr (Panels<X>::kVectors == 4) {
+    if (vectors == 3) return multiply_few_for<X, 3>(rows);
+    if (vectors >= 4) return multiply_few_for<X, 4>(rows);
+  }
+  return vectors == 1 ? multiply_few_for<X, 1>(rows) : multiply_few_for<X, 2>(rows);
 }
 
 // Cuts M rows into blocks of at most kRows and nearly equal height: f(first, rows) for each.
@@ -246,6 +335,11 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
       Addend<Compute<X>> onto{d.at ? d.at + n : nullptr, d.ld};
       const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
       const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // of no depth: D alone
+      if (M <= kFewRows) {
+        if (M > 0)
+          multiply_few_for<X>(M, cols)(depth, longest, a, lda, panel, c + n, ldc, cols, onto);
+        continue;
+      }
       for (int64_t k = 0; k == 0 || k < depth; k += longest) {
         const int64_t part = depth - k < longest ? depth - k : longest;
         each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {

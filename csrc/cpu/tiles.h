@@ -11,6 +11,12 @@
 
 namespace {
 
+// A number as a type, for functions whose code depends on it.
+template <int I>
+struct Constant {
+  static constexpr int value = I;
+};
+
 // 0, 1, ..., N - 1 as template arguments.
 template <int... I>
 struct Indices {};
@@ -99,10 +105,6 @@ FUSEDRNN_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
 }
 
-template <int I>
-struct Constant {
-  static constexpr int value = I;
-};
 template <class F, int... I>
 FUSEDRNN_INLINE void each_constant(Indices<I...>, F f) {
   (f(Constant<I>{}), ...);
