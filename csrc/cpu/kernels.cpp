@@ -81,9 +81,9 @@ void pack_forward_of(const Common& a, int64_t which, void* to, int64_t part, int
     pack_forward<decltype(cell), decltype(s)>(a, which, to, part, parts);
   });
 }
-void pack_backward_of(const Problem& p, const Weights& w, int64_t layer, void* to, int64_t part,
-                      int64_t parts) {
-  with_dtype(p.dtype, [&](auto s) { pack_backward<decltype(s)>(p, w, layer, to, part, parts); });
+void pack_backward_of(const Backward& a, int64_t which, void* to, int64_t part, int64_t parts) {
+  with_dtype(a.problem.dtype,
+             [&](auto s) { pack_backward<decltype(s)>(a, which, to, part, parts); });
 }
 RowsScratch rows_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {

@@ -184,10 +184,11 @@ void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, in
 }
 
 template <class S>
-void pack_backward(const Problem& p, const Weights& w, int64_t layer, void* packed, int64_t part,
-                   int64_t parts) {
+void pack_backward(const Backward& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   using X = Operand<S>;
-  const PackedOffsets o = backward_offsets<X>(p, layer);
+  const Problem& p = a.problem;
+  const Weights& w = a.weights[which];
+  const PackedOffsets o = backward_offsets<X>(p, a.layer);
   X* to = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
   const CellRuns runs = cell_runs(p.cell, p.layer_norm);
@@ -196,9 +197,10 @@ void pack_backward(const Problem& p, const Weights& w, int64_t layer, void* pack
     pack_plain(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, P, run.count * H, part, parts);
     w_hh += Panels<X>::size(run.count * H, P);
   }
-  const int64_t in = p.product_input(layer);
+  const int64_t in = p.product_input(a.layer);
   X* w_ih = to + o.w_ih;
   for (const Run& run : runs.x) {
+    if (!a.grad_in) break;
     pack_plain(w_ih, static_cast<const S*>(w.w_ih), run.gate * H, in, run.count * H, part, parts);
     w_ih += Panels<X>::size(run.count * H, in);
   }

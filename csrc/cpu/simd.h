@@ -336,14 +336,11 @@ FUSEDRNN_INLINE Vec<float> for_plane(Vec<float> v) {
   return bit_cast<Vec<float>>(
       _mm512_range_ps(bit_cast<__m512>(v), _mm512_set1_ps(0x1.fep127f), kSmallerSize));
 }
-// What is left of v when `taken` is rounded to bfloat16; nothing if that is not finite.
+// What is left of v when `taken` is rounded to bfloat16. Of infinity that is NaN in the end.
 FUSEDRNN_INLINE Vec<float> rest(Vec<float> v, Vec<float> taken) {
-  constexpr int kNotFinite = 0x99;
   const __m512i wide =
       _mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(taken))));
-  const __m512 rounded = bit_cast<__m512>(_mm512_slli_epi32(wide, 16));
-  return bit_cast<Vec<float>>(_mm512_maskz_sub_ps(
-      _knot_mask16(_mm512_fpclass_ps_mask(rounded, kNotFinite)), bit_cast<__m512>(v), rounded));
+  return v - bit_cast<Vec<float>>(_mm512_slli_epi32(wide, 16));
 }
 // The same of two vectors, 32 values in the order of their memory: those of plane p as pairs.
 template <class X, int kPlane>

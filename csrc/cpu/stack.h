@@ -135,8 +135,7 @@ struct Kernels {
   PackedOffsets (*backward_offsets)(const Problem&, int64_t layer);
   // `which`: of the layers and directions
   void (*pack_forward)(const Common&, int64_t which, void* packed, int64_t part, int64_t parts);
-  void (*pack_backward)(const Problem&, const Weights&, int64_t layer, void* packed, int64_t part,
-                        int64_t parts);
+  void (*pack_backward)(const Backward&, int64_t which, void* packed, int64_t part, int64_t parts);
   RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
   void (*forward)(const Forward&, const Rows&, Member&);
   void (*backward)(const Backward&, const Rows&, Member&);

@@ -198,13 +198,20 @@ FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a
 // in what is large. A product with what is not finite is not finite here where in float32 it may
 // be, for one plane's infinity meets another's zeros: then the block is computed anew.
 
+constexpr int kNotFinite = 0x99;  // infinities and NaNs, for the instruction that finds them
+
 // A row of A times one panel, of all planes together.
 __attribute__((noinline)) Vec<float> multiply_exactly(int64_t steps, const PlanePair* a,
                                                       int64_t plane, const PlanePair* panel) {
   auto first = [](const PlanePair* at) { return bit_cast<Vec<float>>(load(at) << 16); };
   auto second = [](const PlanePair* at) { return bit_cast<Vec<float>>(load(at) & 0xffff0000u); };
   auto whole = [](auto half, const PlanePair* at, int64_t apart) {
-    return half(at) + half(at + apart) + half(at + 2 * apart);
+    const Vec<float> two = half(at) + half(at + apart);
+    // Of infinity, which is in the second plane, nothing is left for the third.
+    return bit_cast<Vec<float>>(
+        _mm512_mask_add_ps(bit_cast<__m512>(two),
+                           _knot_mask16(_mm512_fpclass_ps_mask(bit_cast<__m512>(two), kNotFinite)),
+                           bit_cast<__m512>(two), bit_cast<__m512>(half(at + 2 * apart))));
   };
   constexpr int kTile = kTileRows * kTileRows;
   Vec<float> sum{};
@@ -276,7 +283,6 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
         for (int64_t i = 0, m = r * high; i < high && m < rows; i++, m++)
           f(sums[r * V + v] + i * kTileRows, m, v * kTileRows);
   };
-  constexpr int kNotFinite = 0x99;
   __mmask16 not_finite = 0;
   each_sum([&](const float* sum, int64_t, int64_t) __attribute__((always_inline)) {
     not_finite |= _mm512_fpclass_ps_mask(bit_cast<__m512>(load(sum)), kNotFinite);

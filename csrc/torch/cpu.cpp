@@ -287,9 +287,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
                           return;
                         }
                         const int64_t dir = part / kPackParts;
-                        k.pack_backward(p, b.weights[b.layer * D + dir], b.layer,
-                                        packed.of() + dir * total * size, part % kPackParts,
-                                        kPackParts);
+                        k.pack_backward(b, b.layer * D + dir, packed.of() + dir * total * size,
+                                        part % kPackParts, kPackParts);
                       }});
     phases.push_back(
         tasks.phase(i, [&](const Rows& rows, Member& me) { k.backward(b, rows, me); }));

@@ -60,7 +60,7 @@ class KeptMemory {
 #ifdef __SANITIZE_ADDRESS__
   static constexpr int64_t kMostBytes = 0;  // what overruns a block is to be seen
 #else
-  static constexpr int64_t kMostBytes = 32 << 20;
+  static constexpr int64_t kMostBytes = 256 << 20;
 #endif
   static constexpr size_t kMostBlocks = 64;
   static void release(const Block& block) { ::operator delete(block.at, kPage); }
