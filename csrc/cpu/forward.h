@@ -84,7 +84,10 @@ struct WaitingCells {
   int64_t block, blocks, done, count;
 
   void up_to(int64_t end) {
-    for (; done < end; done++) cell_forward<Cell>(H, block, blocks, rows[done]);
+    const WaitingCells here = *this;  // which no store below can change
+    for (int64_t r = here.done; r < end; r++)
+      cell_forward<Cell>(here.H, here.block, here.blocks, here.rows[r]);
+    done = end;
   }
   static void meanwhile(void* self, int64_t part, int64_t parts) {
     WaitingCells& cells = *static_cast<WaitingCells*>(self);
@@ -104,6 +107,11 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
   using G = Groups<Cell, C>;
   constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
   const Reserve reserve(p);
+  // Cells are computed in the time of the next product where that is long: with three planes, or
+  // with weights that come from beyond the second cache. Else right after their own, whose sums
+  // are at hand.
+  const bool cells_wait =
+      kTiled<X> && (kPlanes<X> > 1 || p.gate_rows() * P * int64_t(sizeof(Element<X>)) > 1 << 20);
   Scratch common{static_cast<char*>(of.common)}, s{static_cast<char*>(of.own)};
   ForwardBuffers<S> buf(p, rows, common, s);
   ForwardRow<S>* const step = s.take<ForwardRow<S>>(rows);
@@ -212,7 +220,8 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
           const X* operand = factors(a.h_mask ? nullptr : buf.h[0], buf.operand);
           WaitingCells<Cell, S> cells{};
           Meanwhile meanwhile{};
-          if constexpr (!kIsNormed<Cell>) meanwhile = {cells.meanwhile, &cells};
+          if constexpr (!kIsNormed<Cell>)
+            if (cells_wait) meanwhile = {cells.meanwhile, &cells};
           G::each(H, me, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
@@ -222,7 +231,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
             if constexpr (!kIsNormed<Cell>) {
               cells.up_to(cells.count);  // what is left of the last group
               cells = {H, step, block, blocks, 0, n};
-              if (!kTiled<X>) cells.up_to(n);
+              if (!cells_wait) cells.up_to(n);
             }
           });
           if constexpr (!kIsNormed<Cell>) cells.up_to(cells.count);

@@ -77,9 +77,10 @@ FUSEDRNN_INLINE void set_tiles(int rows, int whole) {
   tile_rows = rows, whole_tiles = whole;
 }
 
-// When it dies its thread's tiles are released: tiles in use make switching threads dear.
+// While one lives its thread may use tiles, whole ones at first. The rest of the time they are
+// released: tiles in use make switching threads dear.
 struct TileSetup {
-  TileSetup() {}
+  TileSetup() { set_tiles(kTileRows, 8); }
   ~TileSetup() {
     asm volatile("tilerelease");
     tile_rows = whole_tiles = 0;
@@ -170,7 +171,6 @@ __attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t 
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t lda,
                                   const Pair* packed, float* c, int64_t ldc, Addend<float> d,
                                   Meanwhile meanwhile) {
-  set_tiles(kTileRows, 8);
   constexpr int64_t kTwo = 2 * kTileRows;
   const int64_t rest = M % kTwo, paired = rest > kTileRows ? M : M - rest;
   const int64_t blocks = (paired + kTwo - 1) / kTwo * ((N + kTwo - 1) / kTwo) +
