@@ -14,9 +14,10 @@ namespace {
 // bfloat16 being read and written.
 template <class X>
 struct Outer {
-  static constexpr int64_t kTokens = kPlanes<X> > 1 ? 256 : kTiled<X> ? 512 : kLongestSum;
-  static constexpr int64_t kColumns = kTiled<X> ? 256 : 512;
-  static constexpr int64_t kMostRows = kTiled<X> ? 512 : 64 * kRows;  // M
+  static constexpr int64_t kHalf = kPlanes<X> > 1 ? 2 : 1;  // three times the bytes
+  static constexpr int64_t kTokens = kTiled<X> ? 512 : kLongestSum;
+  static constexpr int64_t kColumns = kTiled<X> ? 256 / kHalf : 512;
+  static constexpr int64_t kMostRows = kTiled<X> ? 512 / kHalf : 64 * kRows;  // M
 
   // Operands of a row of a, and of all of a block's, as tiles take them.
   static constexpr int64_t kDepth = operands<X>(kTokens), kRow = kDepth + kRowPad<X>;
