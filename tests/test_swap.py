@@ -311,7 +311,7 @@ def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
     assert used == 1 or used * 2**20 <= work
     large = 3 * hidden * hidden * (6 if variant == "amx" else 4) > 2 << 20  # as it is packed
     assert members <= used and (members == 1 or large or (rows == 1 and tasks * members <= used))
-    few = large and batch <= 16 * used
+    few = large and batch <= 16 * used and tasks * members <= used
     assert members == 1 or few or members**2 * 2**12 <= 3 * hidden * hidden
 
 

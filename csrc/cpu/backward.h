@@ -1,7 +1,7 @@
 // Back-propagation through time of one layer for some rows of the batch.
 //
 // The mirror of forward: each thread takes its rows from the last step to the first without
-// meeting another, or each member of a team its units of one row. Members share the gradients of
+// meeting another, or each member of a team its units of all. Members share the gradients of
 // the gates, which every one's part of the product with W_hh reads, and meet between the two; what
 // comes out is for their own units. It writes the gradients of all pre-activations, from which the
 // weight gradients are one product later, and the gradient of the layer's input, chunk by chunk.

@@ -1,9 +1,10 @@
 // The forward pass of a whole stack for some rows of the batch.
 //
 // A thread runs its rows through all layers and steps alone; nothing is shared but the packed
-// weights, so there is no barrier. Only where each row has two threads or more does a team take it:
-// each member computes its groups of units, reads h of all of them, and meets the others once h of
-// a step is written. Gates, and what they are made of, are a member's own. Per layer and direction,
+// weights, so there is no barrier. Only where each row has two threads or more, or the weights are
+// large, does a team take rows together: each member computes its groups of units, reads h of all
+// of them, and meets the others once h of a step is written. Gates, and what they are made of, are
+// a member's own. Per layer and direction,
 // time goes in chunks: the input products of a chunk's tokens are one matrix product. Then each
 // step goes through the groups of units: h W_hh^T is added to a group's gates and its cells are
 // computed while they are in the first cache.

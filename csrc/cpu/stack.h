@@ -113,7 +113,7 @@ struct DirectStep {
 };
 
 // Rows that a task takes through all steps: places in Sequence::order. A team of more than one
-// member takes a single row, of a plain layer: without projection, resets or layer normalisation.
+// member takes rows of a plain layer: without projection, resets or layer normalisation.
 struct Rows {
   int64_t first, end;
   void *common, *own;  // scratch memory

@@ -196,7 +196,7 @@ FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a
 // Of the nine products of planes six are added: those left out are less than 2^-25 of the whole.
 // Sums begin with zero, and what the product is added to follows, so that what is small is not lost
 // in what is large. A product with what is not finite is not finite here where in float32 it may
-// be, for one plane's infinity meets another's zeros: then the block is computed anew.
+// be, for one plane's infinity meets another's zeros: then a row's sums with a panel are made anew.
 
 constexpr int kNotFinite = 0x99;  // infinities and NaNs, for the instruction that finds them
 
@@ -237,6 +237,7 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   constexpr auto each_vector = FirstIndices<V>{};
   constexpr auto each_plane = FirstIndices<3>{};
   const int64_t plane = lda / 3, row_bytes = lda * sizeof(PlanePair);
+  const int64_t second = rows > high ? high * lda : 0;  // a tile without rows reads the first one's
   auto load_b = [&](auto tile, int64_t step, int64_t v, int64_t p) __attribute__((always_inline)) {
     tile_load<tile.value>(panels + ((v * steps + step) * 3 + p) * kTile,
                           kTileRows * sizeof(PlanePair));
@@ -261,7 +262,7 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
         each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
           each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
             tile_load<kFirstA + r.value>(
-                of_step + r.value * high * lda + (2 - pb.value - i.value) * plane, row_bytes);
+                of_step + r.value * second + (2 - pb.value - i.value) * plane, row_bytes);
           });
           each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
             each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
@@ -276,32 +277,24 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   each_constant(FirstIndices<R * V>{}, [&](auto tile) __attribute__((always_inline)) {
     tile_store<tile.value>(sums[tile.value], kTileRows * sizeof(float));
   });
-  // f(one row of sums, its row, its first column)
-  auto each_sum = [&](auto f) __attribute__((always_inline)) {
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++)
-        for (int64_t i = 0, m = r * high; i < high && m < rows; i++, m++)
-          f(sums[r * V + v] + i * kTileRows, m, v * kTileRows);
-  };
-  __mmask16 not_finite = 0;
-  each_sum([&](const float* sum, int64_t, int64_t) __attribute__((always_inline)) {
-    not_finite |= _mm512_fpclass_ps_mask(bit_cast<__m512>(load(sum)), kNotFinite);
-  });
-  if (not_finite)
-    each_sum([&](float* sum, int64_t m, int64_t n) {
-      store(sum, multiply_exactly(steps, a + m * lda, plane,
-                                  panels + n / kTileRows * steps * 3 * kTile));
-    });
-  each_sum([&](const float* sum, int64_t m, int64_t n) __attribute__((always_inline)) {
-    const Vec<float> v = load(sum);
-    store(c + m * ldc + n, d.at ? load(d.at + m * d.ld + n, cols - n) + v : v, cols - n);
-  });
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) {
+      const int64_t n = v * kTileRows;
+      for (int64_t i = 0, m = r * high; i < high && m < rows; i++, m++) {
+        Vec<float> sum = load(sums[r * V + v] + i * kTileRows);
+        // Of a row and a panel, which are the same however the product is divided.
+        if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(sum), kNotFinite), 0))
+          sum = multiply_exactly(steps, a + m * lda, plane, panels + v * steps * 3 * kTile);
+        store(c + m * ldc + n, d.at ? load(d.at + m * d.ld + n, cols - n) + sum : sum, cols - n);
+      }
+    }
 }
 
 // C [M, N] = A [M, K] B + D as gemm.h's, K operands deep.
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePair* a, int64_t lda,
                                   const PlanePair* packed, float* c, int64_t ldc, Addend<float> d,
                                   Meanwhile meanwhile) {
+  if (M == 0) return;
   const int64_t steps = K / (3 * kTileRows);
   const bool single = M <= kTileRows;
   const int64_t tiles = single ? 1 : (M + 2 * kTileRows - 1) / (2 * kTileRows) * 2,

@@ -43,7 +43,8 @@ inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, 
     while ((members + 1) * batch <= threads && worth(members + 1)) members++;
     const int64_t weights = step * costs.weight_bytes;
     if (members == 1 && weights > kSecondCache && divide(batch, threads) <= few_rows)
-      members = threads / std::max<int64_t>(1, threads * kSecondCache / 2 / weights);
+      members = threads / std::max({int64_t(1), threads * kSecondCache / 2 / weights,
+                                    divide(batch, most_rows)});  // no more tasks than teams
   }
   const int64_t least = all || members > 1 ? 1 : std::min(batch, costs.least_rows);
   const int64_t share = std::max(divide(batch, threads / members), least);
