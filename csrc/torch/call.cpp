@@ -74,6 +74,7 @@ Call::Call(const Inputs& in, const Config& config)
   }
   STD_TORCH_CHECK(in.dropout >= 0 && in.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
   mask_scale = in.dropout < 1 ? 1 / (1 - in.dropout) : 0;
+  weights.reserve(in.weights.size());
   for (const Tensor& w : in.weights) weights.push_back(as_contiguous(w));
   resets = as_contiguous(in.resets), h_mask = as_contiguous(in.h_mask);
   zone_h = as_contiguous(in.zone_h), zone_c = as_contiguous(in.zone_c);
@@ -151,17 +152,21 @@ Weights Call::weights_of(int64_t layer, int64_t dir) const {
   return w;
 }
 
-// What torch::stable::new_empty does for torch 2.9; its successor looks the operator up by its
-// name, and a call makes seven tensors.
+// Not torch::stable::new_empty, which goes through the dispatcher, by name even: a call makes up to
+// seven tensors.
 Tensor Call::empty(const std::vector<int64_t>& sizes, ScalarType type) const {
-  int32_t layout, device, index;
+  constexpr size_t kMostDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");
+  int64_t strides[kMostDims], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i]))
+    strides[i] = stride;
+  const torch::stable::Device device = like.device();
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-      like.get(), sizes.data(), sizes.size(), &dtype, &layout, &device, index, nullptr, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
+      device.index(), &made));
   return Tensor(made);
 }
 
@@ -169,9 +174,11 @@ ForwardOutputs Call::outputs(Save save) const {
   const Problem& p = problem;
   const int64_t reserve_row = Reserve(p).bytes_per_token();
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
-  Tensor reserve, hs, cs;
+  Tensor reserve, hs = reserve, cs = reserve;
   if (save != Save::kNothing) {
-    reserve = empty({save == Save::kReserve ? tokens : 0, reserve_row}, ScalarType::Byte);
+    // Through the dispatcher: what is never written of it torch fills where it is told to.
+    reserve = torch::stable::new_empty(like, {save == Save::kReserve ? tokens : 0, reserve_row},
+                                       ScalarType::Byte);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
   return {empty(token_sizes(out_width()), type()),

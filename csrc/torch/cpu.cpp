@@ -34,6 +34,7 @@ struct CpuCall : Call {
     a.h_mask = pointer(h_mask);
     a.zoneout_h = {static_cast<const uint8_t*>(pointer(zone_h)), zoneout_h};
     a.zoneout_c = {static_cast<const uint8_t*>(pointer(zone_c)), zoneout_c};
+    pointers.reserve(directions());
     for (int64_t i = 0; i < directions(); i++)
       pointers.push_back(weights_of(i / problem.num_directions, i % problem.num_directions));
     a.weights = pointers.data();

@@ -267,6 +267,10 @@ class _Fused(_DropIn, nn.RNNBase):
                 a length are not looked at. On CUDA, where looking would mean waiting, such a step
                 is NaN, and a length outside [0, T] counts as the nearer end.
         """
+        if lengths is None and resets is None and not return_all:
+            results = self._infer(input, hx)
+            if results is not None:
+                return results
         if self._is_leaf(input):
             given = {"lengths": lengths, "resets": resets, "return_all": return_all or None}
             return self._record(input, hx, **{k: v for k, v in given.items() if v is not None})
@@ -301,29 +305,21 @@ class _Fused(_DropIn, nn.RNNBase):
         by_reference = torch._C._are_functorch_transforms_active() or (
             more and no_kernel(x) is not None
         )
-        drops = self.training and self.dropout
-        if (
-            not (by_reference or graph or cpu_only or packed or drops)
-            and lengths is None
-            and ops.eager((x, hx, cx, *weights))
-        ):
-            y, hn, cn = ops.run_infer(x, hx, cx, weights, *self._stack())
+        if resets is not None:
+            resets = checks.checked_resets(self, resets, input, x, one_hot)
+        config = self._config(return_all)
+        drawn = (
+            masks.between_layers(self, x, config),
+            resets,
+            *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
+        )
+        # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
+        dropout = 0.0 if drawn[0] is None else self.dropout
+        call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
+        if by_reference or (cpu_only and not x.is_cpu):
+            y, hn, cn, hs, cs = reference.forward(*call)
         else:
-            if resets is not None:
-                resets = checks.checked_resets(self, resets, input, x, one_hot)
-            config = self._config(return_all)
-            drawn = (
-                masks.between_layers(self, x, config),
-                resets,
-                *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
-            )
-            # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
-            dropout = 0.0 if drawn[0] is None else self.dropout
-            call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
-            if by_reference or (cpu_only and not x.is_cpu):
-                y, hn, cn, hs, cs = reference.forward(*call)
-            else:
-                y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
+            y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
@@ -352,6 +348,56 @@ class _Fused(_DropIn, nn.RNNBase):
         return *results, AllStates(
             (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
         )
+
+    def _infer(self, input: Any, hx: Any) -> Any:
+        """What `forward` does for a plain call that no gradient is wanted of, and nothing looks on.
+
+        A step of a small layer takes less time than what other calls need. None where this is
+        another call, or one that the op refuses: then torch.nn's checks have to say what is wrong.
+        """
+        if (
+            type(input) is not Tensor
+            or no_kernel(input) is not None
+            or (self.training and self.dropout)
+            or self.only_ours()
+            or torch._C._is_any_autocast_enabled()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        h, c = hx, None
+        if self.mode == "LSTM" and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h, c = hx
+        parameters = self._parameters
+        try:
+            weights = [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized: looked at twice it could be drawn twice
+            return None
+        tensors = (*weights, input, h, c)
+        if not ops.eager(tensors) or (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        ):
+            return None
+        dim = input.dim() + (not input.is_floating_point())  # integers lack the last one
+        if dim not in (2, 3) or not input.numel():
+            return None
+        x: Any = input
+        if dim == 2:
+            x, h, c = (None if t is None else t.unsqueeze(1) for t in (x, h, c))
+        elif self.batch_first:
+            x = x.transpose(0, 1)
+        try:
+            y, hn, cn = ops.run_infer(x, h, c, weights, *self._stack())
+        except RuntimeError:
+            return None
+        if dim == 2:
+            y, hn = y.squeeze(1), hn.squeeze(1)
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        if self.mode != "LSTM":
+            return y, hn
+        return y, (hn, cn.squeeze(1) if dim == 2 else cn)
 
     def _autocast_dtypes(
         self, given: torch.dtype, low: torch.dtype, packed: bool
