@@ -268,7 +268,7 @@ class _Fused(_DropIn, nn.RNNBase):
                 is NaN, and a length outside [0, T] counts as the nearer end.
         """
         if lengths is None and resets is None and not return_all:
-            results = self._infer(input, hx)
+            results = self._plain(input, hx)
             if results is not None:
                 return results
         if self._is_leaf(input):
@@ -319,7 +319,7 @@ class _Fused(_DropIn, nn.RNNBase):
         if by_reference or (cpu_only and not x.is_cpu):
             y, hn, cn, hs, cs = reference.forward(*call)
         else:
-            y, hn, cn, _, hs, cs = ops.run(call, graph, graph and not self.recompute)
+            y, hn, cn, hs, cs = ops.run(call, graph, graph and not self.recompute)
         if dtypes is not None:
             y, hn, cn = y.to(dtypes[0]), hn.to(dtypes[0]), cn.to(dtypes[1])
 
@@ -349,8 +349,8 @@ class _Fused(_DropIn, nn.RNNBase):
             (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
         )
 
-    def _infer(self, input: Any, hx: Any) -> Any:
-        """What `forward` does for a plain call that no gradient is wanted of, and nothing looks on.
+    def _plain(self, input: Any, hx: Any) -> Any:
+        """What `forward` does for a call that torch.nn could take, where nobody looks on.
 
         A step of a small layer takes less time than what other calls need. None where this is
         another call, or one that the op refuses: then torch.nn's checks have to say what is wrong.
@@ -371,13 +371,11 @@ class _Fused(_DropIn, nn.RNNBase):
             h, c = hx
         parameters = self._parameters
         try:
-            weights = [parameters[name] for name in self._flat_weights_names]
+            weights: list[Any] = [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # parametrized: looked at twice it could be drawn twice
             return None
         tensors = (*weights, input, h, c)
-        if not ops.eager(tensors) or (
-            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        ):
+        if not ops.eager(tensors):
             return None
         dim = input.dim() + (not input.is_floating_point())  # integers lack the last one
         if dim not in (2, 3) or not input.numel():
@@ -387,8 +385,10 @@ class _Fused(_DropIn, nn.RNNBase):
             x, h, c = (None if t is None else t.unsqueeze(1) for t in (x, h, c))
         elif self.batch_first:
             x = x.transpose(0, 1)
+        graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        save = graph and not self.recompute
         try:
-            y, hn, cn = ops.run_infer(x, h, c, weights, *self._stack())
+            y, hn, cn = ops.run_plain(x, h, c, weights, self._stack(), graph, save)
         except RuntimeError:
             return None
         if dim == 2:

@@ -161,11 +161,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 
 OTHERS = 7  # tensors between cx and the weights, which have no gradient
-
-
-def without_others(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of one value for each of Call.tensors, those of x, hx, cx and the weights."""
-    return (*values[:3], *values[3 + OTHERS :])
+ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
 
 
 class Call(NamedTuple):
@@ -186,12 +182,10 @@ class Call(NamedTuple):
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """x, hx, cx and the weights."""
-        return without_others(self.tensors)
+        return self.tensors[:3] + self.tensors[3 + OTHERS :]
 
-
-def _of_inputs(x: Any, hx: Any, cx: Any, weights: Any) -> tuple:
-    """Gradients in the order of Call.tensors."""
-    return (x, hx, cx, *[None] * OTHERS, *weights)
+    def others(self) -> tuple[Tensor | None, ...]:
+        return self.tensors[3 : 3 + OTHERS]
 
 
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
@@ -203,26 +197,31 @@ def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
 
 
 class _Forward(torch.autograd.Function):
+    # Each tensor that a node takes or puts out costs a microsecond: `others` come as one tuple, and
+    # of a call that is not the dispatcher's (`keys` is None) only what has a gradient goes out.
     @staticmethod
-    def forward(ctx: Any, keys: Any, save: bool, constants: tuple, *tensors: Any) -> tuple:
-        call = Call(tensors, constants)
-        results = _below_autograd(forward, keys, (*call.arguments(), save))
+    def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
+        x, hx, cx, *weights = of_graph
+        arguments = (x, hx, cx, weights, *others, *constants, save)
+        results = _below_autograd(forward, keys, arguments)
         y, _, _, reserve, hs, cs = results
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(reserve)
-        ctx.save_for_backward(y, reserve, hs, cs, *tensors)
+        ctx.save_for_backward(y, reserve, hs, cs, x, hx, cx, *others, *weights)
         ctx.constants, ctx.save = constants, save
+        if keys is None and not constants[ALL_STATES]:
+            return results[:3]
+        ctx.mark_non_differentiable(reserve)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
         y, reserve, hs, cs, *tensors = ctx.saved_tensors
-        grads = (*grads[:3], *grads[4:])
-        needs = list(without_others(ctx.needs_input_grad[3:]))
+        grads = (*grads[:3], *(grads[4:] or (None, None)))
+        needs = list(ctx.needs_input_grad[4:])
         call = Call(tuple(tensors), ctx.constants)
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
-            return (None, None, None, *_plain_gradients(call, ctx.needs_input_grad[3:], grads))
+            return (*[None] * 4, *_plain_gradients(call, needs, grads))
         if not ctx.save:
             with torch.no_grad():
                 _, _, _, reserve, _, _ = forward(*call.arguments(), True)
@@ -231,22 +230,21 @@ class _Forward(torch.autograd.Function):
             *states, dweights = backward(*arguments)
         else:
             *states, dweights = _below_autograd(backward, None, arguments)
-        dx, dhx, dcx, *dweights = (
-            g if n else None for g, n in zip([*states, *dweights], needs, strict=True)
-        )
-        return (None, None, None, *_of_inputs(dx, dhx, dcx, dweights))
+        found = zip((*states, *dweights), needs, strict=True)
+        return (*[None] * 4, *(g if n else None for g, n in found))
 
 
 def _plain_gradients(
-    call: Call, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+    call: Call, needs: list[bool], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of call.tensors through the reference; those not needed are None."""
+    """Those of call.differentiable() through the reference; those not needed are None."""
     with torch.enable_grad():
         leaves = [
             t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(call.tensors, needs, strict=True)
+            for t, need in zip(call.differentiable(), needs, strict=True)
         ]
-        outputs = reference.forward(*Call(tuple(leaves), call.constants).arguments())
+        tensors = (*leaves[:3], *call.tensors[3 : 3 + OTHERS], *leaves[3:])
+        outputs = reference.forward(*Call(tensors, call.constants).arguments())
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     found = iter(
         torch.autograd.grad(
@@ -352,7 +350,7 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
         return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
     if not _needs_graph(*call.tensors):
         return _below_autograd(forward, keys, arguments)
-    return _Forward.apply(keys, save, call.constants, *call.tensors)
+    return _Forward.apply(keys, save, call.constants, call.others(), *call.differentiable())
 
 
 def eager(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -372,19 +370,30 @@ def run(call: tuple, graph: bool, save: bool) -> tuple:
     """The forward op with the arguments `call` and `save`; `graph`: autograd is to know.
 
     Past its key, whose implementation in Python takes 9 us: what that would do is done here.
+    Returns y, hn, cn, hs, cs; the last two are None without all_states.
     """
-    tensors, constants = Call.of(*call)
+    tensors, constants = given = Call.of(*call)
     if not eager(tensors):
-        return forward(*call, save)
-    if not graph:
-        return _below_autograd(forward, None, (*call, save))
-    return _Forward.apply(None, save, constants, *tensors)
+        results = forward(*call, save)
+    elif graph:
+        results = _Forward.apply(None, save, constants, given.others(), *given.differentiable())
+    else:
+        results = _below_autograd(forward, None, (*call, save))
+    return results[:3] + (results[4:] or (None, None))
 
 
-def run_infer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The infer op, where `eager`."""
+def run_plain(
+    x: Tensor, hx: Any, cx: Any, weights: list[Tensor], stack: tuple, graph: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, hn and cn of a call that has nothing else, where `eager`; `stack`: of Config.
+
+    In as few microseconds as can be: in a step of a small layer they are most of the time.
+    """
+    if graph:
+        constants = (0.0, *stack, 0.0, 0.0, False, False)
+        return _Forward.apply(None, save, constants, (None,) * OTHERS, x, hx, cx, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        return infer(*arguments)
+        return infer(x, hx, cx, weights, *stack)
 
 
 def _infer_autograd(keys: Any, *arguments: Any) -> tuple:
