@@ -177,11 +177,24 @@ def tables(cell):
     return CALLS | (LSTM_CALLS if cell in LSTMS else SINGLE_STATE_CALLS)
 
 
-@pytest.mark.parametrize(("cell", "name"), [(c, n) for c in CELLS for n in tables(c)])
-def test_wrong_calls(cell, name):
+# Calls take another way where no gradient is wanted.
+GRADIENTS = ["wanted", "switched off", "of nothing"]
+
+
+def pair(cell, gradients):
     plain, fused = make_pair(cell, INPUT, HIDDEN, num_layers=LAYERS)
+    if gradients == "of nothing":
+        plain.requires_grad_(False), fused.requires_grad_(False)
+    return plain, fused
+
+
+@pytest.mark.parametrize("gradients", GRADIENTS)
+@pytest.mark.parametrize(("cell", "name"), [(c, n) for c in CELLS for n in tables(c)])
+def test_wrong_calls(cell, name, gradients):
+    plain, fused = pair(cell, gradients)
     call = tables(cell)[name]
-    theirs, ours = outcome(call, plain), outcome(call, fused)
+    with torch.set_grad_enabled(gradients != "switched off"):
+        theirs, ours = outcome(call, plain), outcome(call, fused)
     other = (EXCEPT_LSTM if cell in LSTMS else EXCEPT).get(name)
     if other is None:
         assert theirs[0] is not None, "torch.nn accepts this"
@@ -226,11 +239,13 @@ def flatten(result):
     return [t for r in result if r is not None for t in flatten(r)]
 
 
+@pytest.mark.parametrize("gradients", GRADIENTS)
 @pytest.mark.parametrize("name", ACCEPTED)
 @pytest.mark.parametrize("cell", CELLS)
-def test_unusual_calls(cell, name):
-    plain, fused = make_pair(cell, INPUT, HIDDEN, num_layers=LAYERS)
-    theirs, ours = ACCEPTED[name](plain), ACCEPTED[name](fused)
+def test_unusual_calls(cell, name, gradients):
+    plain, fused = pair(cell, gradients)
+    with torch.set_grad_enabled(gradients != "switched off"):
+        theirs, ours = ACCEPTED[name](plain), ACCEPTED[name](fused)
     for a, b in zip(flatten(ours), flatten(theirs), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)

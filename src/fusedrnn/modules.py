@@ -364,11 +364,12 @@ class _Fused(_DropIn, nn.RNNBase):
             or torch._C._are_functorch_transforms_active()
         ):
             return None
-        h, c = hx, None
-        if self.mode == "LSTM" and hx is not None:
-            if type(hx) is not tuple or len(hx) != 2:
+        lstm = self.mode == "LSTM"
+        h = c = None
+        if hx is not None:
+            h, c = hx if lstm and type(hx) is tuple and len(hx) == 2 else (hx, None)
+            if not isinstance(h, Tensor) or (lstm and not isinstance(c, Tensor)):
                 return None
-            h, c = hx
         parameters = self._parameters
         try:
             weights: list[Any] = [parameters[name] for name in self._flat_weights_names]
@@ -395,7 +396,7 @@ class _Fused(_DropIn, nn.RNNBase):
             y, hn = y.squeeze(1), hn.squeeze(1)
         elif self.batch_first:
             y = y.transpose(0, 1)
-        if self.mode != "LSTM":
+        if not lstm:
             return y, hn
         return y, (hn, cn.squeeze(1) if dim == 2 else cn)
 
