@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "torch/kept_memory.h"
+
 namespace fusedrnn {
 namespace {
 
@@ -176,9 +178,7 @@ ForwardOutputs Call::outputs(Save save) const {
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
   Tensor reserve, hs = reserve, cs = reserve;
   if (save != Save::kNothing) {
-    // Through the dispatcher: what is never written of it torch fills where it is told to.
-    reserve = torch::stable::new_empty(like, {save == Save::kReserve ? tokens : 0, reserve_row},
-                                       ScalarType::Byte);
+    reserve = make_reserve(like, save == Save::kReserve ? tokens : 0, reserve_row);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
   return {empty(token_sizes(out_width()), type()),

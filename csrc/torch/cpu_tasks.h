@@ -1,90 +1,16 @@
-// How a call's work is spread over torch's threads, and the memory that they work in.
+// How a call's work is spread over torch's threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <functional>
-#include <new>
 #include <vector>
 
 #include "cpu/stack.h"
 #include "cpu/team.h"
 #include "plan/cpu_plan.h"
-#include "torch/checks.h"
-#include "torch/switches.h"
+#include "torch/kept_memory.h"
 
 namespace fusedrnn {
-
-// Memory that the calling thread keeps from call to call, up to a limit: given back, most of it
-// would be unmapped, and clearing the pages of the next call takes as long as small products.
-class KeptMemory {
- public:
-  struct Block {
-    char* at;
-    int64_t bytes;
-  };
-
-  KeptMemory() { free_.reserve(kMostBlocks); }
-  ~KeptMemory() {
-    for (const Block& block : free_) release(block);
-  }
-  Block take(int64_t bytes) {
-    if (bytes == 0) return {nullptr, 0};
-    auto best = free_.end();
-    for (auto i = free_.begin(); i != free_.end(); ++i)  // not one that a larger need comes for
-      if (i->bytes >= bytes && i->bytes <= 2 * bytes &&
-          (best == free_.end() || i->bytes < best->bytes))
-        best = i;
-    if (best == free_.end()) {
-      void* const fresh = ::operator new(bytes, kPage, std::nothrow);
-      STD_TORCH_CHECK(fresh, "fusedrnn: cannot allocate ", bytes, " bytes of scratch memory");
-      return {static_cast<char*>(fresh), bytes};
-    }
-    const Block found = *best;
-    free_.erase(best), kept_ -= found.bytes;
-    return found;
-  }
-  void give(const Block& block) {
-    if (block.bytes == 0) return;
-    if (block.bytes > kMostBytes) return release(block);
-    while (kept_ + block.bytes > kMostBytes || free_.size() == kMostBlocks) {
-      kept_ -= free_.front().bytes;  // not asked for longest
-      release(free_.front());
-      free_.erase(free_.begin());
-    }
-    free_.push_back(block), kept_ += block.bytes;
-  }
-  static constexpr std::align_val_t kPage{4096};
-
- private:
-#ifdef __SANITIZE_ADDRESS__
-  static constexpr int64_t kMostBytes = 0;  // what overruns a block is to be seen
-#else
-  static constexpr int64_t kMostBytes = 256 << 20;
-#endif
-  static constexpr size_t kMostBlocks = 64;
-  static void release(const Block& block) { ::operator delete(block.at, kPage); }
-
-  std::vector<Block> free_;
-  int64_t kept_ = 0;
-};
-inline thread_local KeptMemory kept_memory;
-
-// `count` parts of `bytes` each, in pages of their own.
-class ScratchMemory {
- public:
-  ScratchMemory(int64_t count, int64_t bytes)
-      : stride_((bytes + 4095) / 4096 * 4096), block_(kept_memory.take(count * stride_)) {
-    if (block_.at && poison_scratch()) std::memset(block_.at, 0xFF, count * stride_);
-  }
-  ~ScratchMemory() { kept_memory.give(block_); }
-  ScratchMemory(const ScratchMemory&) = delete;
-  char* of(int64_t part = 0) const { return block_.at + part * stride_; }
-
- private:
-  int64_t stride_;
-  KeptMemory::Block block_;
-};
 
 // Work of which no part needs another: task(i, scratch) for every i below `count`.
 struct Phase {
