@@ -113,7 +113,9 @@ def test_is_one_hot(
             kept = found[name][:, values]
             assert kept.count_nonzero() == found[name].count_nonzero()
             found[name] = kept
-    assert_as_exact_as_torch(ours, peer, exact, noise, luck=cell == "relu")
+    # All numbers of a single unit share its roundings: many are as good as few.
+    luck = cell == "relu" or hidden == 1
+    assert_as_exact_as_torch(ours, peer, exact, noise, luck=luck)
 
 
 def wide_moved(module, dtype):

@@ -47,6 +47,60 @@ def test_threads_at_once():
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+def reserve_of(y):
+    """What forward left for backward, from the node of an output."""
+    return next(t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8)
+
+
+def needs_kept_reserves():
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("torch 2.10 takes no memory but its own")
+
+
+def test_memory_of_a_reserve_is_used_again():
+    """Of one that is no longer needed, whoever dropped it, and of no other."""
+    needs_kept_reserves()
+    module, x = fusedrnn.LSTM(8, 128, 2), torch.randn(64, 32, 8)
+    expected = gradients(module, x)
+    y, other = module(x)[0], module(x)[0]
+    reserves = [reserve_of(t) for t in (y, other)]
+    assert all(r.nbytes > 1 << 20 and r.data_ptr() % 4096 == 0 for r in reserves)
+    first, second = (r.data_ptr() for r in reserves)
+    assert first != second
+    del reserves
+    for _ in range(2):
+        found = torch.autograd.grad(y.square().sum(), list(module.parameters()), retain_graph=True)
+        assert same_bits(found, expected[1:])
+    third = reserve_of(module(x)[0]).data_ptr()
+    assert third not in (first, second)
+    dropping = [y]
+    del y
+    thread = threading.Thread(target=dropping.clear)
+    thread.start(), thread.join(60)
+    y, z = module(x)[0], module(x)[0]
+    assert {reserve_of(t).data_ptr() for t in (y, z)} == {first, third}
+    assert same_bits([y, z, other], [expected[0]] * 3)
+    found = torch.autograd.grad(other.square().sum(), list(module.parameters()))
+    assert same_bits(found, expected[1:])
+
+
+def test_a_reserve_of_another_process():
+    """A child of fork uses copies of what its parent keeps."""
+    needs_kept_reserves()
+    module, x = fusedrnn.LSTM(8, 128, 2), torch.randn(64, 32, 8)
+    torch.set_num_threads(2)
+    y = module(x)[0]
+    expected = gradients(module, x)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=send_gradients, args=(queue, module, x))
+    process.start()
+    found = [torch.from_numpy(g) for g in queue.get(timeout=60)]
+    process.join(60)
+    assert process.exitcode == 0 and same_bits(found, expected)
+    assert same_bits([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))], found)
+
+
 def send_gradients(queue, module, x):
     torch.set_num_threads(1)
     queue.put([g.numpy() for g in gradients(module, x)])
