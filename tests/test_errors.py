@@ -67,6 +67,7 @@ CALLS = {
     "state: 2-D": lambda m: m(zeros(T, B, INPUT), states(m, h=(2, 4), c=(2, 4))),
     "state: 4-D": lambda m: m(zeros(T, B, INPUT), states(m, h=(2, B, 4, 1), c=(2, B, 4, 1))),
     "state: 0-D": lambda m: m(zeros(T, B, INPUT), states(m, h=(), c=())),
+    "state: 0-D, unbatched": lambda m: m(zeros(T, INPUT), states(m, h=(), c=())),
     "state: 3-D, unbatched": lambda m: m(zeros(T, INPUT), states(m, batch=1)),
     "state: 1-D, unbatched": lambda m: m(zeros(T, INPUT), states(m, h=(4,), c=(4,))),
     "state: width, unbatched": lambda m: m(zeros(T, INPUT), states(m, h=(2, 9), c=(2, 9))),
@@ -431,3 +432,40 @@ def test_an_error_changes_nothing(cell):
     for name, p in fused.named_parameters():
         assert torch.equal(p, before[name])
         assert p.grad is None
+
+
+@pytest.mark.parametrize("gradients", GRADIENTS)
+def test_weights_of_another_width_than_the_module(gradients):
+    """Both look at input_size, whatever functional_call puts in the place of a weight."""
+    x, said = zeros(T, B, 7), []
+    with torch.set_grad_enabled(gradients != "switched off"):
+        for module in pair("gru", gradients):
+            weights = dict(module.named_parameters()) | {"weight_ih_l0": zeros(3 * HIDDEN, 7)}
+            said.append(outcome(torch.func.functional_call, module, weights, (x,)))
+    assert said[0] == said[1] and said[0][0] is RuntimeError
+
+
+def test_a_subclass_checks_itself():
+    class Strict(fusedrnn.GRU):
+        def check_input(self, input, batch_sizes):
+            raise ValueError("not this one")
+
+    with pytest.raises(ValueError, match="not this one"):
+        Strict(INPUT, HIDDEN)(zeros(T, B, INPUT))
+
+
+def test_the_error_of_a_hook_on_saved_tensors():
+    """Is the user's, who sees it; the call is not made a second time."""
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor)
+        if len(packed) == 2:
+            raise RuntimeError("disk full")
+        return tensor
+
+    layer = fusedrnn.GRU(INPUT, HIDDEN)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, pytest.raises(RuntimeError, match="disk full"):
+        layer(zeros(T, B, INPUT))
+    assert len(packed) == 2

@@ -15,7 +15,7 @@ namespace {
 
 using Block = KeptMemory::Block;
 
-constexpr int64_t kLeastKept = 1 << 20;  // less is not unmapped
+constexpr int64_t kLeastKept = 1 << 20;  // less has few pages
 
 struct Shared {
   std::mutex mutex;
@@ -54,9 +54,8 @@ Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row) {
         give(*mine);
       },
       block.get());
-  if (error) give(*block);
+  block.release();  // even then: who knows whether the deleter ran
   STABLE_TORCH_ERROR_CODE_CHECK(error);
-  block.release();
   return Tensor(made);
 }
 

@@ -350,13 +350,14 @@ class _Fused(_DropIn, nn.RNNBase):
         )
 
     def _plain(self, input: Any, hx: Any) -> Any:
-        """What `forward` does for a call that torch.nn could take, where nobody looks on.
+        """What `forward` does for a call with nothing but input and states, where nobody looks on.
 
         A step of a small layer takes less time than what other calls need. None where this is
         another call, or one that the op refuses: then torch.nn's checks have to say what is wrong.
         """
         if (
             type(input) is not Tensor
+            or type(self).__module__ != __name__  # a subclass may check otherwise
             or no_kernel(input) is not None
             or (self.training and self.dropout)
             or self.only_ours()
@@ -378,8 +379,15 @@ class _Fused(_DropIn, nn.RNNBase):
         tensors = (*weights, input, h, c)
         if not ops.eager(tensors):
             return None
-        dim = input.dim() + (not input.is_floating_point())  # integers lack the last one
-        if dim not in (2, 3) or not input.numel():
+        one_hot = not input.is_floating_point()
+        dim = input.dim() + one_hot
+        if (
+            dim not in (2, 3)
+            or not input.numel()
+            or not (one_hot or input.size(-1) == self.input_size)
+            or (h is not None and h.dim() != dim)
+            or (c is not None and c.dim() != dim)
+        ):
             return None
         x: Any = input
         if dim == 2:
@@ -390,7 +398,9 @@ class _Fused(_DropIn, nn.RNNBase):
         save = graph and not self.recompute
         try:
             y, hn, cn = ops.run_plain(x, h, c, weights, self._stack(), graph, save)
-        except RuntimeError:
+        except RuntimeError as error:
+            if "fusedrnn: " not in str(error):
+                raise  # not the op's: a hook's on saved tensors, say
             return None
         if dim == 2:
             y, hn = y.squeeze(1), hn.squeeze(1)

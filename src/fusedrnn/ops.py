@@ -156,8 +156,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 # Autograd is registered by hand and not with torch.library.register_autograd: that flattens
 # lists of tensors through pytrees, which cost 170 us a training step, more than a small layer runs.
-# A node takes the call's tensors one by one and its constants as one tuple; `Call` puts the op's
-# argument list together from both.
+# A node takes tensors one by one and a call's constants as one tuple; `Call` puts the op's argument
+# list together from both.
 
 
 OTHERS = 7  # tensors between cx and the weights, which have no gradient
@@ -198,7 +198,8 @@ def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
 
 class _Forward(torch.autograd.Function):
     # Each tensor that a node takes or puts out costs a microsecond: `others` come as one tuple, and
-    # of a call that is not the dispatcher's (`keys` is None) only what has a gradient goes out.
+    # y, hn and cn are all that goes out where neither the dispatcher (`keys`) nor all_states asks
+    # for more.
     @staticmethod
     def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
         x, hx, cx, *weights = of_graph
