@@ -34,7 +34,10 @@ RUNTIME = "tests/emulator/simt.cpp"
 REPLAY = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu")
 OP = (
     "tests/emulator/op.cpp",
-    *(f"csrc/torch/{name}.cpp" for name in ("call", "cuda", "cuda_call", "switches")),
+    *(
+        f"csrc/torch/{name}.cpp"
+        for name in ("call", "cuda", "cuda_call", "kept_memory", "switches")
+    ),
 )
 
 # Frames larger than a page are probed, so that none skips the guard below its stack.
