@@ -244,7 +244,7 @@ def _plain_gradients(
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip(call.differentiable(), needs, strict=True)
         ]
-        tensors = (*leaves[:3], *call.tensors[3 : 3 + OTHERS], *leaves[3:])
+        tensors = (*leaves[:3], *call.others(), *leaves[3:])
         outputs = reference.forward(*Call(tensors, call.constants).arguments())
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     found = iter(
