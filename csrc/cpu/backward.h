@@ -5,6 +5,7 @@
 // the gates, which every one's part of the product with W_hh reads, and meet between the two; what
 // comes out is for their own units. It writes the gradients of all pre-activations, from which the
 // weight gradients are one product later, and the gradient of the layer's input, chunk by chunk.
+// Steps go through the columns of W_hh up and down in turns, as in forward.
 #pragma once
 #include "cpu/layer_norm.h"
 
@@ -102,27 +103,36 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
   // This member's units as the cells see them, as outputs, and as the layer's inputs.
   const Columns units = share<X>(H, me.index, me.count), outputs = share<X>(P, me.index, me.count),
                 inputs = share<X>(input.width, me.index, me.count);
-  // `columns` of the product of M rows of gates with a matrix of N, packed run by run, or as it is.
+  // `columns` of the product of M rows of gates with a matrix of N, packed run by run, or as it is;
+  // some at a time, from the last to the first where `falling`.
   auto multiply_runs = [&](const auto& runs, int64_t M, const X* gates, const X* packed,
                            int64_t panels, const void* weights, int64_t N, Columns columns, C* to,
-                           int64_t ld, const C* onto) {
-    for (const Run& run : runs.run) {
-      const int64_t depth = run.count * H;
-      if constexpr (kPlanes<X> == 1) {
-        if (!a.packed) {
-          multiply_unpacked(M, depth, N, reinterpret_cast<const E*>(of_slot(gates, run.slot)),
-                            buf.ld_gates * kDepth<X>,
-                            static_cast<const S*>(weights) + run.gate * H * N, columns, to, ld,
-                            Addend<C>{onto, ld});
+                           int64_t ld, const C* onto, bool falling) {
+    if constexpr (kPlanes<X> == 1) {
+      if (!a.packed) {
+        for (const Run& run : runs.run) {
+          multiply_unpacked(
+              M, run.count * H, N, reinterpret_cast<const E*>(of_slot(gates, run.slot)),
+              buf.ld_gates * kDepth<X>, static_cast<const S*>(weights) + run.gate * H * N, columns,
+              to, ld, Addend<C>{onto, ld});
           onto = to;
-          continue;
         }
+        return;
       }
-      gemm(M, columns.end - columns.begin, depth, of_slot(gates, run.slot), buf.ld_gates,
-           packed + panels + columns.begin * operands<X>(depth), to + columns.begin, ld,
-           {onto ? onto + columns.begin : nullptr, ld});
-      panels += Panels<X>::size(depth, N);
-      onto = to;
+    }
+    constexpr int64_t kAtOnce = kTiled<X> ? 4 * Panels<X>::kColumns : Panels<X>::kColumns;
+    const int64_t blocks = (columns.end - columns.begin + kAtOnce - 1) / kAtOnce;
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t n = columns.begin + (falling ? blocks - 1 - i : i) * kAtOnce;
+      const X* of_run = packed + panels;
+      const C* add = onto;
+      for (const Run& run : runs.run) {
+        const int64_t depth = run.count * H;
+        gemm(M, min(kAtOnce, columns.end - n), depth, of_slot(gates, run.slot), buf.ld_gates,
+             of_run + n * operands<X>(depth), to + n, ld, {add ? add + n : nullptr, ld});
+        of_run += Panels<X>::size(depth, N);
+        add = to;
+      }
     }
   };
   const S* out = layer == p.num_layers - 1 ? static_cast<const S*>(a.y) : kept_outputs<S>(a, layer);
@@ -236,14 +246,15 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
         me.meet();
         multiply_runs(Cell::h_runs(), n, gates, packed, at.w_hh, weights.w_hh, P, outputs,
                       a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
-                      adds_direct && !a.h_mask ? buf.dh : nullptr);
+                      adds_direct && !a.h_mask ? buf.dh : nullptr, i % 2);
         for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
         gates += n * buf.ld_gates;
       }
 
       if (a.grad_in)
         multiply_runs(Cell::x_runs(), (gates - buf.gates) / buf.ld_gates, buf.gates, packed,
-                      at.w_ih, weights.w_ih, input.width, inputs, buf.input, buf.ld_input, nullptr);
+                      at.w_ih, weights.w_ih, input.width, inputs, buf.input, buf.ld_input, nullptr,
+                      false);
       me.meet();  // the next chunk's gates take the place of these
       if (!a.grad_in) continue;
       C* from = buf.input;

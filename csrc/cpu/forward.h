@@ -7,7 +7,9 @@
 // a member's own. Per layer and direction,
 // time goes in chunks: the input products of a chunk's tokens are one matrix product. Then each
 // step goes through the groups of units: h W_hh^T is added to a group's gates and its cells are
-// computed while they are in the first cache.
+// computed while they are in the first cache. Every second step goes from the last group to the
+// first: of weights that are more than the second cache holds, it finds there what the step before
+// it read last.
 #pragma once
 #include "cpu/layer_norm.h"
 
@@ -185,7 +187,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
           }
         }
         if (!p.indexed(layer))
-          G::each(H, me, [&](int64_t block, int64_t blocks) {
+          G::each(H, me, false, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
                  panels + at.w_ih + block * Cell::kGates * G::kWidth * operands<X>(input.width),
@@ -223,7 +225,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
           Meanwhile meanwhile{};
           if constexpr (!kIsNormed<Cell>)
             if (cells_wait) meanwhile = {cells.meanwhile, &cells};
-          G::each(H, me, [&](int64_t block, int64_t blocks) {
+          G::each(H, me, i % 2, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
             gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,

@@ -41,17 +41,16 @@ struct Groups {
   static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) {
     return blocks(H) * Cell::kSlots * kWidth;
   }
-  // f(first block, number of blocks) for every group, or for those of one member of a team
+  // f(first block, number of blocks) for every group, or for those of one member of a team; from
+  // the last to the first where `falling`
   template <class F>
-  static FUSEDRNN_INLINE void each(int64_t H, const Member& me, F f) {
+  static FUSEDRNN_INLINE void each(int64_t H, const Member& me, bool falling, F f) {
     const int64_t groups = (blocks(H) + kBlocks - 1) / kBlocks;
-    const int64_t end = min(blocks(H), groups * (me.index + 1) / me.count * kBlocks);
-    for (int64_t b = groups * me.index / me.count * kBlocks; b < end; b += kBlocks)
-      f(b, min(kBlocks, end - b));
-  }
-  template <class F>
-  static FUSEDRNN_INLINE void each(int64_t H, F f) {
-    each(H, Member{}, f);
+    const int64_t begin = groups * me.index / me.count, end = groups * (me.index + 1) / me.count;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = (falling ? begin + end - 1 - i : i) * kBlocks;
+      f(b, min(kBlocks, blocks(H) - b));
+    }
   }
 };
 
@@ -97,7 +96,7 @@ void pack_groups(X* dst, const S* w, int64_t H, int64_t K, R runs, int first_slo
                  int64_t parts) {
   using G = Groups<Cell, X>;
   int64_t group = 0;
-  G::each(H, [&](int64_t block, int64_t blocks) {
+  G::each(H, Member{}, false, [&](int64_t block, int64_t blocks) {
     if (group++ % parts != part) return;
     pack_vectors(
         dst + block * Cell::kGates * G::kWidth * operands<X>(K), w, K, K, blocks * Cell::kGates,

@@ -22,7 +22,7 @@ struct CpuPlan {
 // weights that a step reads are more than the second cache holds: then each reads a part of them.
 inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, int64_t batch,
                         int64_t tokens, int64_t threads, bool all, bool may_team) {
-  const int64_t most_rows = p.dtype == DType::kBFloat16 ? 64 : 32;
+  constexpr int64_t kManyRows = 64;            // that a task takes; in general half as many
   constexpr int64_t kWorkOfThread = 1 << 20;   // multiply-adds that take longer than to wake one
   constexpr int64_t kWorkOfGate = 8;           // its activation, counted the same way
   constexpr int64_t kWorkOfMeeting = 1 << 12;  // once a step, for each thread that comes
@@ -36,12 +36,17 @@ inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, 
         p.num_directions * p.gate_rows() * (p.product_input(layer) + p.out_size() + kWorkOfGate);
   if (!all) threads = std::min(threads, std::max<int64_t>(1, tokens * per_token / kWorkOfThread));
   if (batch == 0) return {threads, 1, 0, 1};
+  // Many rows share what a step reads of large weights, where the gradients of their gates, which a
+  // step of backward reads too, leave room for that.
+  const int64_t weights = p.gate_rows() * p.out_size() * costs.weight_bytes;
+  const bool room = !backward || kManyRows * p.gate_rows() * costs.weight_bytes <= kSecondCache / 2;
+  const bool many = p.dtype == DType::kBFloat16 || (weights > kSecondCache && room);
+  const int64_t most_rows = many ? kManyRows : kManyRows / 2;
   int64_t members = 1;
   if (may_team && !p.proj_size && !p.layer_norm) {
     const int64_t step = p.gate_rows() * p.hidden_size;
     auto worth = [&](int64_t n) { return all || n * n * kWorkOfMeeting <= step; };
     while ((members + 1) * batch <= threads && worth(members + 1)) members++;
-    const int64_t weights = step * costs.weight_bytes;
     if (members == 1 && weights > kSecondCache && divide(batch, threads) <= few_rows)
       members = threads / std::max({int64_t(1), threads * kSecondCache / 2 / weights,
                                     divide(batch, most_rows)});  // no more tasks than teams
