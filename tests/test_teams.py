@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
 from emulator import ROOT, setup_script
+from test_numbers import compare
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
@@ -110,3 +111,21 @@ def test_rows_together_because_of_large_weights(cell, hidden, dtype):
     x = pack_padded_sequence(torch.randn(6, 6, 20).to(dtype), lengths, enforce_sorted=False)
     states = random_state(fused, 6)
     assert_same_bits(list(with_threads((1, 2, 3, 4), lambda: run(fused, x, states))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 4), (2, 2)])
+def test_few_tokens(cell, dtype, steps, batch):
+    """Calls in a row go up and down through weights as they lie, and threads divide them."""
+    plain, fused = make_pair(cell, 200, 290, num_layers=3, bidirectional=True, dtype=dtype)
+    x, states = torch.randn(steps, batch, 200).to(dtype), random_state(fused, batch)
+    compare(plain, fused, x, states)
+    lengths, hx = torch.arange(batch) % (steps + 1), states if fused.mode == "LSTM" else states[0]
+
+    def calls():
+        with torch.no_grad():
+            short = fused(x, hx, lengths=lengths)[0]
+        return run(fused, x, states) | {"with lengths": short}
+
+    assert_same_bits(list(with_threads((1, 1, 1, 2, 2, 3, 5), calls)))

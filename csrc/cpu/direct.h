@@ -83,12 +83,55 @@ FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
   }
 }
 
-// A share of the blocks of units, for all rows.
+// f(first unit, units) for the vectors of units that are a part's share, from the last to the first
+// where `falling`.
+template <class C, class F>
+FUSEDRNN_INLINE void each_vector_of(int64_t H, int64_t part, int64_t parts, bool falling, F f) {
+  constexpr int w = Lanes<C>::kWidth;
+  const int64_t all = (H + w - 1) / w, begin = all * part / parts, end = all * (part + 1) / parts;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t j = (falling ? begin + end - 1 - i : i) * w;
+    f(j, min(w, H - j));
+  }
+}
+
+// The products of W_hh with h_prev, of units from j on: out[gate][row].
+template <class Cell, class S, class C>
+FUSEDRNN_INLINE void direct_recurrent(const Forward& a, const DirectStep& step, int64_t j,
+                                      int64_t n, int64_t first, int64_t count,
+                                      Vec<C> (&out)[Cell::kGates][kDirectRows]) {
+  const int64_t H = a.problem.hidden_size;
+  const Weights& weights = a.weights[step.layer * a.problem.num_directions + step.dir];
+  for (int k = 0; k < Cell::kGates; k++)
+    dot_rows<C>(out[k],
+                static_cast<const S*>(weights.w_hh) +
+                    (gate_of(Cell::h_runs(), Cell::kSlots - Cell::kGates + k) * H + j) * H,
+                n, static_cast<const C*>(step.h_prev) + first * H, H, count);
+}
+
+// These of a share of the units and all rows, to `step.by_h`.
+template <class Cell, class S>
+void direct_recurrent(const Forward& a, const DirectStep& step, int64_t part, int64_t parts) {
+  using C = Compute<S>;
+  constexpr int w = Lanes<C>::kWidth;
+  C* const to = static_cast<C*>(step.by_h);
+  each_vector_of<C>(a.problem.hidden_size, part, parts, step.falling, [&](int64_t j, int64_t n) {
+    for (int64_t first = 0; first < step.rows; first += kDirectRows) {
+      const int64_t count = min(kDirectRows, step.rows - first);
+      Vec<C> by_h[Cell::kGates][kDirectRows];
+      direct_recurrent<Cell, S, C>(a, step, j, n, first, count, by_h);
+      for (int k = 0; k < Cell::kGates; k++)
+        for (int64_t i = 0; i < count; i++)
+          store(to + ((j / w * Cell::kGates + k) * a.seq.batch + first + i) * w, by_h[k][i]);
+    }
+  });
+}
+
+// A step of a share of the units, for all rows.
 template <class Cell, class S>
 void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t parts,
                  void* scratch) {
   using C = Compute<S>;
-  using G = Groups<Cell, C>;
   constexpr int w = Lanes<C>::kWidth, kFirst = Cell::kSlots - Cell::kGates;
   const Problem& p = a.problem;
   const int64_t H = p.hidden_size, D = p.num_directions, layer = step.layer, dir = step.dir;
@@ -101,31 +144,28 @@ void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t
   const KeptCells<C> cells(a, layer, dir);
   const Weights& weights = a.weights[state];
   const auto *w_ih = static_cast<const S*>(weights.w_ih),
-             *w_hh = static_cast<const S*>(weights.w_hh),
              *b_ih = static_cast<const S*>(weights.b_ih),
              *b_hh = static_cast<const S*>(weights.b_hh);
   C* const x = static_cast<C*>(scratch);
+  const C* const done = static_cast<const C*>(step.by_h);
 
   for (int64_t r = 0; r < step.rows; r++) input.read(x + r * K, K, step.t, a.seq.order[r]);
-  const int64_t end = min(H, G::blocks(H) * (part + 1) / parts * w);
-  for (int64_t j = G::blocks(H) * part / parts * w; j < end; j += w) {
-    const int64_t n = min(w, H - j);
+  each_vector_of<C>(H, part, parts, step.falling, [&](int64_t j, int64_t n) {
     for (int64_t first = 0; first < step.rows; first += kDirectRows) {
       const int64_t count = min(kDirectRows, step.rows - first);
       const C* before = static_cast<const C*>(step.h_prev) + first * H;
       Vec<C> by_x[Cell::kGates][kDirectRows], by_h[Cell::kGates][kDirectRows];
-      for (int k = 0; k < Cell::kGates; k++) {
-        const int64_t in = gate_of(Cell::x_runs(), k) * H + j;
-        const int64_t back = gate_of(Cell::h_runs(), kFirst + k) * H + j;
-        dot_rows<C>(by_x[k], w_ih + in * K, n, x + first * K, K, count);
-        dot_rows<C>(by_h[k], w_hh + back * H, n, before, H, count);
-      }
+      for (int k = 0; k < Cell::kGates; k++)
+        dot_rows<C>(by_x[k], w_ih + (gate_of(Cell::x_runs(), k) * H + j) * K, n, x + first * K, K,
+                    count);
+      if (!done) direct_recurrent<Cell, S, C>(a, step, j, n, first, count, by_h);
       for (int64_t i = 0; i < count; i++) {
         const int64_t r = first + i, token = a.seq.token(step.t, a.seq.order[r]);
         Vec<C> s[Cell::kSlots] = {};
         for (int k = 0; k < Cell::kGates; k++) {
           s[k] += by_x[k][i];
-          s[kFirst + k] += by_h[k][i];
+          s[kFirst + k] +=
+              done ? load(done + ((j / w * Cell::kGates + k) * a.seq.batch + r) * w) : by_h[k][i];
           if (b_ih) s[k] += load(b_ih + gate_of(Cell::x_runs(), k) * H + j, n);
           if (b_hh) s[kFirst + k] += load(b_hh + gate_of(Cell::h_runs(), kFirst + k) * H + j, n);
         }
@@ -142,7 +182,7 @@ void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t
           store(saved + (token * Cell::kSaved + k) * H + j, s[k], n);
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -104,8 +104,14 @@ void backward_of(const Backward& a, const Rows& rows, Member& me) {
   with_both(a.problem,
             [&](auto cell, auto s) { backward_rows<decltype(cell), decltype(s)>(a, rows, me); });
 }
-int64_t direct_scratch_of(const Problem& p, int64_t rows) {
-  return rows * max(p.input_size, p.num_directions * p.out_size()) * compute_bytes(p.dtype);
+RowsScratch direct_scratch_of(const Problem& p, int64_t rows) {
+  return with_dtype(p.dtype, [&](auto s) {
+    using C = Compute<decltype(s)>;
+    Scratch common{}, own{};
+    common.take<C>(rows * traits(p.cell).gates * Panels<C>::padded(p.hidden_size));
+    own.take<C>(rows * max(p.input_size, p.num_directions * p.out_size()));
+    return RowsScratch{common.used, own.used};
+  });
 }
 void direct_begin_of(const Forward& a, const DirectStep& step) {
   with_dtype(a.problem.dtype, [&](auto s) {
@@ -113,6 +119,11 @@ void direct_begin_of(const Forward& a, const DirectStep& step) {
     using C = Compute<S>;
     read_states<S>(a, step.layer, step.dir, 0, a.seq.batch, static_cast<C*>(step.h_prev),
                    a.problem.hidden_size, static_cast<C*>(step.c));
+  });
+}
+void direct_recurrent_of(const Forward& a, const DirectStep& step, int64_t part, int64_t parts) {
+  with_plain(a.problem, [&](auto cell, auto s) {
+    direct_recurrent<decltype(cell), decltype(s)>(a, step, part, parts);
   });
 }
 void direct_step_of(const Forward& a, const DirectStep& step, int64_t part, int64_t parts,
@@ -160,6 +171,7 @@ const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
     backward_of,
     direct_scratch_of,
     direct_begin_of,
+    direct_recurrent_of,
     direct_step_of,
     direct_end_of,
     weight_tasks_of,

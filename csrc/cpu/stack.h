@@ -109,7 +109,9 @@ struct Backward : Common {
 // Sequence::order.
 struct DirectStep {
   int64_t layer, dir, t, rows;
+  bool falling;          // units go from the last to the first
   void *h_prev, *h, *c;  // compute type [batch, hidden], rows in that order too
+  void* by_h;  // the products of W_hh, where direct_recurrent makes them; null: the step does
 };
 
 // Rows that a task takes through all steps: places in Sequence::order. A team of more than one
@@ -139,9 +141,11 @@ struct Kernels {
   RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
   void (*forward)(const Forward&, const Rows&, Member&);
   void (*backward)(const Backward&, const Rows&, Member&);
-  int64_t (*direct_scratch)(const Problem&, int64_t rows);  // bytes
+  // For each state DirectStep::by_h, and each part's own.
+  RowsScratch (*direct_scratch)(const Problem&, int64_t rows);
   // Of all rows: h_prev and c from the call's initial states, and to its final ones.
   void (*direct_begin)(const Forward&, const DirectStep&);
+  void (*direct_recurrent)(const Forward&, const DirectStep&, int64_t part, int64_t parts);
   void (*direct_step)(const Forward&, const DirectStep&, int64_t part, int64_t parts,
                       void* scratch);
   void (*direct_end)(const Forward&, const DirectStep&);

@@ -8,6 +8,8 @@
 
 namespace fusedrnn {
 
+constexpr int64_t kSecondCache = 2 << 20;  // bytes, of one core
+
 struct CpuPlan {
   int64_t threads;        // that the call uses
   int64_t rows_per_task;  // rows of the batch that a thread takes through all layers and steps
@@ -26,7 +28,6 @@ inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, 
   constexpr int64_t kWorkOfThread = 1 << 20;   // multiply-adds that take longer than to wake one
   constexpr int64_t kWorkOfGate = 8;           // its activation, counted the same way
   constexpr int64_t kWorkOfMeeting = 1 << 12;  // once a step, for each thread that comes
-  constexpr int64_t kSecondCache = 2 << 20;    // bytes
   // In backward members have more to tell each other, the gradients of all gates.
   const int64_t few_rows = backward ? 15 : 16;
   auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -68,6 +69,18 @@ inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
   const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size);
   const int64_t parts = p.gate_rows() * depth * bytes(p.dtype) / kBytesOfThread;
   return std::max<int64_t>(1, std::min(parts, threads));
+}
+
+// Whether such a call goes up and down through its weights in turns: they are more than the second
+// cache holds, but not by so much that little of them is found there the next time.
+inline bool plan_turns(const Problem& p, int64_t steps, int64_t threads) {
+  int64_t between = 0;  // elements that are read from one time to the next
+  for (int64_t layer = 0; layer < p.num_layers; layer++) {
+    const int64_t of_layer = p.gate_rows() * (p.layer_input(layer) + p.hidden_size);
+    between = steps == 1 ? between + p.num_directions * of_layer : std::max(between, of_layer);
+  }
+  between = between * bytes(p.dtype) / threads;
+  return between > kSecondCache && between <= 5 * kSecondCache;
 }
 
 }  // namespace fusedrnn

@@ -1,5 +1,6 @@
 // The ops on CPU tensors: checks, buffers and phases; the work is in csrc/cpu.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
@@ -134,29 +135,67 @@ struct CpuCall : Call {
 
 constexpr int64_t kPackParts = 8;
 
+// Whether a stack's next call begins with its last units: the one before ended there, and left in
+// the second cache what it read last. Only time depends on it.
+std::atomic<bool>& next_falls(const void* weights) {
+  static std::atomic<bool> falls[64];
+  return falls[reinterpret_cast<uintptr_t>(weights) / 64 % 64];
+}
+
 void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int64_t threads) {
   const Problem& p = a.problem;
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
-  const int64_t scratch = (k.direct_scratch(p, B) + 63) / 64 * 64;
-  const ScratchMemory memory(1, 3 * B * row + threads * scratch + 64);
-  char* const states = memory.of();
-  char* const inputs = states + (3 * B * row + 63) / 64 * 64;
-  const int64_t longest = B ? call.length[a.seq.order[0]] : 0;
-  for (int64_t i = 0; i < call.directions(); i++) {
-    DirectStep s{};
+  const int64_t states = call.directions(), longest = B ? call.length[a.seq.order[0]] : 0;
+  const RowsScratch scratch = k.direct_scratch(p, B);
+  const int64_t of_state = (3 * B * row + 63) / 64 * 64 + scratch.common;
+  const ScratchMemory memory(1, states * of_state + threads * scratch.own);
+  char* const inputs = memory.of() + states * of_state;
+  const bool turns = plan_turns(p, longest, threads);
+  bool falling = false;
+  if (turns) {
+    std::atomic<bool>& falls = next_falls(a.weights->w_hh);
+    falling = falls.load(std::memory_order_relaxed);
+    falls.store(falling != longest % 2, std::memory_order_relaxed);
+  }
+
+  // Of a single step all that W_hh is multiplied with is known at its beginning: the products that
+  // need not wait for the layer below go first, or last, where the next call begins.
+  const bool ahead = turns && longest == 1;
+
+  std::vector<DirectStep> all(states);
+  auto at_step = [&](DirectStep& s, int64_t step) {
+    s.t = s.dir == 0 ? step : longest - 1 - step;
+    s.rows = B;
+    while (call.length[a.seq.order[s.rows - 1]] <= s.t) s.rows--;
+    s.falling = turns && falling != step % 2;
+  };
+  for (int64_t i = 0; i < states; i++) {
+    DirectStep& s = all[i];
     s.layer = i / p.num_directions, s.dir = i % p.num_directions;
-    s.h_prev = states, s.h = states + B * row, s.c = states + 2 * B * row;
+    char* const of = memory.of() + i * of_state;
+    s.h_prev = of, s.h = of + B * row, s.c = of + 2 * B * row;
     k.direct_begin(a, s);
+    if (!ahead || i == 0) continue;
+    s.by_h = of + of_state - scratch.common;
+    at_step(s, 0);
+  }
+  for (int64_t i = 0; i < states; i++) {
+    DirectStep& s = all[i];
     for (int64_t step = 0; step < longest; step++) {
-      s.t = s.dir == 0 ? step : longest - 1 - step;
-      s.rows = B;
-      while (call.length[a.seq.order[s.rows - 1]] <= s.t) s.rows--;
+      at_step(s, step);
+      auto share = [&](int64_t part) {
+        const int64_t others = ahead && i == 0 ? states - 1 : 0;
+        for (int64_t j = others; !falling && j > 0; j--)
+          k.direct_recurrent(a, all[j], part, threads);
+        k.direct_step(a, s, part, threads, inputs + part * scratch.own);
+        for (int64_t j = 1; falling && j <= others; j++)
+          k.direct_recurrent(a, all[j], part, threads);
+      };
       if (threads == 1)
-        k.direct_step(a, s, 0, 1, inputs);
+        share(0);
       else
         torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t part = begin; part < end; part++)
-            k.direct_step(a, s, part, threads, inputs + part * scratch);
+          for (int64_t part = begin; part < end; part++) share(part);
         });
       // Rows that rest.
       std::memcpy(static_cast<char*>(s.h) + s.rows * row,
