@@ -176,15 +176,18 @@ ForwardOutputs Call::outputs(Save save) const {
   const Problem& p = problem;
   const int64_t reserve_row = Reserve(p).bytes_per_token();
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
-  Tensor reserve, hs = reserve, cs = reserve;
+  Tensor reserve, hs = reserve, cs = reserve, cn = reserve;
   if (save != Save::kNothing) {
     reserve = make_reserve(like, save == Save::kReserve ? tokens : 0, reserve_row);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
+  if (traits(p.cell).has_cell)
+    cn = empty({directions(), batch, p.hidden_size}, type());
+  else if (save != Save::kNothing)
+    cn = empty({0}, type());
   return {empty(token_sizes(out_width()), type()),
           empty({directions(), batch, p.out_size()}, type()),
-          traits(p.cell).has_cell ? empty({directions(), batch, p.hidden_size}, type())
-                                  : empty({0}, type()),
+          cn,
           reserve,
           hs,
           cs};

@@ -218,7 +218,8 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
   if (call.padded_rows) torch::stable::zero_(y), torch::stable::zero_(hs), torch::stable::zero_(cs);
   call.set_states(a, hs, cs);
-  a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr(), a.cn = cn.mutable_data_ptr();
+  a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr();
+  if (traits(p.cell).has_cell) a.cn = cn.mutable_data_ptr();
   if (a.seq.batch == 0) return {y, hn, cn, reserve, hs, cs};
 
   // A reserve of no bytes (one-layer RNN) still says that outputs need not go elsewhere.

@@ -30,7 +30,7 @@ struct Kept {
   Tensor y, reserve, hs, cs;
 };
 
-using States = std::tuple<Tensor, Tensor, Tensor>;  // y, hn, cn
+using States = std::tuple<Tensor, Tensor, OptionalTensor>;  // y, hn, an LSTM's cn
 using ForwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // these, reserve, hs, cs
 using BackwardOutputs =
@@ -40,7 +40,7 @@ using BackwardOutputs =
 enum class Save {
   kReserve,
   kEmpty,    // a reserve of no rows
-  kNothing,  // reserve, hs and cs are no tensors
+  kNothing,  // reserve, hs and cs are no tensors, nor is cn where there is none
 };
 
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
@@ -65,7 +65,7 @@ inline constexpr const char* kForwardSchema =
     ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* kInferSchema =
     "infer(Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, " FUSEDRNN_STACK
-    ") -> (Tensor, Tensor, Tensor)";
+    ") -> (Tensor, Tensor, Tensor?)";
 inline constexpr const char* kBackwardSchema =
     "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
     "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, " FUSEDRNN_INPUTS
@@ -93,7 +93,7 @@ States infer(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor>
   Inputs in{x, hx, cx, std::move(weights)};
   Config config{std::move(mode), hidden_size, proj_size, num_layers, bias, bidirectional};
   auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
-  return {y, hn, cn};
+  return {y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt};
 }
 
 template <BackwardFunction& implementation>

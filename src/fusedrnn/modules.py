@@ -358,7 +358,7 @@ class _Fused(_DropIn, nn.RNNBase):
         if (
             type(input) is not Tensor
             or type(self).__module__ != __name__  # a subclass may check otherwise
-            or no_kernel(input) is not None
+            or not (input.is_cpu and input.dtype in KERNEL_DTYPES or no_kernel(input) is None)
             or (self.training and self.dropout)
             or self.only_ours()
             or torch._C._is_any_autocast_enabled()
@@ -380,11 +380,12 @@ class _Fused(_DropIn, nn.RNNBase):
         if not ops.eager(tensors):
             return None
         one_hot = not input.is_floating_point()
-        dim = input.dim() + one_hot
+        sizes = input.shape
+        dim = len(sizes) + one_hot
         if (
             dim not in (2, 3)
-            or not input.numel()
-            or not (one_hot or input.size(-1) == self.input_size)
+            or 0 in sizes
+            or not (one_hot or sizes[-1] == self.input_size)
             or (h is not None and h.dim() != dim)
             or (c is not None and c.dim() != dim)
         ):
