@@ -358,7 +358,7 @@ class _Fused(_DropIn, nn.RNNBase):
         if (
             type(input) is not Tensor
             or type(self).__module__ != __name__  # a subclass may check otherwise
-            or not (input.is_cpu and input.dtype in KERNEL_DTYPES or no_kernel(input) is None)
+            or not ((input.is_cpu and input.dtype in KERNEL_DTYPES) or no_kernel(input) is None)
             or (self.training and self.dropout)
             or self.only_ours()
             or torch._C._is_any_autocast_enabled()

@@ -24,8 +24,8 @@ units, P = proj_size or H, L layers:
 
 forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the reserve; then, with
 all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers but the last, and an
-LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest. infer returns y, hn, and
-cn of an LSTM, else None.
+LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest.
+infer returns y, hn, and cn of an LSTM, else None.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are wanted, the
 others come back empty.
 """
