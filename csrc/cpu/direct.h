@@ -43,6 +43,7 @@ __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, c
   Vec<C> all[kRows][width];
   for (int first = 0; first < width; first += kTile) {
     const S* row[kTile];
+#pragma GCC unroll 8
     for (int i = 0; i < kTile; i++) row[i] = w + min(first + i, rows - 1) * K;
     Vec<C> sums[kRows][kTile] = {};
     auto step = [&](int64_t k, auto read) __attribute__((always_inline)) {
@@ -60,9 +61,12 @@ __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, c
     for (; k + width <= K; k += width)
       step(k, [](auto* p) __attribute__((always_inline)) { return load(p); });
     if (k < K) step(k, [&](auto* p) __attribute__((always_inline)) { return load(p, K - k); });
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
       for (int i = 0; i < kTile; i++) all[r][first + i] = sums[r][i];
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; r++) out[r] = sums_of<C>(all[r]);
 }
 
