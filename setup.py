@@ -217,7 +217,7 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
         linker = f"{compiler} -forward-unknown-to-host-compiler"
 
     steps = []  # (rule, source, what tells its object from others of that source, flags)
-    # First what takes longest: the rest then fills the gaps.
+    # First what takes longest, so that the rest fills the gaps.
     for isa, isa_flags in ISAS.items():
         steps.append(("cxx", KERNELS, f".{isa}", f"-DFUSEDRNN_ISA={isa} {isa_flags}"))
     # Only csrc/torch may include torch: nothing else is told where it is.
@@ -241,6 +241,7 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     for rule, source, part, step_flags in steps:
         objects.append(str(BUILD / source.with_suffix(f"{part}.o")))
         lines += [f"build {objects[-1]}: {rule} {source}", f"  flags = {step_flags}"]
+    objects = objects[len(ISAS) :] + objects[: len(ISAS)]  # the weakest first, which is all else
     lines += [f"build {BINARY}: link {' '.join(objects)}"]
     lines += [f"  flags = {words('-L', torch / 'lib')} {TORCH_LIBS}", ""]
     return "\n".join(lines)

@@ -224,7 +224,7 @@ def test_kernels_are_compiled_once_for_each_instruction_set_weakest_first(build,
     assert list(flags) == [f"cpu/kernels.{isa}.o" for isa in build.ISAS]
     for isa, line in zip(build.ISAS, flags.values(), strict=True):
         assert f"-DFUSEDRNN_ISA={isa} {build.ISAS[isa]}".strip() == line.strip()
-    assert next(iter(build.ISAS.values())) == ""  # the first runs on every such processor
+    assert "-m" not in next(iter(build.ISAS.values()))  # the first runs on every such processor
     linked = re.search(r"^build build/ninja/_C\S+: link (.*)$", text, re.M)[1].split()
     assert linked[-len(flags) :] == [f"build/ninja/csrc/{name}" for name in flags]
     for name in ("torch/module.o", "plan/planner.o", "cpu/dispatch.o"):

@@ -4,7 +4,9 @@
 // Rows of the weights are read as they lie. The gates of a block of units, one vector of each, are
 // dot products of as many rows at once as a vector has lanes; then the block's cells are computed.
 // Blocks of a step share nothing that is written, so threads may divide them. For what a plain
-// layer has: no projection, no regularisers, no resets.
+// layer has: no projection, no regularisers, no resets. Where weights come from beyond the second
+// cache steps go through the units up and down in turns; of a single step the recurrent products
+// may be made apart.
 #pragma once
 #include "cpu/forward.h"
 

@@ -111,7 +111,9 @@ struct DirectStep {
   int64_t layer, dir, t, rows;
   bool falling;          // units go from the last to the first
   void *h_prev, *h, *c;  // compute type [batch, hidden], rows in that order too
-  void* by_h;  // the products of W_hh, where direct_recurrent makes them; null: the step does
+  // The products of W_hh where direct_recurrent makes them, [vectors of units][gates][batch] whole
+  // vectors; null: the step does.
+  void* by_h;
 };
 
 // Rows that a task takes through all steps: places in Sequence::order. A team of more than one

@@ -135,8 +135,8 @@ struct CpuCall : Call {
 
 constexpr int64_t kPackParts = 8;
 
-// Whether a stack's next call begins with its last units: the one before ended there, and left in
-// the second cache what it read last. Only time depends on it.
+// Whether a stack's next call goes from the last units to the first, for the one before went the
+// other way and left in the second cache what it read last. Only time depends on it.
 std::atomic<bool>& next_falls(const void* weights) {
   static std::atomic<bool> falls[64];
   return falls[reinterpret_cast<uintptr_t>(weights) / 64 % 64];
@@ -158,8 +158,8 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
     falls.store(falling != longest % 2, std::memory_order_relaxed);
   }
 
-  // Of a single step all that W_hh is multiplied with is known at its beginning: the products that
-  // need not wait for the layer below go first, or last, where the next call begins.
+  // Of a single step all that W_hh is multiplied with is known at its beginning: these products go
+  // before the first layer's step, or right behind it where units fall, where they find more.
   const bool ahead = turns && longest == 1;
 
   std::vector<DirectStep> all(states);
