@@ -36,8 +36,8 @@ MIN_NVCC = (12, 4)  # C++20 and sm_90a came with 12.0, but before 12.4 nvcc refu
 ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # 9.0a because 9.0 has no wgmma
 
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
-# In place of -O3: two thirds of the time to compile, for kernels that are as fast. Those of baseline,
-# whose vectors are short, are with -O1 too.
+# In place of -O3: two thirds of the time to compile, for kernels that are as fast. Those of
+# baseline, whose vectors are short, are with -O1 too.
 LESS = "-O2 -fpeel-loops"
 # KERNELS is compiled once with each of these. They are linked in this order, weakest first: of an
 # inline function that several objects carry the linker keeps the first, and it must not be one with
