@@ -27,6 +27,11 @@ struct RunList {
   FUSEDRNN_HD constexpr const Run* begin() const { return run; }
   FUSEDRNN_HD constexpr const Run* end() const { return run + count; }
 };
+FUSEDRNN_HD constexpr int gate_of(const RunList& runs, int slot) {
+  for (const Run& run : runs)
+    if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
+  return -1;
+}
 
 // The constants of a cell, for the same.
 struct CellTraits {

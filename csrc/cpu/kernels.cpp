@@ -77,9 +77,8 @@ PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
                     [&](auto s) { return backward_offsets<Operand<decltype(s)>>(p, layer); });
 }
 void pack_forward_of(const Common& a, int64_t which, void* to, int64_t part, int64_t parts) {
-  with_both(a.problem, [&](auto cell, auto s) {
-    pack_forward<decltype(cell), decltype(s)>(a, which, to, part, parts);
-  });
+  with_dtype(a.problem.dtype,
+             [&](auto s) { pack_forward<decltype(s)>(a, which, to, part, parts); });
 }
 void pack_backward_of(const Backward& a, int64_t which, void* to, int64_t part, int64_t parts) {
   with_dtype(a.problem.dtype,

@@ -32,10 +32,13 @@ constexpr bool kIsNormed<Normed<Cell>> = true;
 // vector for each slot, so that all gates of a block are together when its cells are computed. The
 // recurrent product goes by groups of blocks that fill the registers, each a packed matrix of its
 // own.
+template <class C>
+constexpr int group_blocks(int gates) {
+  return gates == 1 ? Panels<C>::kVectors : 1;
+}
 template <class Cell, class C>
 struct Groups {
-  static constexpr int kWidth = Panels<C>::kWidth;
-  static constexpr int kBlocks = Cell::kGates == 1 ? Panels<C>::kVectors : 1;
+  static constexpr int kWidth = Panels<C>::kWidth, kBlocks = group_blocks<C>(Cell::kGates);
 
   static FUSEDRNN_INLINE int64_t blocks(int64_t H) { return (H + kWidth - 1) / kWidth; }
   static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) {
@@ -90,22 +93,21 @@ FUSEDRNN_INLINE Columns share(int64_t N, int64_t part, int64_t parts) {
   return {start(part), start(part + 1)};
 }
 
-// Packs w [gates * H, K] transposed, group by group, for the kGates slots from `first_slot` on.
-template <class Cell, class X, class S, class R>
-void pack_groups(X* dst, const S* w, int64_t H, int64_t K, R runs, int first_slot, int64_t part,
-                 int64_t parts) {
-  using G = Groups<Cell, X>;
-  int64_t group = 0;
-  G::each(H, Member{}, false, [&](int64_t block, int64_t blocks) {
-    if (group++ % parts != part) return;
+// Packs w [gates * H, K] transposed, group by group, for the slots that `runs` fills.
+template <class X, class S>
+void pack_groups(X* dst, const S* w, int64_t H, int64_t K, const RunList& runs, int gates,
+                 int first_slot, int64_t part, int64_t parts) {
+  constexpr int width = Panels<X>::kWidth;
+  const int64_t all = (H + width - 1) / width, most = group_blocks<X>(gates);
+  for (int64_t block = part * most; block < all; block += parts * most) {
+    const int64_t vectors = min(most, all - block) * gates;
     pack_vectors(
-        dst + block * Cell::kGates * G::kWidth * operands<X>(K), w, K, K, blocks * Cell::kGates,
+        dst + block * gates * width * operands<X>(K), w, K, K, vectors,
         [&](int64_t v) {
-          const int gate = gate_of(runs, first_slot + int(v % Cell::kGates));
-          return gate * H + (block + v / Cell::kGates) * G::kWidth;
+          return gate_of(runs, first_slot + int(v % gates)) * H + (block + v / gates) * width;
         },
-        [&](int64_t v) { return min(G::kWidth, H - (block + v / Cell::kGates) * G::kWidth); });
-  });
+        [&](int64_t v) { return min(width, H - (block + v / gates) * width); });
+  }
 }
 // B[k, n] = w[row0 + k, n]
 template <class X, class S>
@@ -115,35 +117,16 @@ void pack_plain(X* dst, const S* w, int64_t row0, int64_t N, int64_t K, int64_t 
   pack_panels(dst, w + row0 * N, K, N, columns.begin, columns.end);
 }
 
-// Integer input: for each distinct value a row of gates, as its one-hot vector makes them.
-template <class Cell, class S>
-void pack_values(Compute<S>* dst, const OneHot& x, const Weights& w, int64_t H, int64_t width,
-                 int64_t part, int64_t parts) {
-  using C = Compute<S>;
-  using G = Groups<Cell, C>;
-  for (int64_t block = part; block < G::blocks(H); block += parts) {
-    const int64_t unit = block * G::kWidth, n = min(G::kWidth, H - unit);
-    for (int slot = 0; slot < Cell::kSlots; slot++) {
-      const int gate_x = gate_of(Cell::x_runs(), slot), gate_h = gate_of(Cell::h_runs(), slot);
-      auto rows = [&](const void* at, int gate, int64_t row) {
-        return at && gate >= 0 ? static_cast<const S*>(at) + (gate * H + unit) * row : nullptr;
-      };
-      const S *from = rows(w.w_ih, gate_x, width), *b_ih = rows(w.b_ih, gate_x, 1),
-              *b_hh = rows(w.b_hh, gate_h, 1);
-      Vec<C> bias{};
-      if (b_ih && !kIsNormed<Cell>) bias += load(b_ih, n);
-      if (b_hh && !kIsNormed<Cell>) bias += load(b_hh, n);
-      C* to = dst + (block * Cell::kSlots + slot) * G::kWidth;
-      for (int64_t i = 0; i < x.distinct; i++, to += G::gate_columns(H)) {
-        Vec<C> v{};
-        for (int64_t j = 0; from && j < n; j++) v[j] = to_compute(from[j * width + x.value[i]]);
-        store(to, bias + v);
-      }
-    }
-  }
+// f(slot, first unit, units, where in a row of gates) for a share of the vectors of gates.
+template <class C, class F>
+FUSEDRNN_INLINE void each_gate_vector(int64_t H, int slots, int64_t part, int64_t parts, F f) {
+  constexpr int w = Panels<C>::kWidth;
+  for (int64_t unit = part * w; unit < H; unit += parts * w)
+    for (int slot = 0; slot < slots; slot++)
+      f(slot, unit, min(w, H - unit), unit * slots + slot * w);
 }
 
-template <class Cell, class S>
+template <class S>
 void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   using C = Compute<S>;
   using X = Operand<S>;
@@ -151,29 +134,45 @@ void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, in
   const Weights& w = a.weights[which];
   const int64_t layer = which / p.num_directions;
   const PackedOffsets o = forward_offsets<X>(a, layer);
+  const CellRuns runs = cell_runs(p.cell, p.layer_norm);
+  const int gates = traits(p.cell).gates, slots = p.cell_traits().slots;
   C* to = static_cast<C*>(packed);
   X* panels = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
-  if (part == 0 && !kIsNormed<Cell>) {
-    using G = Groups<Cell, C>;
-    for (int64_t j = 0; j < G::gate_columns(H); j++) {
-      const int64_t unit = j / (Cell::kSlots * G::kWidth) * G::kWidth + j % G::kWidth;
-      const int slot = int(j / G::kWidth % Cell::kSlots);
-      auto value = [&](const void* b, int gate) {
-        return b && gate >= 0 && unit < H ? to_compute(static_cast<const S*>(b)[gate * H + unit])
-                                          : C(0);
-      };
-      to[o.bias + j] = value(w.b_ih, gate_of(Cell::x_runs(), slot)) +
-                       value(w.b_hh, gate_of(Cell::h_runs(), slot));
-    }
+  auto bias = [&](int slot, int64_t unit, int64_t n) {
+    Vec<C> sum{};
+    auto add = [&](const void* b, int gate) {
+      if (b && gate >= 0) sum += load(static_cast<const S*>(b) + gate * H + unit, n);
+    };
+    if (p.layer_norm) return sum;  // behind the norm
+    add(w.b_ih, gate_of(runs.x, slot)), add(w.b_hh, gate_of(runs.h, slot));
+    return sum;
+  };
+  if (!p.layer_norm)
+    each_gate_vector<C>(H, slots, part, parts, [&](int slot, int64_t unit, int64_t n, int64_t at) {
+      store(to + o.bias + at, bias(slot, unit, n));
+    });
+  if (p.indexed(layer)) {
+    // For each distinct value a row of gates, as its one-hot vector makes them.
+    const OneHot& x = a.one_hot;
+    const int64_t row = Panels<C>::padded(H) * slots;
+    each_gate_vector<C>(H, slots, part, parts, [&](int slot, int64_t unit, int64_t n, int64_t at) {
+      const int gate = gate_of(runs.x, slot);
+      const S* const from = static_cast<const S*>(w.w_ih) + (gate * H + unit) * p.input_size;
+      const Vec<C> b = bias(slot, unit, n);
+      for (int64_t i = 0; i < x.distinct; i++) {
+        Vec<C> v{};
+        for (int64_t j = 0; gate >= 0 && j < n; j++)
+          v[j] = to_compute(from[j * p.input_size + x.value[i]]);
+        store(to + o.w_ih + i * row + at, b + v);
+      }
+    });
+  } else {
+    pack_groups(panels + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer), runs.x,
+                gates, 0, part, parts);
   }
-  if (p.indexed(layer))
-    pack_values<Cell, S>(to + o.w_ih, a.one_hot, w, H, p.input_size, part, parts);
-  else
-    pack_groups<Cell>(panels + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer),
-                      Cell::x_runs(), 0, part, parts);
-  pack_groups<Cell>(panels + o.w_hh, static_cast<const S*>(w.w_hh), H, P, Cell::h_runs(),
-                    Cell::kSlots - Cell::kGates, part, parts);
+  pack_groups(panels + o.w_hh, static_cast<const S*>(w.w_hh), H, P, runs.h, gates, slots - gates,
+              part, parts);
   if (p.proj_size && part == parts - 1)
     pack_vectors(
         panels + o.w_hr, static_cast<const S*>(w.w_hr), H, H,
@@ -229,9 +228,10 @@ struct LayerInput {
   FUSEDRNN_INLINE const S* at(int64_t t, int64_t b) const {
     return offset ? base + offset[t] + b * row : base + seq.token(t, b) * row;
   }
-  // A row as operands, with planes that are `plane` apart.
+  // A row as operands, with planes that are `plane` apart. A function of its own, for the sake of
+  // building time.
   template <class X>
-  FUSEDRNN_INLINE void read(X* to, int64_t plane, int64_t t, int64_t b) const {
+  __attribute__((noinline)) void read(X* to, int64_t plane, int64_t t, int64_t b) const {
     const S* const from = at(t, b);
     if (!mask) return to_operands(to, plane, from, width);
     const uint8_t* const m = mask + seq.token(t, b) * width;

@@ -309,9 +309,10 @@ FUSEDRNN_INLINE Vec<Pair> broadcast<Pair>(Pair x) {
   return bit_cast<uint32_t>(x) + Vec<Pair>{};
 }
 
-// Rows of n values, converted; the compute type's own rows are copied.
+// Rows of n values, converted; the compute type's own rows are copied. A function of its own, for
+// the sake of building time.
 template <class To, class From>
-FUSEDRNN_INLINE void convert_row(To* to, const From* from, int64_t n) {
+__attribute__((noinline)) void convert_row(To* to, const From* from, int64_t n) {
   constexpr int w = Lanes<Compute<From>>::kWidth;
   int64_t j = 0;
   for (; j + w <= n; j += w) store(to + j, load(from + j));

@@ -27,7 +27,7 @@ struct Segments {
     };
     reach(runs.x), reach(runs.h);
     for (int slot = 0; slot < slots; slot++) {
-      const int x = gate_at(runs.x, slot), h = gate_at(runs.h, slot);
+      const int x = gate_of(runs.x, slot), h = gate_of(runs.h, slot);
       Segment& last = segment[count ? count - 1 : 0];
       auto follows = [&](int gate, int first) {
         return gate == (first < 0 ? -1 : first + last.count);
@@ -37,13 +37,6 @@ struct Segments {
       else
         segment[count++] = {slot, 1, x, h};
     }
-  }
-
- private:
-  static constexpr int gate_at(const RunList& list, int slot) {
-    for (const Run& run : list)
-      if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
-    return -1;
   }
 };
 
