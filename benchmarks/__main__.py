@@ -93,6 +93,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="numbers of CPU threads, such as 1,2 (default: torch's choice)",
     )
+    add(
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="beside other processes that keep N of the CPUs busy (default: none)",
+    )
     add("--device", metavar="NAME", help="such as cuda:0 (default: a GPU if there is one)")
     add(
         "--seconds",
@@ -134,6 +141,8 @@ def command_of(options: argparse.Namespace) -> str:
     for name in ("cell", "mode", "dtype", "part", "sweep", "threads"):
         if value := getattr(options, name):
             words += [f"--{name}", ",".join(map(str, value))]
+    if options.busy:
+        words += ["--busy", str(options.busy)]
     if options.device:
         words += ["--device", options.device]
     if options.seconds:
@@ -161,7 +170,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     parts = options.part or (["cases"] if options.case or options.quick else list(PARTS))
     cases = select(options.case, options.cell or (), device.type, options.quick)
     jobs = [job for job in training.JOBS if not options.cell or job.cell in options.cell]
-    environment = machine.environment(device)  # first, for the load is that of others
+    environment = machine.environment(device, options.busy)  # first: the load is that of others
     report = Report(environment, command_of(options))
     steps = {
         "cases": rows(cases, modes, dtypes, threads, device, budget, chosen),
@@ -180,9 +189,10 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     totals: dict[str, int | None] = dict.fromkeys(PARTS)
     totals["cases"] = len(cases) * len(modes) * len(dtypes) * len(threads)
     totals["training"] = len(jobs) * len(threads)
-    for part in parts:
-        for item in _with_progress(steps[part], part, totals[part], console):
-            found[part].append(item)  # type: ignore[attr-defined]
+    with machine.kept_busy(options.busy):
+        for part in parts:
+            for item in _with_progress(steps[part], part, totals[part], console):
+                found[part].append(item)  # type: ignore[attr-defined]
     return report
 
 

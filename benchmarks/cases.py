@@ -182,12 +182,16 @@ CASES = (
     _text("book-rnn-1027-256", "RNN", 1027, 256),
     *_for_each_cell("flashrnn-{}-768", 768, 768, layers=1, steps=1024, batch=16),
     *_for_each_cell("stack-{}-512x3", 512, 512, layers=3, steps=100, batch=32),
+    Case("stack-gru-512x2", "GRU", 512, 512, layers=2, steps=100, batch=64),
     *_for_each_cell("stack-{}-1024x4", 1024, 1024, layers=4, steps=100, batch=64),
     *_for_each_cell("tagger-{}-256", 128, 256, layers=1, steps=40, batch=32, bidirectional=True),
     # Recordings of 0.5 to 2 seconds at 100 frames a second.
     *_for_each_cell("speech-{}-256", 64, 256, layers=1, steps=200, batch=32, shortest=50),
+    *_for_each_cell("streaming-{}-64", 64, 64, layers=1, steps=1, batch=1),
     *_for_each_cell("streaming-{}-256x2", 256, 256, layers=2, steps=1, batch=1),
+    *_for_each_cell("streaming-{}-512x2", 512, 512, layers=2, steps=1, batch=1),
     *_for_each_cell("long-{}-256", 64, 256, layers=1, steps=2000, batch=1),
+    Case("long-lstm-256x2", "LSTM", 256, 256, layers=2, steps=100, batch=1),
 )
 
 # From the smallest to the largest layers and batches: only measured when named.

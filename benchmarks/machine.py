@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,30 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions."""
+@contextlib.contextmanager
+def kept_busy(cpus: int) -> Iterator[list[subprocess.Popen]]:
+    """Other processes compute on the last ``cpus`` of the CPUs meanwhile, one on each.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    there = sorted(os.sched_getaffinity(0))
+    if not 0 <= cpus <= len(there):
+        raise ValueError(f"there are {len(there)} CPUs, of which {cpus} cannot be kept busy")
+    others: list[subprocess.Popen] = []
+    try:
+        for cpu in there[len(there) - cpus :]:
+            others.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            os.sched_setaffinity(others[-1].pid, {cpu})
+        yield others
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def environment(device: torch.device, busy: int = 0) -> dict[str, Any]:
+    """The machine and the versions; ``busy``: of its CPUs, see `kept_busy`."""
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
     return {
@@ -98,6 +122,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
+        "busy": busy,
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "gpu_architecture": f"{properties.major}.{properties.minor}" if properties else None,
         "gpu_processors": properties.multi_processor_count if properties else None,

@@ -77,7 +77,7 @@ def readme_tables(root: Path = ROOT) -> str:
     newest = {
         bool(r.environment["gpu"]): r
         for r in sorted(found, key=lambda r: str(r.environment["date"]))
-        if tables.headlines(_readme_rows(r)) or r.training
+        if not r.environment.get("busy") and (tables.headlines(_readme_rows(r)) or r.training)
     }
     return "\n".join(headline(newest[gpu]) for gpu in sorted(newest))
 

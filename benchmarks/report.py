@@ -14,7 +14,7 @@ from benchmarks.suite import Result, Row
 from benchmarks.sweeps import Point
 from benchmarks.training import Training
 
-SAME = ("cpu", "gpu", "torch", "commit")  # what reports that are put together agree in
+SAME = ("cpu", "gpu", "torch", "commit", "busy")  # what reports that are put together agree in
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,5 @@ def caption(environment: dict[str, Any]) -> str:
     if e["commit"]:
         what += f" at {e['commit']}"
     driver = f"driver {e['gpu_driver']}, cuDNN {e['cudnn']}, " if e.get("gpu_driver") else ""
-    return f"{where}, {driver}{e['isa']} kernels, {e['cpus']} CPUs, {what}, {e['date'][:10]}"
+    busy = f", {e['busy']} of them kept busy by other processes" if e.get("busy") else ""
+    return f"{where}, {driver}{e['isa']} kernels, {e['cpus']} CPUs{busy}, {what}, {e['date'][:10]}"

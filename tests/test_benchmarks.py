@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import sys
 import time
 import types
@@ -133,8 +134,8 @@ def test_what_is_within_the_noise_is_a_tie(ratio, noise, verdict):
 def test_cases_have_names_of_their_own_and_are_selected_by_them():
     assert len({case.name for case in CASES}) == len(CASES)
     assert select() == list(CASES)
-    assert {case.name for case in select(["streaming", "book-gru"], ["GRU"])} == {
-        "streaming-gru-256x2",
+    assert {case.name for case in select(["long", "book-gru"], ["GRU"])} == {
+        "long-gru-256",
         "book-gru-256",
     }
     with pytest.raises(ValueError, match="no case has 'tetris' in its name"):
@@ -481,6 +482,16 @@ def test_saved_bytes_leave_out_what_the_caller_has():
 
     data = SMALL[2].data(torch.float32, CPU)
     assert measure.Unit(Layer(), data, "forward", True).saved_bytes() == 400
+
+
+def test_cpus_are_kept_busy_for_a_while():
+    cpus = os.sched_getaffinity(0)
+    with machine.kept_busy(1) as others:
+        assert [os.sched_getaffinity(other.pid) for other in others] == [{max(cpus)}]
+        assert others[0].poll() is None
+    assert others[0].poll() is not None
+    with pytest.raises(ValueError, match=f"there are {len(cpus)} CPUs"), machine.kept_busy(999):
+        pass
 
 
 def test_rows_are_made_with_their_number_of_threads():

@@ -89,7 +89,7 @@ def test_corpora_have_the_vocabulary_of_their_jobs():
 
 
 def test_quick_run_writes_json_markdown_and_plots(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--case", "streaming"]
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--case", "streaming-lstm-256"]
     command += ["--cell=LSTM", "--threads=1", "--device=cpu", "--seconds=0.01"]
     run = subprocess.run(
         [*command, f"--out={tmp_path / 'new' / 'out'}"],
@@ -103,7 +103,7 @@ def test_quick_run_writes_json_markdown_and_plots(tmp_path):
 
     data = json.loads((tmp_path / "new/out/results.json").read_text())
     assert data["command"] == (
-        "python -m benchmarks --case streaming --cell LSTM --threads 1 --device cpu "
+        "python -m benchmarks --case streaming-lstm-256 --cell LSTM --threads 1 --device cpu "
         "--seconds 0.01 --quick"
     )
     assert data["environment"]["torch"] == torch.__version__
@@ -132,7 +132,7 @@ def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "JOBS", training.JOBS[:1])
     monkeypatch.setattr(sweeps, "CPU_STEPS", 2)
     monkeypatch.setitem(sweeps.CPU_VALUES, "L", (1, 2))
-    arguments = ["--case=streaming", "--cell=RNN", "--dtype=float32", "--mode=inference"]
+    arguments = ["--case=streaming-rnn-256", "--cell=RNN", "--dtype=float32", "--mode=inference"]
     arguments += ["--threads=1", "--device=cpu", "--seconds=0.01", "--sweep=L"]
     arguments += ["--part=cases,sweeps,training", "--peer=cell loop", f"--out={tmp_path}"]
     assert main(arguments) == 0

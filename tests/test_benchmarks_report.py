@@ -202,6 +202,19 @@ def test_docs_are_written_from_a_folder_of_results(tmp_path):
     assert not any(word in readme for word in ("Forward", "bfloat16", "2 threads"))
 
 
+def test_figures_of_a_busy_machine_say_so_and_stay_out_of_the_readme(tmp_path):
+    quiet = report(row("quiet"))
+    busy = dataclasses.replace(
+        report(row("busy")), environment={**ENVIRONMENT, "date": "9999", "busy": 1}
+    )
+    for name, made in (("quiet", quiet), ("busy", busy)):
+        (tmp_path / "benchmarks/results" / name).mkdir(parents=True)
+        made.save(tmp_path / "benchmarks/results" / name / "results.json")
+    assert "quiet" in pages.readme_tables(tmp_path)
+    assert "busy" not in pages.readme_tables(tmp_path)
+    assert "1 of them kept busy by other processes" in pages.results(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "<!-- benchmarks -->", "<!-- /benchmarks --> <!-- benchmarks -->"]
 )
