@@ -19,9 +19,16 @@ MODES = {"rnn": "RNN_TANH", "relu": "RNN_RELU", "gru": "GRU", "lstm": "LSTM", "l
 
 
 def arguments(
-    cell="lstm", kind="padded", bias=True, states=True, mask=False, dtype=torch.float64, grad=False
+    cell="lstm",
+    kind="padded",
+    bias=True,
+    states=True,
+    mask=False,
+    dtype=torch.float64,
+    grad=False,
+    one_step=0,
 ):
-    """The forward op's arguments by name, `save` last."""
+    """The forward op's arguments by name, `save` last; one_step: of so many rows, and resets."""
     _, module = make_pair(
         cell, INPUT, HIDDEN, num_layers=LAYERS, bidirectional=True, bias=bias, dtype=dtype
     )
@@ -48,6 +55,11 @@ def arguments(
         **config._asdict(),
         "save": True,
     }
+    if one_step:
+        hx, cx, *_ = *random_state(module, one_step), None
+        resets = torch.arange(one_step).view(1, -1) % 3 == 1
+        x = torch.randn(1, one_step, INPUT, dtype=dtype)
+        found |= {"x": x, "hx": hx, "cx": cx, "resets": resets}
     if grad:
         for t in (x, hx, cx, *found["weights"]):
             if t is not None:
@@ -201,9 +213,10 @@ def test_backward_passes_opcheck(cell, call):
     )
 
 
+@pytest.mark.parametrize("one_step", [0, 1, 33])
 @pytest.mark.parametrize("cell", CELLS)
-def test_backward_computes_what_is_asked_for(cell):
-    full = backward_arguments(cell=cell)
+def test_backward_computes_what_is_asked_for(cell, one_step):
+    full = backward_arguments(cell=cell, one_step=one_step)
     dx, dhx, dcx, dweights = ops.backward(*full.values())
     complete = [dx, dhx, dcx, *dweights]
     for i, asked in enumerate(full["needs"]):

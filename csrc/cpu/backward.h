@@ -244,9 +244,10 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
             cell_backward_row<Cell, S>(H, units.begin, units.end, row);
         }
         me.meet();
-        multiply_runs(Cell::h_runs(), n, gates, packed, at.w_hh, weights.w_hh, P, outputs,
-                      a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
-                      adds_direct && !a.h_mask ? buf.dh : nullptr, i % 2);
+        if (i > 0 || a.dhx)  // before the first step comes the initial state
+          multiply_runs(Cell::h_runs(), n, gates, packed, at.w_hh, weights.w_hh, P, outputs,
+                        a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
+                        adds_direct && !a.h_mask ? buf.dh : nullptr, i % 2);
         for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
         gates += n * buf.ld_gates;
       }

@@ -112,6 +112,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
+constexpr int64_t kTokensForTiles = 64;  // of fewer float32 is better off without
+
 const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
   const Kernels& chosen = kernels();
   (void)p, (void)batch, (void)tokens;
@@ -120,7 +122,8 @@ const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
     // A float32 is three times the bfloat16 for tiles, and takes making: what is small is better
     // off without. Tests ask for tiles by name, to see them with everything that is packed.
     static const bool named = std::getenv("FUSEDRNN_CPU") && *std::getenv("FUSEDRNN_CPU");
-    const bool pays = named || (batch >= 16 && p.hidden_size >= 64 && p.gate_rows() >= 128);
+    const bool pays = named || (batch >= 16 && tokens > kTokensForTiles && p.hidden_size >= 64 &&
+                                p.gate_rows() >= 128);
     const bool tiles =
         p.dtype == DType::kBFloat16 || (p.dtype == DType::kFloat32 && pays && tokens > kFewTokens);
     if (tiles && may_use_tiles()) return kernels_amx;

@@ -191,7 +191,9 @@ void pack_backward(const Backward& a, int64_t which, void* packed, int64_t part,
   const int64_t H = p.hidden_size, P = p.out_size();
   const CellRuns runs = cell_runs(p.cell, p.layer_norm);
   X* w_hh = to + o.w_hh;
+  const bool goes_on = a.dhx || a.seq.length[a.seq.order[0]] > 1;  // to a step before
   for (const Run& run : runs.h) {
+    if (!goes_on) break;
     pack_plain(w_hh, static_cast<const S*>(w.w_hh), run.gate * H, P, run.count * H, part, parts);
     w_hh += Panels<X>::size(run.count * H, P);
   }
