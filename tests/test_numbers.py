@@ -330,6 +330,23 @@ def test_open_gates(cell, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", CELLS)
+def test_few_rows(cell, dtype):
+    """In forward their W_hh is not packed; the bits are those of any number of threads."""
+    plain, fused = make_pair(cell, 33, 269, num_layers=2, bidirectional=True, dtype=dtype)
+    for T, B in ((12, 1), (9, 2), (10, 3), (32, 1)):
+        x = torch.randn(T, B, 33).to(dtype)
+        compare(plain, fused, x, random_state(plain, B))
+        one, _ = fused(x)
+        torch.set_num_threads(2)
+        assert torch.equal(fused(x)[0], one)
+        torch.set_num_threads(1)
+    x = torch.randn(10, 3, 33).to(dtype)
+    packed = pack_padded_sequence(x, torch.tensor([2, 10, 5]), enforce_sorted=False)
+    compare(plain, fused, packed, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_few_tokens(cell, dtype):
     """Their weights are not packed; the bits are those of any number of threads."""

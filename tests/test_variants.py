@@ -20,6 +20,7 @@ import fusedrnn
 from fusedrnn import _C
 
 VARIANTS = [name for name, supported in _C.cpu_variants() if supported]
+DEEP = [(40, 33, 17, 257), (9, 70, 513, 33), (3, 9, 5, 520), (10, 3, 17, 257)]
 MAX_ULP = 2.0
 WIDTH = 19  # of layers below: no multiple of any vector's lanes
 # T, B, input_size, hidden_size; the last two take weights as they lie
@@ -169,11 +170,14 @@ def ulps():
 
 
 def deep():
-    """Sums long enough to be cut, tokens enough for several blocks, more rows than a task has."""
+    """Sums long enough to be cut, tokens enough for several blocks, more rows than a task has.
+
+    And few rows, of which W_hh is not packed.
+    """
     from test_numbers import compare
 
-    for T, B, width, hidden in [(40, 33, 17, 257), (9, 70, 513, 33), (3, 9, 5, 520)]:
-        for dtype in (torch.float32, torch.bfloat16):
+    for T, B, width, hidden in DEEP:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             plain, fused = make_pair("lstm", width, hidden, dtype=dtype)
             compare(plain, fused, torch.randn(T, B, width).to(dtype), random_state(plain, B))
 

@@ -12,83 +12,6 @@
 
 namespace {
 
-// Vectors hold `w / kPart` sums in parts of that many lanes. Two make one with parts half as long,
-// until lane i of v[0] is the sum of v[i].
-template <int kPart, class C, int... I>
-FUSEDRNN_INLINE void add_lanes(Vec<C>* v, Indices<I...> all) {
-  constexpr int w = sizeof...(I), kHalf = kPart / 2;
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; i++)
-    v[i] = shuffle<(I / kPart * kPart + I % kHalf + (I % kPart < kHalf ? 0 : w))...>(v[i],
-                                                                                     v[i + kHalf]) +
-           shuffle<(I / kPart * kPart + kHalf + I % kHalf + (I % kPart < kHalf ? 0 : w))...>(
-               v[i], v[i + kHalf]);
-  if constexpr (kPart > 2) add_lanes<kHalf, C>(v, all);
-}
-
-// Lane i of the result is the sum of v[i].
-template <class C>
-FUSEDRNN_INLINE Vec<C> sums_of(Vec<C> (&v)[Lanes<C>::kWidth]) {
-  constexpr int w = Lanes<C>::kWidth;
-  add_lanes<w, C>(v, FirstIndices<w>{});
-  return v[0];
-}
-
-// Lane i of out[r]: the product of row i of w, which has `rows` rows, and row r of x; both of K
-// elements. Lanes from `rows` on are anything.
-template <int kRows, class C, class S>
-__attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
-                                        int64_t K) {
-  constexpr int width = Lanes<C>::kWidth;
-  // Rows of w at a time: few, for rows of a power of two lie in the same places of the cache.
-  constexpr int kTile = kRows == 1 ? width < 8 ? width : 8 : width < 4 ? width : 4;
-  Vec<C> all[kRows][width];
-  for (int first = 0; first < width; first += kTile) {
-    const S* row[kTile];
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; i++) row[i] = w + min(first + i, rows - 1) * K;
-    Vec<C> sums[kRows][kTile] = {};
-    auto step = [&](int64_t k, auto read) __attribute__((always_inline)) {
-      Vec<C> part[kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) part[r] = read(x + r * K + k);
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; i++) {
-        const Vec<C> weights = read(row[i] + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; r++) sums[r][i] += weights * part[r];
-      }
-    };
-    int64_t k = 0;
-    for (; k + width <= K; k += width)
-      step(k, [](auto* p) __attribute__((always_inline)) { return load(p); });
-    if (k < K) step(k, [&](auto* p) __attribute__((always_inline)) { return load(p, K - k); });
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; i++) all[r][first + i] = sums[r][i];
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; r++) out[r] = sums_of<C>(all[r]);
-}
-
-constexpr int kDirectRows = 4;  // of the batch, at a time
-
-template <class C, class S>
-FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x, int64_t K,
-                              int64_t count) {
-  switch (count) {
-    case 1:
-      return dot_rows<1>(out, w, rows, x, K);
-    case 2:
-      return dot_rows<2>(out, w, rows, x, K);
-    case 3:
-      return dot_rows<3>(out, w, rows, x, K);
-    default:
-      return dot_rows<kDirectRows>(out, w, rows, x, K);
-  }
-}
-
 // f(first unit, units) for the vectors of units that are a part's share, from the last to the first
 // where `falling`.
 template <class C, class F>
@@ -105,14 +28,14 @@ FUSEDRNN_INLINE void each_vector_of(int64_t H, int64_t part, int64_t parts, bool
 template <class Cell, class S, class C>
 FUSEDRNN_INLINE void direct_recurrent(const Forward& a, const DirectStep& step, int64_t j,
                                       int64_t n, int64_t first, int64_t count,
-                                      Vec<C> (&out)[Cell::kGates][kDirectRows]) {
+                                      Vec<C> (&out)[Cell::kGates][kFewRows]) {
   const int64_t H = a.problem.hidden_size;
   const Weights& weights = a.weights[step.layer * a.problem.num_directions + step.dir];
   for (int k = 0; k < Cell::kGates; k++)
     dot_rows<C>(out[k],
                 static_cast<const S*>(weights.w_hh) +
                     (gate_of(Cell::h_runs(), Cell::kSlots - Cell::kGates + k) * H + j) * H,
-                n, static_cast<const C*>(step.h_prev) + first * H, H, count);
+                n, static_cast<const C*>(step.h_prev) + first * H, H, H, count);
 }
 
 // These of a share of the units and all rows, to `step.by_h`.
@@ -122,9 +45,9 @@ void direct_recurrent(const Forward& a, const DirectStep& step, int64_t part, in
   constexpr int w = Lanes<C>::kWidth;
   C* const to = static_cast<C*>(step.by_h);
   each_vector_of<C>(a.problem.hidden_size, part, parts, step.falling, [&](int64_t j, int64_t n) {
-    for (int64_t first = 0; first < step.rows; first += kDirectRows) {
-      const int64_t count = min(kDirectRows, step.rows - first);
-      Vec<C> by_h[Cell::kGates][kDirectRows];
+    for (int64_t first = 0; first < step.rows; first += kFewRows) {
+      const int64_t count = min(kFewRows, step.rows - first);
+      Vec<C> by_h[Cell::kGates][kFewRows];
       direct_recurrent<Cell, S, C>(a, step, j, n, first, count, by_h);
       for (int k = 0; k < Cell::kGates; k++)
         for (int64_t i = 0; i < count; i++)
@@ -157,13 +80,13 @@ void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t
 
   for (int64_t r = 0; r < step.rows; r++) input.read(x + r * K, K, step.t, a.seq.order[r]);
   each_vector_of<C>(H, part, parts, step.falling, [&](int64_t j, int64_t n) {
-    for (int64_t first = 0; first < step.rows; first += kDirectRows) {
-      const int64_t count = min(kDirectRows, step.rows - first);
+    for (int64_t first = 0; first < step.rows; first += kFewRows) {
+      const int64_t count = min(kFewRows, step.rows - first);
       const C* before = static_cast<const C*>(step.h_prev) + first * H;
-      Vec<C> by_x[Cell::kGates][kDirectRows], by_h[Cell::kGates][kDirectRows];
+      Vec<C> by_x[Cell::kGates][kFewRows], by_h[Cell::kGates][kFewRows];
       for (int k = 0; k < Cell::kGates; k++)
         dot_rows<C>(by_x[k], w_ih + (gate_of(Cell::x_runs(), k) * H + j) * K, n, x + first * K, K,
-                    count);
+                    K, count);
       if (!done) direct_recurrent<Cell, S, C>(a, step, j, n, first, count, by_h);
       for (int64_t i = 0; i < count; i++) {
         const int64_t r = first + i, token = a.seq.token(step.t, a.seq.order[r]);

@@ -11,6 +11,7 @@
 // first: of weights that are more than the second cache holds, it finds there what the step before
 // it read last.
 #pragma once
+#include "cpu/dot.h"
 #include "cpu/layer_norm.h"
 
 namespace {
@@ -98,6 +99,21 @@ struct WaitingCells {
   }
 };
 
+// Adds the products of W_hh, as it lies, with h of n rows to the gates of some blocks of units.
+template <class Cell, class S, class C>
+void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t blocks, int64_t n,
+                  const C* h, int64_t ld_h, C* gates, int64_t ld_gates) {
+  constexpr int w = Lanes<C>::kWidth;
+  for (int64_t unit = block * w; unit < min(H, (block + blocks) * w); unit += w)
+    for (int slot = Cell::kSlots - Cell::kGates; slot < Cell::kSlots; slot++) {
+      Vec<C> sums[kFewRows];
+      dot_rows<C>(sums, w_hh + (gate_of(Cell::h_runs(), slot) * H + unit) * P, min(w, H - unit), h,
+                  ld_h, P, n);
+      C* const to = gates + unit * Cell::kSlots + slot * w;
+      for (int64_t r = 0; r < n; r++) store(to + r * ld_gates, load(to + r * ld_gates) + sums[r]);
+    }
+}
+
 template <class Cell, class S>
 void forward_rows(const Forward& a, const Rows& of, Member& me) {
   using C = Compute<S>;
@@ -132,6 +148,7 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
                     : nullptr;
       const KeptCells<C> cells(a, layer, dir);
       const X* const panels = reinterpret_cast<const X*>(packed);
+      const S* const w_hh = static_cast<const S*>(a.weights[layer * D + dir].w_hh);
       const bool keeps_candidates = a.reserve && Reserve::keeps_candidates(p);
       C* const scales =
           a.reserve
@@ -228,9 +245,16 @@ void forward_rows(const Forward& a, const Rows& of, Member& me) {
           G::each(H, me, i % 2, [&](int64_t block, int64_t blocks) {
             const int64_t column = block * Cell::kSlots * G::kWidth;
             C* to = gates + column + kFirstHSlot * G::kWidth;
-            gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
-                 panels + at.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), to,
-                 buf.ld_gates, {kIsNormed<Cell> ? nullptr : to, buf.ld_gates}, meanwhile);
+            auto multiply = [&] {
+              if constexpr (kDepth<X> == 1 && !kIsNormed<Cell>)
+                if (a.unpacked_hh)
+                  return add_unpacked<Cell>(w_hh, H, P, block, blocks, n, operand, buf.ld_operand,
+                                            gates, buf.ld_gates);
+              gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
+                   panels + at.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), to,
+                   buf.ld_gates, {kIsNormed<Cell> ? nullptr : to, buf.ld_gates}, meanwhile);
+            };
+            multiply();
             if constexpr (!kIsNormed<Cell>) {
               cells.up_to(cells.count);  // what is left of the last group
               cells = {H, step, block, blocks, 0, n};

@@ -76,7 +76,7 @@ PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
                     [&](auto s) { return backward_offsets<Operand<decltype(s)>>(p, layer); });
 }
-void pack_forward_of(const Common& a, int64_t which, void* to, int64_t part, int64_t parts) {
+void pack_forward_of(const Forward& a, int64_t which, void* to, int64_t part, int64_t parts) {
   with_dtype(a.problem.dtype,
              [&](auto s) { pack_forward<decltype(s)>(a, which, to, part, parts); });
 }

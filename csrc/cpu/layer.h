@@ -127,7 +127,7 @@ FUSEDRNN_INLINE void each_gate_vector(int64_t H, int slots, int64_t part, int64_
 }
 
 template <class S>
-void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, int64_t parts) {
+void pack_forward(const Forward& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   using C = Compute<S>;
   using X = Operand<S>;
   const Problem& p = a.problem;
@@ -171,8 +171,9 @@ void pack_forward(const Common& a, int64_t which, void* packed, int64_t part, in
     pack_groups(panels + o.w_ih, static_cast<const S*>(w.w_ih), H, p.layer_input(layer), runs.x,
                 gates, 0, part, parts);
   }
-  pack_groups(panels + o.w_hh, static_cast<const S*>(w.w_hh), H, P, runs.h, gates, slots - gates,
-              part, parts);
+  if (kDepth<X> > 1 || !a.unpacked_hh)
+    pack_groups(panels + o.w_hh, static_cast<const S*>(w.w_hh), H, P, runs.h, gates, slots - gates,
+                part, parts);
   if (p.proj_size && part == parts - 1)
     pack_vectors(
         panels + o.w_hr, static_cast<const S*>(w.w_hr), H, H,

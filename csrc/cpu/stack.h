@@ -84,6 +84,7 @@ struct Common {
 
 struct Forward : Common {
   void *y, *hn, *cn;  // storage type
+  bool unpacked_hh;   // W_hh is read as it lies, by kernels that do not multiply pairs
   void* inner[2];     // storage type [tokens, directions * out], layer outputs when reserve is null
 };
 
@@ -138,7 +139,7 @@ struct Kernels {
   PackedOffsets (*forward_offsets)(const Common&, int64_t layer);
   PackedOffsets (*backward_offsets)(const Problem&, int64_t layer);
   // `which`: of the layers and directions
-  void (*pack_forward)(const Common&, int64_t which, void* packed, int64_t part, int64_t parts);
+  void (*pack_forward)(const Forward&, int64_t which, void* packed, int64_t part, int64_t parts);
   void (*pack_backward)(const Backward&, int64_t which, void* packed, int64_t part, int64_t parts);
   RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
   void (*forward)(const Forward&, const Rows&, Member&);

@@ -71,8 +71,18 @@ inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
   return std::max<int64_t>(1, std::min(parts, threads));
 }
 
-// Whether such a call goes up and down through its weights in turns: they are more than the second
-// cache holds, but not by so much that little of them is found there the next time.
+// Whether other calls read W_hh, and it alone, as it lies: with few rows a step takes about as long
+// as with packed weights, and packing them as long as some steps. Of more than the second cache
+// holds both wait for the same bytes.
+inline bool plan_unpacked(const Problem& p, int64_t batch, int64_t steps) {
+  const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
+  const int64_t most_steps = weights > kSecondCache ? 64 : 32 / std::max<int64_t>(1, batch);
+  return batch <= kFewRows && steps <= most_steps && weights >= kSecondCache / 8 && !p.layer_norm &&
+         p.dtype != DType::kBFloat16;
+}
+
+// Whether a call of few tokens goes up and down through its weights in turns: they are more than
+// the second cache holds, but not by so much that little of them is found there the next time.
 inline bool plan_turns(const Problem& p, int64_t steps, int64_t threads) {
   int64_t between = 0;  // elements that are read from one time to the next
   for (int64_t layer = 0; layer < p.num_layers; layer++) {

@@ -245,7 +245,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   const int64_t size = compute_bytes(p.dtype);
   const ScratchMemory packed(1, at.back() * size);
   char* const to = packed.of();
-  a.packed = to;
+  a.packed = to, a.unpacked_hh = plan_unpacked(p, a.seq.batch, a.seq.steps);
   const CpuPlan plan = call.plan(false);
   RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
   run_phases(plan.threads,
