@@ -20,7 +20,7 @@ import fusedrnn
 from fusedrnn import _C
 
 VARIANTS = [name for name, supported in _C.cpu_variants() if supported]
-DEEP = [(40, 33, 17, 257), (9, 70, 513, 33), (3, 9, 5, 520), (10, 3, 17, 257)]
+DEEP = [(40, 33, 17, 257), (9, 70, 513, 33), (3, 9, 5, 520), (10, 3, 17, 257), (1, 15, 9, 257)]
 MAX_ULP = 2.0
 WIDTH = 19  # of layers below: no multiple of any vector's lanes
 # T, B, input_size, hidden_size; the last two take weights as they lie
@@ -172,7 +172,7 @@ def ulps():
 def deep():
     """Sums long enough to be cut, tokens enough for several blocks, more rows than a task has.
 
-    And few rows, of which W_hh is not packed.
+    And few rows, of which W_hh is not packed, and few tokens, of which nothing is.
     """
     from test_numbers import compare
 

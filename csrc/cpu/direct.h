@@ -28,7 +28,7 @@ FUSEDRNN_INLINE void each_vector_of(int64_t H, int64_t part, int64_t parts, bool
 template <class Cell, class S, class C>
 FUSEDRNN_INLINE void direct_recurrent(const Forward& a, const DirectStep& step, int64_t j,
                                       int64_t n, int64_t first, int64_t count,
-                                      Vec<C> (&out)[Cell::kGates][kFewRows]) {
+                                      Vec<C> (&out)[Cell::kGates][kDotRows]) {
   const int64_t H = a.problem.hidden_size;
   const Weights& weights = a.weights[step.layer * a.problem.num_directions + step.dir];
   for (int k = 0; k < Cell::kGates; k++)
@@ -45,9 +45,9 @@ void direct_recurrent(const Forward& a, const DirectStep& step, int64_t part, in
   constexpr int w = Lanes<C>::kWidth;
   C* const to = static_cast<C*>(step.by_h);
   each_vector_of<C>(a.problem.hidden_size, part, parts, step.falling, [&](int64_t j, int64_t n) {
-    for (int64_t first = 0; first < step.rows; first += kFewRows) {
-      const int64_t count = min(kFewRows, step.rows - first);
-      Vec<C> by_h[Cell::kGates][kFewRows];
+    for (int64_t first = 0; first < step.rows; first += kDotRows) {
+      const int64_t count = min(kDotRows, step.rows - first);
+      Vec<C> by_h[Cell::kGates][kDotRows];
       direct_recurrent<Cell, S, C>(a, step, j, n, first, count, by_h);
       for (int k = 0; k < Cell::kGates; k++)
         for (int64_t i = 0; i < count; i++)
@@ -80,10 +80,10 @@ void direct_step(const Forward& a, const DirectStep& step, int64_t part, int64_t
 
   for (int64_t r = 0; r < step.rows; r++) input.read(x + r * K, K, step.t, a.seq.order[r]);
   each_vector_of<C>(H, part, parts, step.falling, [&](int64_t j, int64_t n) {
-    for (int64_t first = 0; first < step.rows; first += kFewRows) {
-      const int64_t count = min(kFewRows, step.rows - first);
+    for (int64_t first = 0; first < step.rows; first += kDotRows) {
+      const int64_t count = min(kDotRows, step.rows - first);
       const C* before = static_cast<const C*>(step.h_prev) + first * H;
-      Vec<C> by_x[Cell::kGates][kFewRows], by_h[Cell::kGates][kFewRows];
+      Vec<C> by_x[Cell::kGates][kDotRows], by_h[Cell::kGates][kDotRows];
       for (int k = 0; k < Cell::kGates; k++)
         dot_rows<C>(by_x[k], w_ih + (gate_of(Cell::x_runs(), k) * H + j) * K, n, x + first * K, K,
                     K, count);

@@ -76,7 +76,7 @@ FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
     case 3:
       return dot_rows<3>(out, w, rows, x, ldx, K);
     default:
-      return dot_rows<kFewRows>(out, w, rows, x, ldx, K);
+      return dot_rows<kDotRows>(out, w, rows, x, ldx, K);
   }
 }
 

@@ -106,7 +106,7 @@ void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t bl
   constexpr int w = Lanes<C>::kWidth;
   for (int64_t unit = block * w; unit < min(H, (block + blocks) * w); unit += w)
     for (int slot = Cell::kSlots - Cell::kGates; slot < Cell::kSlots; slot++) {
-      Vec<C> sums[kFewRows];
+      Vec<C> sums[kDotRows];
       dot_rows<C>(sums, w_hh + (gate_of(Cell::h_runs(), slot) * H + unit) * P, min(w, H - unit), h,
                   ld_h, P, n);
       C* const to = gates + unit * Cell::kSlots + slot * w;

@@ -60,15 +60,18 @@ inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, 
 
 // How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:
 // they are packed. For what plain layers do: a call may need more than the problem says.
-inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
-  // More pay for the packing.
-  const int64_t most_tokens = p.dtype == DType::kBFloat16 ? kFewTokens / 2 : kFewTokens;
+inline int64_t plan_direct(const Problem& p, int64_t steps, int64_t tokens, int64_t threads) {
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
+  const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size),
+                weights = p.gate_rows() * depth * bytes(p.dtype);
+  // More tokens pay for the packing, all the more if they share few steps, for each of which all is
+  // read, or if the weights are small.
+  const bool many = weights >= kSecondCache / 4 && steps <= 3;
+  int64_t most_tokens = many ? kFewTokens : kFewTokens / 2;
+  if (p.dtype == DType::kBFloat16) most_tokens = kFewTokens / 4;
   if (tokens > most_tokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
     return 0;
-  const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size);
-  const int64_t parts = p.gate_rows() * depth * bytes(p.dtype) / kBytesOfThread;
-  return std::max<int64_t>(1, std::min(parts, threads));
+  return std::max<int64_t>(1, std::min(weights / kBytesOfThread, threads));
 }
 
 // Whether other calls read W_hh, and it alone, as it lies: with few rows a step takes about as long
@@ -77,7 +80,7 @@ inline int64_t plan_direct(const Problem& p, int64_t tokens, int64_t threads) {
 inline bool plan_unpacked(const Problem& p, int64_t batch, int64_t steps) {
   const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
   const int64_t most_steps = weights > kSecondCache ? 64 : 32 / std::max<int64_t>(1, batch);
-  return batch <= kFewRows && steps <= most_steps && weights >= kSecondCache / 8 && !p.layer_norm &&
+  return batch <= kDotRows && steps <= most_steps && weights >= kSecondCache / 8 && !p.layer_norm &&
          p.dtype != DType::kBFloat16;
 }
 

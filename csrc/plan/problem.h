@@ -52,7 +52,7 @@ struct Problem {
 };
 
 // Calls of no more tokens may read their weights as they lie, those of no more rows W_hh.
-constexpr int64_t kFewTokens = 8, kFewRows = 4;
+constexpr int64_t kFewTokens = 16, kDotRows = 4;
 
 // Of one layer and direction, in torch.nn's layout. Null where there are none: biases, w_hr, and
 // what layer normalisation multiplies and adds.

@@ -233,7 +233,8 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
     a.inner[i] = inner.back().mutable_data_ptr();
   }
 
-  const int64_t direct = plan_direct(p, a.seq.tokens, torch::stable::get_num_threads());
+  const int64_t direct =
+      plan_direct(p, a.seq.steps, a.seq.tokens, torch::stable::get_num_threads());
   if (direct && !a.h_mask && !a.seq.resets) {
     forward_direct(call, a, k, direct);
     return {y, hn, cn, reserve, hs, cs};
@@ -288,7 +289,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dproj = dproj.of(), a.hidden = hidden.of();
   const CpuPlan plan = call.plan(true);
   // Of few tokens as in forward: their weights, which are read and get gradients, are what counts.
-  const int64_t few = plan_direct(p, tokens, torch::stable::get_num_threads());
+  const int64_t few = plan_direct(p, a.seq.steps, tokens, torch::stable::get_num_threads());
   const int64_t threads = std::max(plan.threads, few);
   // One layer's rows of the gradient of all states.
   auto rows_of = [&](const OptionalTensor& all, int64_t layer, int64_t width) {

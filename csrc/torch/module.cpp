@@ -131,9 +131,11 @@ PyObject* cpu_plan(PyObject*, PyObject* args) {
     const Kernels& k = kernels(p, batch, tokens);
     const CpuPlan plan =
         plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
-    return Py_BuildValue("(sLLLLL)", k.name, (long long)plan_direct(p, tokens, threads),
-                         (long long)plan.threads, (long long)plan.rows_per_task,
-                         (long long)plan.tasks, (long long)plan.members);
+    return Py_BuildValue(
+        "(sLLLLL)", k.name,
+        (long long)plan_direct(p, batch ? (tokens + batch - 1) / batch : 0, tokens, threads),
+        (long long)plan.threads, (long long)plan.rows_per_task, (long long)plan.tasks,
+        (long long)plan.members);
   });
 }
 
