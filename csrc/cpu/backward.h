@@ -36,13 +36,13 @@ struct BackwardBuffers {
 };
 
 // For calls of few tokens, whose weights are not packed: `columns` of A W + D, W [K, N] in rows as
-// it lies, a few of which are read at a time. M <= kFewTokens.
+// it lies, a few of which are read at a time. M <= kFewTokensBack.
 template <class C, class E, class S>
 void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda, const S* weights,
                        Columns columns, C* to, int64_t ld, Addend<C> d) {
   constexpr int w = Lanes<C>::kWidth, kAtOnce = 8;
   constexpr int64_t kBlock = 512;  // columns whose sums stay in the first cache
-  C sums[kFewTokens * kBlock];
+  C sums[kFewTokensBack * kBlock];
   for (int64_t n0 = columns.begin; n0 < columns.end; n0 += kBlock) {
     const int64_t cols = min(kBlock, columns.end - n0);
     for (int64_t r = 0; r < M; r++)

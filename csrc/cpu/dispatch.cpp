@@ -124,8 +124,8 @@ const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
     static const bool named = std::getenv("FUSEDRNN_CPU") && *std::getenv("FUSEDRNN_CPU");
     const bool pays = named || (batch >= 16 && tokens > kTokensForTiles && p.hidden_size >= 64 &&
                                 p.gate_rows() >= 128);
-    const bool tiles =
-        p.dtype == DType::kBFloat16 || (p.dtype == DType::kFloat32 && pays && tokens > kFewTokens);
+    const bool tiles = p.dtype == DType::kBFloat16 ||
+                       (p.dtype == DType::kFloat32 && pays && tokens > kFewTokensBack);
     if (tiles && may_use_tiles()) return kernels_amx;
     return p.dtype == DType::kBFloat16 ? kernels_avx512bf16 : kernels_avx512;
   }

@@ -64,11 +64,10 @@ inline int64_t plan_direct(const Problem& p, int64_t steps, int64_t tokens, int6
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
   const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size),
                 weights = p.gate_rows() * depth * bytes(p.dtype);
-  // More tokens pay for the packing, all the more if they share few steps, for each of which all is
-  // read, or if the weights are small.
-  const bool many = weights >= kSecondCache / 4 && steps <= 3;
-  int64_t most_tokens = many ? kFewTokens : kFewTokens / 2;
-  if (p.dtype == DType::kBFloat16) most_tokens = kFewTokens / 4;
+  // More tokens pay for the packing: soon if the weights are small, or in many steps, each of which
+  // reads all of them.
+  int64_t most_tokens = weights >= kSecondCache / 4 && steps <= 3 ? kFewTokens : 8;
+  if (p.dtype == DType::kBFloat16) most_tokens = 4;
   if (tokens > most_tokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
     return 0;
   return std::max<int64_t>(1, std::min(weights / kBytesOfThread, threads));

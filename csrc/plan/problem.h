@@ -51,8 +51,10 @@ struct Problem {
   }
 };
 
-// Calls of no more tokens may read their weights as they lie, those of no more rows W_hh.
-constexpr int64_t kFewTokens = 16, kDotRows = 4;
+// Of up to so many tokens a call may read its weights as they lie, in forward and in backward.
+constexpr int64_t kFewTokens = 48, kFewTokensBack = 16;
+// Rows of a batch that its dot products take at a time.
+constexpr int64_t kDotRows = 4;
 
 // Of one layer and direction, in torch.nn's layout. Null where there are none: biases, w_hr, and
 // what layer normalisation multiplies and adds.

@@ -289,7 +289,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dproj = dproj.of(), a.hidden = hidden.of();
   const CpuPlan plan = call.plan(true);
   // Of few tokens as in forward: their weights, which are read and get gradients, are what counts.
-  const int64_t few = plan_direct(p, a.seq.steps, tokens, torch::stable::get_num_threads());
+  const int64_t few = tokens > kFewTokensBack
+                          ? 0
+                          : plan_direct(p, a.seq.steps, tokens, torch::stable::get_num_threads());
   const int64_t threads = std::max(plan.threads, few);
   // One layer's rows of the gradient of all states.
   auto rows_of = [&](const OptionalTensor& all, int64_t layer, int64_t width) {
