@@ -351,7 +351,7 @@ def test_few_rows(cell, dtype):
 def test_few_tokens(cell, dtype):
     """Their weights are not packed; the bits are those of any number of threads."""
     plain, fused = make_pair(cell, 33, 257, num_layers=2, dtype=dtype)
-    for T, B in ((1, 1), (1, 2), (2, 3), (1, 8), (1, 13), (3, 5), (1, 16), (3, 16), (2, 2)):
+    for T, B in ((1, 1), (1, 2), (2, 3), (1, 8), (1, 13), (3, 5), (1, 16), (3, 16), (8, 2), (2, 2)):
         x = torch.randn(T, B, 33).to(dtype)
         compare(plain, fused, x, random_state(plain, B))
         one, _ = fused(x)

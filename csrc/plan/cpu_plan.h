@@ -65,8 +65,14 @@ inline int64_t plan_direct(const Problem& p, int64_t steps, int64_t tokens, int6
   const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size),
                 weights = p.gate_rows() * depth * bytes(p.dtype);
   // More tokens pay for the packing: soon if the weights are small, or in many steps, each of which
-  // reads all of them.
-  int64_t most_tokens = weights >= kSecondCache / 4 && steps <= 3 ? kFewTokens : 8;
+  // reads all of them, from beyond the second cache even.
+  int64_t most_tokens = 8;
+  if (weights >= kSecondCache / 4) {
+    if (steps <= 3)
+      most_tokens = kFewTokens;
+    else if (steps <= 8 && weights <= kSecondCache)
+      most_tokens = kFewTokens / 3;
+  }
   if (p.dtype == DType::kBFloat16) most_tokens = 4;
   if (tokens > most_tokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
     return 0;
