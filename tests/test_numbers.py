@@ -346,6 +346,32 @@ def test_few_rows(cell, dtype):
     compare(plain, fused, packed, None)
 
 
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("kind", ["padded", "lengths", "resets", "integers"])
+def test_few_rows_are_those_of_a_larger_batch(kind, projected):
+    """With all that only we have: W_hh of three rows is not packed, of seven it is."""
+    fused = fusedrnn.LSTM(
+        30,
+        200,
+        num_layers=2,
+        bidirectional=True,
+        zoneout=(0.1, 0.2),
+        proj_size=150 if projected else 0,
+        dtype=torch.float64,
+    ).eval()
+    x = torch.randint(30, (10, 7)) if kind == "integers" else torch.randn(10, 7, 30).double()
+    call = {
+        "lengths": {"lengths": torch.tensor([10, 3, 7, 10, 1, 0, 5])},
+        "resets": {"resets": torch.rand(10, 7) < 0.3},
+    }.get(kind, {})
+    states = random_state(fused, 7)
+    y, (h, c) = fused(x, states, **call)
+    few = {name: t[:3] if name == "lengths" else t[:, :3] for name, t in call.items()}
+    again = fused(x[:, :3], tuple(s[:, :3].contiguous() for s in states), **few)
+    for ours, theirs in zip((again[0], *again[1]), (y, h, c), strict=True):
+        torch.testing.assert_close(ours, theirs[:, :3], rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_few_tokens(cell, dtype):

@@ -28,7 +28,10 @@ def arguments(
     grad=False,
     one_step=0,
 ):
-    """The forward op's arguments by name, `save` last; one_step: of so many rows, and resets."""
+    """The forward op's arguments by name, `save` last.
+
+    one_step: of so many rows, with resets and recurrent dropout.
+    """
     _, module = make_pair(
         cell, INPUT, HIDDEN, num_layers=LAYERS, bidirectional=True, bias=bias, dtype=dtype
     )
@@ -59,7 +62,8 @@ def arguments(
         hx, cx, *_ = *random_state(module, one_step), None
         resets = torch.arange(one_step).view(1, -1) % 3 == 1
         x = torch.randn(1, one_step, INPUT, dtype=dtype)
-        found |= {"x": x, "hx": hx, "cx": cx, "resets": resets}
+        masks = (torch.rand(2 * LAYERS, one_step, config.out_size) < 0.5).to(dtype) * 2
+        found |= {"x": x, "hx": hx, "cx": cx, "resets": resets, "h_mask": masks}
     if grad:
         for t in (x, hx, cx, *found["weights"]):
             if t is not None:

@@ -300,7 +300,20 @@ def test_explain_counts_rows(x, batch_first, batch):
     threads=st.integers(1, 64),
 )
 def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
-    size = ("GRU", "float32", 5, False, hidden, 0, layers, False, False, batch, batch * steps)
+    size = (
+        "GRU",
+        "float32",
+        5,
+        False,
+        hidden,
+        0,
+        layers,
+        False,
+        False,
+        batch,
+        steps,
+        batch * steps,
+    )
     with pytest.MonkeyPatch.context() as context:
         context.delenv("FUSEDRNN_THREADS")
         variant, _, used, rows, tasks, members = _C.cpu_plan(*size, threads)

@@ -104,7 +104,7 @@ def test_rows_together_because_of_large_weights(cell, hidden, dtype):
     """As right as alone, and the same bits; rows that end early rest meanwhile."""
     _, fused = make_pair(cell, 20, hidden, num_layers=2, dtype=dtype)
     members = _C.cpu_plan(
-        fused.mode, str(dtype)[6:], 20, False, hidden, 0, 2, False, False, 6, 22, 2
+        fused.mode, str(dtype)[6:], 20, False, hidden, 0, 2, False, False, 6, 6, 22, 2
     )[-1]
     assert members == 2, "the plan makes no team of these"
     lengths = torch.tensor([4, 1, 6, 3, 2, 6])

@@ -164,10 +164,10 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
     const bool adds_direct = Cell::kUsesHPrev || p.zoneout;
     // Of a row after the product with W_hh: dropout's gradient, and nothing to pass on to a state
     // that was zeroed.
-    auto finish = [&](int64_t t, int64_t r) {
+    auto finish = [&](int64_t t, int64_t r, bool multiplied) {
       const int64_t b = seq.order[first + r];
       C *dh = buf.dh + r * buf.ld_dh, *dropped = buf.dropped + r * buf.ld_dh;
-      if (a.h_mask) {
+      if (a.h_mask && multiplied) {
         const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
         for (int64_t j = outputs.begin; j < outputs.end; j++)
           dh[j] = (adds_direct ? dh[j] : 0) + dropped[j] * mask[j];
@@ -244,11 +244,12 @@ void backward_rows(const Backward& a, const Rows& of, Member& me) {
             cell_backward_row<Cell, S>(H, units.begin, units.end, row);
         }
         me.meet();
-        if (i > 0 || a.dhx)  // before the first step comes the initial state
+        const bool multiplies = i > 0 || a.dhx;  // before the first step comes the initial state
+        if (multiplies)
           multiply_runs(Cell::h_runs(), n, gates, packed, at.w_hh, weights.w_hh, P, outputs,
                         a.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
                         adds_direct && !a.h_mask ? buf.dh : nullptr, i % 2);
-        for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r);
+        for (int64_t r = 0; (a.h_mask || seq.resets) && r < n; r++) finish(t, r, multiplies);
         gates += n * buf.ld_gates;
       }
 

@@ -112,7 +112,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-constexpr int64_t kTokensForTiles = 64;  // of fewer float32 is better off without
+constexpr int64_t kTokensForTiles = 64;  // of no more float32 is better off without
 
 const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
   const Kernels& chosen = kernels();
@@ -120,7 +120,8 @@ const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
 #if FUSEDRNN_HAVE_amx
   if (&chosen == &kernels_amx) {
     // A float32 is three times the bfloat16 for tiles, and takes making: what is small is better
-    // off without. Tests ask for tiles by name, to see them with everything that is packed.
+    // off without. Tests ask for tiles by name, to see them with everything that is packed, as it
+    // is in backward of more than a few tokens.
     static const bool named = std::getenv("FUSEDRNN_CPU") && *std::getenv("FUSEDRNN_CPU");
     const bool pays = named || (batch >= 16 && tokens > kTokensForTiles && p.hidden_size >= 64 &&
                                 p.gate_rows() >= 128);

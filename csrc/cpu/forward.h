@@ -99,7 +99,8 @@ struct WaitingCells {
   }
 };
 
-// Adds the products of W_hh, as it lies, with h of n rows to the gates of some blocks of units.
+// Adds the products of W_hh, as it lies, with h of n <= kDotRows rows to the gates of some blocks
+// of units.
 template <class Cell, class S, class C>
 void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t blocks, int64_t n,
                   const C* h, int64_t ld_h, C* gates, int64_t ld_gates) {

@@ -65,7 +65,8 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
 CpuCosts costs_of(DType dtype) {
   return with_dtype(dtype, [](auto s) {
     using X = Operand<decltype(s)>;
-    return CpuCosts{kTiled<X> ? 8 : 1, kPlanes<X> * int64_t(sizeof(Element<X>))};
+    return CpuCosts{kTiled<X> ? 8 : 1, kPlanes<X> * int64_t(sizeof(Element<X>)),
+                    kLoadsQuickly<decltype(s)>};
   });
 }
 PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {

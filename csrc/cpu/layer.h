@@ -158,7 +158,8 @@ void pack_forward(const Forward& a, int64_t which, void* packed, int64_t part, i
     const int64_t row = Panels<C>::padded(H) * slots;
     each_gate_vector<C>(H, slots, part, parts, [&](int slot, int64_t unit, int64_t n, int64_t at) {
       const int gate = gate_of(runs.x, slot);
-      const S* const from = static_cast<const S*>(w.w_ih) + (gate * H + unit) * p.input_size;
+      const S* const from =
+          static_cast<const S*>(w.w_ih) + (max(0, gate) * H + unit) * p.input_size;
       const Vec<C> b = bias(slot, unit, n);
       for (int64_t i = 0; i < x.distinct; i++) {
         Vec<C> v{};

@@ -36,6 +36,16 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Whether a vector of them is loaded by one or two instructions.
+template <class S>
+constexpr bool kLoadsQuickly = true;
+template <>
+constexpr bool kLoadsQuickly<BFloat16> = false;
+#if !defined(__F16C__) && !defined(__AVX512F__)
+template <>
+constexpr bool kLoadsQuickly<Float16> = false;
+#endif
+
 // The type in which a storage type is computed.
 template <class S>
 struct ComputeOf {

@@ -60,14 +60,15 @@ inline CpuPlan plan_cpu(const Problem& p, const CpuCosts& costs, bool backward, 
 
 // How many threads share the steps of a call of few tokens, whose weights are read as they lie; 0:
 // they are packed. For what plain layers do: a call may need more than the problem says.
-inline int64_t plan_direct(const Problem& p, int64_t steps, int64_t tokens, int64_t threads) {
+inline int64_t plan_direct(const Problem& p, const CpuCosts& costs, int64_t steps, int64_t tokens,
+                           int64_t threads) {
   constexpr int64_t kBytesOfThread = 256 << 10;  // take longer to read than threads to meet
   const int64_t depth = p.hidden_size + std::max(p.input_size, p.num_directions * p.hidden_size),
                 weights = p.gate_rows() * depth * bytes(p.dtype);
   // More tokens pay for the packing: soon if the weights are small, or in many steps, each of which
   // reads all of them, from beyond the second cache even.
   int64_t most_tokens = 8;
-  if (weights >= kSecondCache / 4) {
+  if (weights >= kSecondCache / 4 && costs.loads_quickly) {
     if (steps <= 3)
       most_tokens = kFewTokens;
     else if (steps <= 8 && weights <= kSecondCache)
@@ -82,11 +83,11 @@ inline int64_t plan_direct(const Problem& p, int64_t steps, int64_t tokens, int6
 // Whether other calls read W_hh, and it alone, as it lies: with few rows a step takes about as long
 // as with packed weights, and packing them as long as some steps. Of more than the second cache
 // holds both wait for the same bytes.
-inline bool plan_unpacked(const Problem& p, int64_t batch, int64_t steps) {
+inline bool plan_unpacked(const Problem& p, const CpuCosts& costs, int64_t batch, int64_t steps) {
   const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
   const int64_t most_steps = weights > kSecondCache ? 64 : 32 / std::max<int64_t>(1, batch);
   return batch <= kDotRows && steps <= most_steps && weights >= kSecondCache / 8 && !p.layer_norm &&
-         p.dtype != DType::kBFloat16;
+         costs.loads_quickly;
 }
 
 // Whether a call of few tokens goes up and down through its weights in turns: they are more than

@@ -234,7 +234,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   }
 
   const int64_t direct =
-      plan_direct(p, a.seq.steps, a.seq.tokens, torch::stable::get_num_threads());
+      plan_direct(p, k.costs(p.dtype), a.seq.steps, a.seq.tokens, torch::stable::get_num_threads());
   if (direct && !a.h_mask && !a.seq.resets) {
     forward_direct(call, a, k, direct);
     return {y, hn, cn, reserve, hs, cs};
@@ -246,7 +246,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   const int64_t size = compute_bytes(p.dtype);
   const ScratchMemory packed(1, at.back() * size);
   char* const to = packed.of();
-  a.packed = to, a.unpacked_hh = plan_unpacked(p, a.seq.batch, a.seq.steps);
+  a.packed = to, a.unpacked_hh = plan_unpacked(p, k.costs(p.dtype), a.seq.batch, a.seq.steps);
   const CpuPlan plan = call.plan(false);
   RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
   run_phases(plan.threads,
@@ -289,9 +289,10 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   a.dproj = dproj.of(), a.hidden = hidden.of();
   const CpuPlan plan = call.plan(true);
   // Of few tokens as in forward: their weights, which are read and get gradients, are what counts.
-  const int64_t few = tokens > kFewTokensBack
-                          ? 0
-                          : plan_direct(p, a.seq.steps, tokens, torch::stable::get_num_threads());
+  const int64_t few =
+      tokens > kFewTokensBack
+          ? 0
+          : plan_direct(p, k.costs(p.dtype), a.seq.steps, tokens, torch::stable::get_num_threads());
   const int64_t threads = std::max(plan.threads, few);
   // One layer's rows of the gradient of all states.
   auto rows_of = [&](const OptionalTensor& all, int64_t layer, int64_t width) {

@@ -120,10 +120,10 @@ PyObject* cpu_variant(PyObject*, PyObject*) {
 
 PyObject* cpu_plan(PyObject*, PyObject* args) {
   const char *mode, *dtype;
-  long long input, hidden, proj, layers, batch, tokens, threads;
+  long long input, hidden, proj, layers, batch, steps, tokens, threads;
   int one_hot, bidirectional, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLpLLLppLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
-                        &layers, &bidirectional, &layer_norm, &batch, &tokens, &threads))
+  if (!PyArg_ParseTuple(args, "ssLpLLLppLLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
+                        &layers, &bidirectional, &layer_norm, &batch, &steps, &tokens, &threads))
     return nullptr;
   return guarded([&] {
     Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
@@ -131,11 +131,10 @@ PyObject* cpu_plan(PyObject*, PyObject* args) {
     const Kernels& k = kernels(p, batch, tokens);
     const CpuPlan plan =
         plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
-    return Py_BuildValue(
-        "(sLLLLL)", k.name,
-        (long long)plan_direct(p, batch ? (tokens + batch - 1) / batch : 0, tokens, threads),
-        (long long)plan.threads, (long long)plan.rows_per_task, (long long)plan.tasks,
-        (long long)plan.members);
+    return Py_BuildValue("(sLLLLL)", k.name,
+                         (long long)plan_direct(p, k.costs(p.dtype), steps, tokens, threads),
+                         (long long)plan.threads, (long long)plan.rows_per_task,
+                         (long long)plan.tasks, (long long)plan.members);
   });
 }
 
@@ -157,7 +156,8 @@ PyMethodDef methods[] = {
     {"cpu_plan", cpu_plan, METH_VARARGS,
      "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
      "bidirectional, "
-     "layer_norm, batch, tokens, threads) -> (instruction set, threads without packing or 0, "
+     "layer_norm, batch, steps, tokens, threads) -> (instruction set, threads without packing or "
+     "0, "
      "threads, rows a task, tasks, threads a task)"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},

@@ -24,6 +24,7 @@ def cpu_plan(
     bidirectional: bool,
     layer_norm: bool,
     batch: int,
+    steps: int,
     tokens: int,
     threads: int,
     /,

@@ -79,6 +79,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
         module.bidirectional,
         module.layer_norm,
         batch,
+        steps,
         tokens,
         allowed,
     )
