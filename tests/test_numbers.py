@@ -329,18 +329,23 @@ def test_open_gates(cell, dtype):
     assert_as_exact_as_torch(*named)
 
 
+def compare_on_two_threads(plain, fused, x):
+    """As exact as torch.nn, and the same bits on two threads as on one."""
+    compare(plain, fused, x, random_state(plain, x.shape[1]))
+    one, _ = fused(x)
+    torch.set_num_threads(2)
+    two, _ = fused(x)
+    torch.set_num_threads(1)
+    assert torch.equal(two, one)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_few_rows(cell, dtype):
     """In forward their W_hh is not packed; the bits are those of any number of threads."""
     plain, fused = make_pair(cell, 33, 269, num_layers=2, bidirectional=True, dtype=dtype)
-    for T, B in ((12, 1), (9, 2), (10, 3), (32, 1)):
-        x = torch.randn(T, B, 33).to(dtype)
-        compare(plain, fused, x, random_state(plain, B))
-        one, _ = fused(x)
-        torch.set_num_threads(2)
-        assert torch.equal(fused(x)[0], one)
-        torch.set_num_threads(1)
+    for T, B in ((12, 1), (9, 2), (10, 3), (8, 4), (32, 1)):
+        compare_on_two_threads(plain, fused, torch.randn(T, B, 33).to(dtype))
     x = torch.randn(10, 3, 33).to(dtype)
     packed = pack_padded_sequence(x, torch.tensor([2, 10, 5]), enforce_sorted=False)
     compare(plain, fused, packed, None)
@@ -379,11 +384,7 @@ def test_few_tokens(cell, dtype):
     plain, fused = make_pair(cell, 33, 257, num_layers=2, dtype=dtype)
     for T, B in ((1, 1), (1, 2), (2, 3), (1, 8), (1, 13), (3, 5), (1, 16), (3, 16), (8, 2), (2, 2)):
         x = torch.randn(T, B, 33).to(dtype)
-        compare(plain, fused, x, random_state(plain, B))
-        one, _ = fused(x)
-        torch.set_num_threads(2)
-        assert torch.equal(fused(x)[0], one)
-        torch.set_num_threads(1)
+        compare_on_two_threads(plain, fused, x)
     # The last are as many tokens as bfloat16 is not packed for.
     for lengths in ([1, 2], [2, 0]):
         y, _ = fused(x, lengths=torch.tensor(lengths))

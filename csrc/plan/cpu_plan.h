@@ -72,7 +72,7 @@ inline int64_t plan_direct(const Problem& p, const CpuCosts& costs, int64_t step
     if (steps <= 3)
       most_tokens = kFewTokens;
     else if (steps <= 8 && weights <= kSecondCache)
-      most_tokens = kFewTokens / 3;
+      most_tokens = 16;
   }
   if (p.dtype == DType::kBFloat16) most_tokens = 4;
   if (tokens > most_tokens || p.one_hot || p.proj_size || p.zoneout || p.all_states || p.layer_norm)
