@@ -17,7 +17,7 @@ enum class Cell : int {
 // Runs<N> for code that is not a template over cells.
 struct RunList {
   int count;
-  Run run[2];
+  Run run[2];  // the second may be empty
 
   template <int N>
   FUSEDRNN_HD constexpr RunList(const Runs<N>& runs) : count(N), run{} {
@@ -27,11 +27,6 @@ struct RunList {
   FUSEDRNN_HD constexpr const Run* begin() const { return run; }
   FUSEDRNN_HD constexpr const Run* end() const { return run + count; }
 };
-FUSEDRNN_HD constexpr int gate_of(const RunList& runs, int slot) {
-  for (const Run& run : runs)
-    if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
-  return -1;
-}
 
 // The constants of a cell, for the same.
 struct CellTraits {

@@ -40,9 +40,9 @@ struct Runs {
   Run run[N];
 };
 
-// The gate whose weight rows are accumulated into `slot`.
-template <int N>
-FUSEDRNN_HD constexpr int gate_of(const Runs<N>& runs, int slot) {
+// The gate whose weight rows are accumulated into `slot`. R: Runs, or a list of them.
+template <class R>
+FUSEDRNN_HD constexpr int gate_of(const R& runs, int slot) {
   for (const Run& run : runs.run)
     if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
   return -1;
