@@ -35,6 +35,43 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN_BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_FLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _by_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch.nn gives padded input of an LSTM without projections to oneDNN on a CPU."""
+    if not torch.compiler.is_compiling() and not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.float32:
+        return _ONEDNN
+    if dtype == torch.bfloat16:
+        return _ONEDNN_BFLOAT16
+    return _ONEDNN_FLOAT16 and not torch.is_grad_enabled()
+
+
+_NAMES = {
+    torch.float64: "Double",
+    torch.float32: "Float",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+}
+
+
+def _refuse_some_float64(
+    low: torch.dtype, input: torch.dtype, weight: torch.dtype, hx: Any, cx: Any
+) -> None:
+    """Raises torch.nn's error: autocast leaves float64 as it is, so all must be or nothing."""
+    states = [s.dtype for s in (hx, cx) if s is not None]
+    for dtype in (input, *states):
+        if (dtype == torch.float64) != (weight == torch.float64):
+            found = [_NAMES.get(d if d == torch.float64 else low, d) for d in (dtype, weight)]
+            raise RuntimeError(
+                "mat1 and mat2 must have the same dtype, but got {} and {}".format(*found)
+            )
+
+
 def no_kernel(input: Tensor) -> str | None:
     """Why no kernel takes `input`, None where one does."""
     if input.is_cuda:
@@ -285,13 +322,18 @@ class _Fused(_DropIn, nn.RNNBase):
         x, hx, cx, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
         batch_sizes = input.batch_sizes if packed else None
         weights = self._weights()
-        dtypes = None
+        dtypes = low = None
         dtype = weights[0].dtype if one_hot else x.dtype
-        if _is_autocast(x) and dtype != torch.float64:
+        if _is_autocast(x):
             low = torch.get_autocast_dtype(x.device.type)
+            _refuse_some_float64(low, dtype, weights[0].dtype, hx, cx)
+        if low is not None and dtype != torch.float64:
             dtypes = low, low
             if not x.is_cuda:
-                dtypes = self._autocast_dtypes(dtype if hx is None else hx.dtype, low, packed)
+                # Elements are multiplied with the cell state, in a GRU with h.
+                held = dtype if hx is None else (hx if cx is None else cx).dtype
+                plain = not packed and x.numel() > 0
+                dtypes = self._autocast_dtypes(held, low, plain and _by_onednn(dtype))
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
@@ -413,20 +455,21 @@ class _Fused(_DropIn, nn.RNNBase):
         return y, (hn, cn.squeeze(1) if dim == 2 else cn)
 
     def _autocast_dtypes(
-        self, given: torch.dtype, low: torch.dtype, packed: bool
+        self, given: torch.dtype, low: torch.dtype, onednn: bool
     ) -> tuple[torch.dtype, torch.dtype]:
         """torch.nn's dtypes under autocast on the CPU, of the output and h, and of c.
 
-        They follow from which of ATen's paths a case takes: what an element-wise product with the
-        `given` state computes keeps that state's dtype, what a matrix product does is `low`. On
-        CUDA everything is, by cuDNN.
+        They follow from which of ATen's paths a case takes: an element-wise product with the
+        `given` state has a dtype that holds both, a matrix product that of autocast, and so has
+        all that `onednn` computes, which is LSTM alone. On CUDA everything is, by cuDNN.
         """
+        wide = torch.promote_types(given, low)
         if self.mode == "GRU":
-            return given, given
+            return wide, wide
         if self.mode == "LSTM" and self.proj_size:
-            return low, given
-        if self.mode == "LSTM" and packed:
-            return given, given
+            return low, wide
+        if self.mode == "LSTM" and not onednn:
+            return wide, wide
         return low, low
 
 
