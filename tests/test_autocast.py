@@ -12,11 +12,8 @@ T, B, INPUT, HIDDEN = 5, 2, 3, 4
 # torch.nn gives some combinations to oneDNN, which does not have them on every processor: there
 # ours computes, or refuses what torch.nn refuses elsewhere.
 ONEDNN = ("could not create a primitive descriptor", "get_mkldnn_dtype: unsupported data type")
-# Its words for one row and for many.
-DTYPES_DIFFER = (
-    "mat1 and mat2 must have the same dtype",
-    "expected m1 and m2 to have the same dtype",
-)
+# torch.nn has other words for one row, where the vector's product says it.
+DTYPES_DIFFER = "mat1 and mat2 must have the same dtype, but got "
 
 
 def call(module, x, states, low, graph):
@@ -41,8 +38,8 @@ def assert_as_torch(plain, fused, x, states, low, graph):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.double(), b.double(), rtol=0.05, atol=0.03)
     elif not any(words in error for words in ONEDNN):
-        assert error.startswith(DTYPES_DIFFER) and said.startswith(DTYPES_DIFFER)
-        assert said == error or error.startswith(DTYPES_DIFFER[1])
+        assert said.startswith(DTYPES_DIFFER)
+        assert said == error or not error.startswith(DTYPES_DIFFER)
     else:
         assert said is not None or {t.dtype for t in ours} == {low}
 
