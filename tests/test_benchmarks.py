@@ -38,7 +38,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
-    """The rates that times are compared with are of no interest here, and take a while."""
+    """Measuring the machine's rates takes long, and these tests do not need them."""
     monkeypatch.setitem(machine.MATMUL, "cpu", 64)
     monkeypatch.setitem(machine.COPY, "cpu", 4096)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import compact, machine
 from benchmarks.gpu import checks, points, summary, supervise
 from benchmarks.gpu.points import BACKENDS, Point, Sizes
 
@@ -65,7 +65,7 @@ class Command:
 
     def save(self) -> None:
         path = self._folder / "gpu.json"
-        path.write_text(json.dumps(self.data, indent=1) + "\n")
+        path.write_text(compact.dumps(self.data, 3))
         (self._folder / "gpu.md").write_text(summary.markdown(path))
 
     def _latency(self, deadline: float) -> dict[str, Any]:

@@ -281,6 +281,11 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def recognises(data: dict[str, Any]) -> bool:
+    """Whether a file of results is one of ``python -m benchmarks.gpu``."""
+    return "minutes" in data
+
+
 def markdown(path: Path) -> str:
     """For the documentation."""
     data = json.loads(path.read_text())
