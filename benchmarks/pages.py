@@ -121,7 +121,7 @@ def headline(run: Report) -> str:
             if row.case.startswith(BOOK) or row.shape.startswith("LSTM"):
                 jobs.setdefault(row.case, {})[mode] = row
     rows = next(iter(modes.values()))
-    title = f"Training speed in tokens/s, {rows[0].dtype}, {_where(rows[0])}"
+    title = f"training speed in tokens/s, and {tables.TIMES}; {rows[0].dtype}, {_where(rows[0])}"
     header = ["job", "layers, T steps, B rows", "torch.nn", OURS]
     header += [f"faster, {mode}" for mode in modes]
     lines = []
@@ -131,21 +131,20 @@ def headline(run: Report) -> str:
         lines.append([case, row.shape, *tables.speeds(row), *ratios])
     parts = [filled(f"{report.caption(run.environment)}. Made by `{run.command}`.")]
     parts.append(Table(title, header, lines).markdown())
-    parts.append(filled(" ".join(_range(mode, rows) for mode, rows in modes.items())))
+    means = filter(None, (_range(mode, rows) for mode, rows in modes.items()))
+    parts.append(filled(f"All {len(rows)} cases: geometric mean {', '.join(means)}."))
     return "\n\n".join(parts)
 
 
 def _range(mode: str, rows: Sequence[Row]) -> str:
-    """The mean and the extremes of a mode in a sentence."""
+    """The mean and the extremes of a mode."""
     found = {r.case: s.median for r in rows if (s := tables.of_peer(r, OURS).speedup)}
     mean = tables.geometric_mean(rows)
     if mean is None:
         return ""
     low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
-    return (
-        f"All {len(found)} cases, {mode}: geometric mean {mean:.2f}, "
-        f"from {found[low]:.2f} ({low}) to {found[high]:.2f} ({high})."
-    )
+    extremes = f"{found[low]:.2f} ({low}) to {found[high]:.2f} ({high})"
+    return f"{mean:.2f} in {mode}, from {extremes}"
 
 
 def _shown(run: Report) -> dict[str, list[Row]]:
