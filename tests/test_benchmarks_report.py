@@ -179,6 +179,8 @@ def test_figures_are_the_same_for_the_same_report(tmp_path):
 
 def test_pages_are_made_of_the_committed_results():
     """What the tool would write is what is there: nobody edits figures by hand."""
+    if (pages.ROOT / "PKG-INFO").exists():
+        pytest.skip("an sdist leaves the results out")
     readme = (pages.ROOT / "README.md").read_text()
     assert pages.fill(readme, pages.readme_tables()) == readme
     assert pages.results() == (pages.ROOT / "docs/results.md").read_text()

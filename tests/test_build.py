@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+BINARY = "fusedrnn_C.abi3.so"
 NVCC_12_4 = "compute_50\ncompute_75\ncompute_80\ncompute_86\ncompute_87\ncompute_89\ncompute_90\n"
 NVCC_13_0 = NVCC_12_4.replace("compute_50\n", "") + "compute_100\ncompute_103\ncompute_120\n"
 
@@ -316,7 +317,9 @@ def test_builds_are_incremental_and_the_wheel_serves_every_python(tmp_path):
     (root / "csrc/cpu/dispatch.cpp").touch()
     assert compiled() == {"cpu/dispatch"}
     (root / "csrc/torch/checks.h").touch()
+    (root / BINARY).write_text("of an editable install, by now too old")
     assert {name.split("/")[0] for name in compiled()} == {"torch"}
+    assert (root / BINARY).read_bytes() == (root / "build/ninja" / BINARY).read_bytes()
 
     done = run_setup(root, "bdist_wheel", **quick)
     assert done.returncode == 0, done.stdout
