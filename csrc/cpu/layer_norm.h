@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr double kEpsilon = 1e-5;  // of src/fusedrnn/reference.py too
+constexpr double kEpsilon = 1e-5;  // of fusedrnn/reference.py too
 
 template <class S>
 struct NormWeights {
