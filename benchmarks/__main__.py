@@ -18,6 +18,7 @@ from benchmarks.cases import CASES, GATES, MODES, select
 from benchmarks.measure import QUICK, Budget
 from benchmarks.report import Report
 from benchmarks.suite import Row, rows
+from fusedrnn.demo.options import positive, positive_number
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PARTS = ("cases", "sweeps", "training")
@@ -38,18 +39,7 @@ def some_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
 
 def positive_integers(text: str) -> list[int]:
     """An argparse type: integers of at least 1, separated by commas."""
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {min(numbers)}")
-    return numbers
-
-
-def positive_seconds(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
-    return value
+    return [positive(word) for word in text.split(",")]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="such as cuda:0 (default: a GPU if there is one)")
     add(
         "--seconds",
-        type=positive_seconds,
+        type=positive_number,
         metavar="X",
         help=f"for each measurement (default: {Budget().seconds:g}, quick: {QUICK.seconds:g})",
     )

@@ -19,6 +19,7 @@ import torch
 from benchmarks import compact, machine
 from benchmarks.gpu import checks, points, summary, supervise
 from benchmarks.gpu.points import BACKENDS, Point, Sizes
+from fusedrnn.demo.options import positive_number
 
 # Stages in order, with their shares of the time; later stages get what earlier ones leave.
 SHARES = {"tests": 3.0, "sanitizer": 1.5, "latency": 1.2, "targets": 2.3}
@@ -122,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for gpu.json, gpu.md and logs/")
     add("--device", default="cuda", help="default: cuda; cpu tries the command on tiny sizes")
-    add("--minutes", type=float, default=8.0, help="total duration (default: 8)")
+    add("--minutes", type=positive_number, default=8.0, help="total duration (default: 8)")
     add(
         "--only",
         default=",".join(SHARES),
@@ -139,8 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = options.only.split(",")
     if unknown := [name for name in stages if name not in SHARES]:
         parser.error(f"'{unknown[0]}' is none of {', '.join(SHARES)}")
-    if not 0 < options.minutes < float("inf"):
-        parser.error("--minutes must be a finite number above 0")
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu tries the command on tiny sizes")
     words = ["python", "-m", "benchmarks.gpu"]
