@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine, sweeps, training
+from benchmarks import sweeps, training
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.measure import Budget
@@ -23,13 +23,7 @@ from benchmarks.report import load
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Budget(seconds=0.01, rounds=2, turn=0.0)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch):
-    """Measuring the machine's rates takes long, and these tests do not need them."""
-    monkeypatch.setitem(machine.MATMUL, "cpu", 64)
-    monkeypatch.setitem(machine.COPY, "cpu", 4096)
+pytestmark = pytest.mark.usefixtures("small_machine")
 
 
 def test_sweeps_change_one_thing_at_a_time(monkeypatch):
