@@ -330,7 +330,8 @@ def built(make, args, kwargs):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kind, found = outcome(lambda: make(*args, **kwargs))
-    return kind, found if kind else repr(found), [(w.category, str(w.message)) for w in caught]
+    found = found if kind else repr(found).removeprefix("fusedrnn.")
+    return kind, found, [(w.category, str(w.message)) for w in caught]
 
 
 @pytest.mark.parametrize("which", CONSTRUCTORS)
@@ -366,10 +367,19 @@ def test_right_calls_warn_of_nothing(cell):
 # lengths, which torch.nn does not know: name -> (lengths, exception, its words)
 
 LENGTHS = {
-    "a list": ([5, 3], TypeError, "lengths should be a Tensor, got: list"),
-    "a number": (5, TypeError, "lengths should be a Tensor, got: int"),
-    "float": (torch.tensor([5.0, 3.0]), TypeError, "lengths should be integers, got torch.float32"),
-    "bool": (torch.tensor([True, True]), TypeError, "lengths should be integers, got torch.bool"),
+    "a number": (5, TypeError, "lengths should be a Tensor, an array or a list, got: int"),
+    "strings": (
+        ["5", "3"],
+        TypeError,
+        "lengths should be a Tensor, got a list of which",
+    ),
+    "ragged": ([[5], [3, 1]], TypeError, "lengths should be a Tensor, got a list of which torch"),
+    "a short list": ([5], RuntimeError, "lengths of shape (2,), got [1]"),
+    "float": (torch.tensor([5.0, 3.0]), TypeError, "got torch.float32: write lengths.long()"),
+    "fractions": ([1.0, 0.6], TypeError, "(lengths * T).round().long() where they are fractions"),
+    "bool": (torch.tensor([True, True]), TypeError, "integers, got torch.bool: write mask.sum(-1)"),
+    "a mask": (torch.ones(2, 5, dtype=torch.bool), TypeError, "write mask.sum(-1)"),
+    "packed": (packed(), TypeError, "should be a Tensor, an array or a list, got: PackedSequence"),
     "complex": (torch.tensor([5j, 3j]), TypeError, "should be integers, got torch.complex64"),
     "too few": (torch.tensor([5]), RuntimeError, "lengths of shape (2,), got [1]"),
     "too many": (torch.tensor([5, 3, 1]), RuntimeError, "lengths of shape (2,), got [3]"),

@@ -366,5 +366,5 @@ def test_recompute_keeps_nothing_and_changes_no_bit(cell):
 
 
 def test_recompute_is_a_keyword_and_shown():
-    assert repr(fusedrnn.GRU(3, 4, recompute=True)) == "GRU(3, 4, recompute=True)"
+    assert repr(fusedrnn.GRU(3, 4, recompute=True)) == "fusedrnn.GRU(3, 4, recompute=True)"
     assert "recompute" not in vars(fusedrnn.GRU(3, 4))
