@@ -6,6 +6,7 @@ EXCEPT says why and what ours says.
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
+from fusedrnn import ops
 
 T, B, INPUT, HIDDEN = 5, 2, 3, 4
 LSTMS = ("lstm", "lstm-proj")
@@ -422,6 +424,42 @@ def test_lengths_of_any_integers(dtype):
     assert torch.equal(fused(x, lengths=torch.tensor([5, 0, 3]).to(dtype))[0], expected)
     strided = torch.tensor([5, 9, 0, 9, 3]).to(dtype)[::2]
     assert torch.equal(fused(x, lengths=strided)[0], expected)
+
+
+# Errors of the ops themselves
+
+OP_CALLS = {
+    "lengths": lambda x, w: fusedrnn.GRU(INPUT, HIDDEN)(x, lengths=[T + 1, T]),
+    "index": lambda x, w: fusedrnn.GRU(INPUT, HIDDEN)(x[..., 0].long() + INPUT),
+    "no weights": lambda x, w: ops.infer(x, None, None, [], *GRU),
+    "weights' shape": lambda x, w: ops.infer(x[..., 1:], None, None, w, *GRU),
+    "weights' dtype": lambda x, w: ops.infer(x.double(), None, None, w, *GRU),
+    "state": lambda x, w: ops.infer(x, zeros(1, 1, 1), None, w, *GRU),
+    "cell": lambda x, w: ops.infer(x, None, zeros(1, B, HIDDEN), w, *GRU),
+    "mode": lambda x, w: ops.infer(x, None, None, w, "CELL", *GRU[1:]),
+    "dimensions": lambda x, w: ops.infer(x[0, 0], None, None, w, *GRU),
+    "complex": lambda x, w: ops.infer(x.to(torch.complex64), None, None, w, *GRU),
+}
+GRU = ("GRU", HIDDEN, 0, 1, True, False)
+
+
+@pytest.mark.parametrize("which", OP_CALLS)
+def test_errors_name_no_line_of_ours(which):
+    weights = [w.detach() for w in fusedrnn.GRU(INPUT, HIDDEN).parameters()]
+    with torch.no_grad(), pytest.raises((RuntimeError, IndexError)) as error:
+        OP_CALLS[which](zeros(T, B, INPUT), weights)
+    assert str(error.value).startswith("fusedrnn: ")
+    assert "csrc" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_check_names_a_line():
+    """Neither on a GPU. These macros of torch's put file and line into what they say."""
+    macros = ("STD_TORCH_CHECK(", "TORCH_CHECK(", "TORCH_ERROR_CODE_CHECK(")
+    folder = Path(__file__).parents[1] / "csrc"
+    sources = [p for p in folder.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".inc")]
+    assert len(sources) > 20
+    found = [p.name for p in sources if any(macro in p.read_text() for macro in macros)]
+    assert not found
 
 
 # After an error

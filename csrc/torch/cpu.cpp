@@ -25,7 +25,7 @@ struct CpuCall : Call {
   bool padded_rows = false;  // some tokens do not exist: what lies there must be zeroed
 
   CpuCall(const Inputs& in, const Config& config, Common& a) : Call(in, config) {
-    STD_TORCH_CHECK(x.is_cpu(), "fusedrnn: expected CPU tensors");
+    FUSEDRNN_EXPECT(x.is_cpu(), "fusedrnn: expected CPU tensors");
     a.problem = problem;
     read_sequence(a);
     a.hx = pointer(hx), a.cx = pointer(cx);
@@ -62,7 +62,7 @@ struct CpuCall : Call {
       if (lengths) {
         length = int64_values("lengths", *lengths);
         for (int64_t n : length) {
-          STD_TORCH_CHECK(n >= 0 && n <= steps, "fusedrnn: expected lengths in [0, ", steps,
+          FUSEDRNN_EXPECT(n >= 0 && n <= steps, "fusedrnn: expected lengths in [0, ", steps,
                           "], got ", n);
           padded_rows |= n < steps;
         }
@@ -93,7 +93,8 @@ struct CpuCall : Call {
       if (values[i] < 0 || values[i] >= a.problem.input_size)
         throw std::out_of_range(  // Python's IndexError, which torch.nn.Embedding raises
             "fusedrnn: index " + std::to_string(values[i]) + " is out of range for input_size " +
-            std::to_string(a.problem.input_size));
+            std::to_string(a.problem.input_size) +
+            ": integers stand for one-hot vectors, features need input.float()");
       place[values[i]]++;
     });
     begin.push_back(0);

@@ -64,7 +64,7 @@ Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row) {
       },
       block.get());
   block.release();  // even then: who knows whether the deleter ran
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  FUSEDRNN_EXPECT_TORCH(error, "make a tensor of kept memory");
   return Tensor(made);
 }
 

@@ -67,7 +67,7 @@ class KeptMemory {
   Block fresh(int64_t bytes) {
     const int64_t rounded = size_class(bytes);
     const Block block{map(rounded), rounded, bytes};
-    STD_TORCH_CHECK(block.at, "fusedrnn: cannot allocate ", bytes, " bytes");
+    FUSEDRNN_EXPECT(block.at, "fusedrnn: cannot allocate ", bytes, " bytes");
     used_ += bytes;
     return block;
   }
