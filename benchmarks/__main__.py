@@ -147,7 +147,11 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     budget = QUICK if options.quick else Budget()
     if options.seconds:
         budget = dataclasses.replace(budget, seconds=options.seconds)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # which lists every device that torch has heard of
+        raise ValueError(f"torch has no device {name!r}: write cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU")
     chosen = peers.choose(options.peer)

@@ -163,3 +163,10 @@ def test_unusable_arguments_are_refused(arguments, capsys):
         main([arguments])
     assert exit.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_unknown_device_is_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        main(["--device", "foo"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("error: torch has no device 'foo': write cpu or cuda")
