@@ -146,7 +146,7 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
   const Problem& p = a.problem;
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
   const int64_t states = call.directions(), longest = B ? call.length[a.seq.order[0]] : 0;
-  const RowsScratch scratch = k.direct_scratch(p, B);
+  const RowsScratch scratch = k.unpacked_scratch(p, B);
   const int64_t of_state = (3 * B * row + 63) / 64 * 64 + scratch.common;
   const ScratchMemory memory(1, states * of_state + threads * scratch.own);
   char* const inputs = memory.of() + states * of_state;
@@ -162,34 +162,34 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
   // before the first layer's step, or right behind it where units fall, where they find more.
   const bool ahead = turns && longest == 1;
 
-  std::vector<DirectStep> all(states);
-  auto at_step = [&](DirectStep& s, int64_t step) {
+  std::vector<UnpackedStep> all(states);
+  auto at_step = [&](UnpackedStep& s, int64_t step) {
     s.t = s.dir == 0 ? step : longest - 1 - step;
     s.rows = B;
     while (call.length[a.seq.order[s.rows - 1]] <= s.t) s.rows--;
-    s.falling = turns && falling != step % 2;
+    s.descending = turns && falling != step % 2;
   };
   for (int64_t i = 0; i < states; i++) {
-    DirectStep& s = all[i];
+    UnpackedStep& s = all[i];
     s.layer = i / p.num_directions, s.dir = i % p.num_directions;
     char* const of = memory.of() + i * of_state;
     s.h_prev = of, s.h = of + B * row, s.c = of + 2 * B * row;
-    k.direct_begin(a, s);
+    k.unpacked_begin(a, s);
     if (!ahead || i == 0) continue;
-    s.by_h = of + of_state - scratch.common;
+    s.recurrent = of + of_state - scratch.common;
     at_step(s, 0);
   }
   for (int64_t i = 0; i < states; i++) {
-    DirectStep& s = all[i];
+    UnpackedStep& s = all[i];
     for (int64_t step = 0; step < longest; step++) {
       at_step(s, step);
       auto share = [&](int64_t part) {
         const int64_t others = ahead && i == 0 ? states - 1 : 0;
         for (int64_t j = others; !falling && j > 0; j--)
-          k.direct_recurrent(a, all[j], part, threads);
-        k.direct_step(a, s, part, threads, inputs + part * scratch.own);
+          k.unpacked_recurrent(a, all[j], part, threads);
+        k.unpacked_step(a, s, part, threads, inputs + part * scratch.own);
         for (int64_t j = 1; falling && j <= others; j++)
-          k.direct_recurrent(a, all[j], part, threads);
+          k.unpacked_recurrent(a, all[j], part, threads);
       };
       if (threads == 1)
         share(0);
@@ -202,7 +202,7 @@ void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int
                   static_cast<char*>(s.h_prev) + s.rows * row, (B - s.rows) * row);
       std::swap(s.h, s.h_prev);
     }
-    k.direct_end(a, s);
+    k.unpacked_end(a, s);
   }
 }
 
