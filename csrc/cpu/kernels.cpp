@@ -15,6 +15,9 @@
 
 namespace {
 
+using Float64 = double;
+using Float32 = float;
+
 // Calls f with a value of the problem's storage type, and with its cell.
 template <class F>
 FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
@@ -27,14 +30,13 @@ FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
   return f(BFloat16{});
 #else
   switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
+  case DType::k##name:                                             \
+    return f(name{});
+#include "plan/dtypes.inc"
+#undef DTYPE
     default:
-      return f(Float16{});
+      __builtin_unreachable();
   }
 #endif
 }

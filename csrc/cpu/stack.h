@@ -58,7 +58,17 @@ struct Zoneout {
   double rate;
 };
 
-struct Common {
+// Null: that one is not applied.
+struct Regularisers {
+  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out]
+  double mask_scale;
+  // Recurrent dropout: h is multiplied with it before W_hh. Compute type
+  // [layers * directions, batch, out].
+  const void* h_mask;
+  Zoneout zoneout_h, zoneout_c;
+};
+
+struct Common : Regularisers {
   Problem problem;
   Sequence seq;
   const void* x;  // storage type; token (t, b) at x + x_offset[t] + b * x_row elements
@@ -66,12 +76,6 @@ struct Common {
   int64_t x_row;
   OneHot one_hot;       // in place of x
   const void *hx, *cx;  // storage type [layers * directions, batch, ...], null: zeros
-  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out], null: none
-  double mask_scale;
-  // Recurrent dropout: h is multiplied with it before W_hh; null: none. Compute type
-  // [layers * directions, batch, out].
-  const void* h_mask;
-  Zoneout zoneout_h, zoneout_c;
   // Where all states are results: the outputs of all layers but the last, storage type
   // [layers - 1, tokens, directions * out], and all cell states, compute type
   // [layers, tokens, directions * hidden]; null where they are not.

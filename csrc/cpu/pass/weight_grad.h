@@ -10,20 +10,6 @@
 
 namespace {
 
-// Places in Weights and in Backward::dweights.
-enum {
-  kPlaceIH,
-  kPlaceHH,
-  kPlaceBiasIH,
-  kPlaceBiasHH,
-  kPlaceHR,
-  kPlaceGainIH,
-  kPlaceGainHH,
-  kPlaceGainC,
-  kPlaceShiftC,
-  kPlaces
-};
-
 // One task of weight_tasks.h, of a layer with the cell and dtype of `call`.
 template <class S>
 class WeightGradTask {
@@ -57,12 +43,14 @@ class WeightGradTask {
 
  private:
   // Null where it is not required.
-  C* gradient_of(int place) const { return static_cast<C*>(call.dweights[dir * kPlaces + place]); }
+  C* gradient_of(WeightKind kind) const {
+    return static_cast<C*>(call.dweights[dir * kWeightKinds + kind]);
+  }
   int64_t token(int64_t k) const { return seq.token(seq.valid_step[k], seq.valid_row[k]); }
 
   void biases() const {
     const CellGateRanges ranges = gate_ranges(p.cell, false);
-    C *const db_ih = gradient_of(kPlaceBiasIH), *const db_hh = gradient_of(kPlaceBiasHH);
+    C *const db_ih = gradient_of(kBiasIH), *const db_hh = gradient_of(kBiasHH);
     if (!db_ih && !db_hh) return;
     const int64_t ld = p.slot_columns(), column = tile.begin, cols = tile.columns;
     const auto* const values = dgates;
@@ -91,25 +79,25 @@ class WeightGradTask {
     for (const GateRange& range : ranges.x) {
       const int64_t gate = range.gate + slot - range.slot;
       if (slot < range.slot || slot >= range.slot + range.count) continue;
-      norm_sum(kPlaceBiasIH, gate, -1, slot, unit, cols);
-      norm_sum(kPlaceGainIH, gate, saved_x + gate, slot, unit, cols);
+      norm_sum(kBiasIH, gate, -1, slot, unit, cols);
+      norm_sum(kGainIH, gate, saved_x + gate, slot, unit, cols);
     }
     for (const GateRange& range : ranges.h) {
       const int64_t gate = range.gate + slot - range.slot;
       if (slot < range.slot || slot >= range.slot + range.count) continue;
-      norm_sum(kPlaceBiasHH, gate, -1, slot, unit, cols);
-      norm_sum(kPlaceGainHH, gate, saved_h + gate, slot, unit, cols);
+      norm_sum(kBiasHH, gate, -1, slot, unit, cols);
+      norm_sum(kGainHH, gate, saved_h + gate, slot, unit, cols);
     }
     if (slot != cell.slots) return;
-    norm_sum(kPlaceShiftC, 0, -1, slot, unit, cols);
-    norm_sum(kPlaceGainC, 0, saved_c, slot, unit, cols);
+    norm_sum(kShiftC, 0, -1, slot, unit, cols);
+    norm_sum(kGainC, 0, saved_c, slot, unit, cols);
   }
 
   // One of them: the sum of a slot of dnormed, times the saved slot `factor` (-1: none), is the
   // gradient of a gate.
-  __attribute__((noinline)) void norm_sum(int place, int64_t gate, int64_t factor, int64_t slot,
-                                          int64_t unit, int64_t cols) const {
-    C* const dst = gradient_of(place);
+  __attribute__((noinline)) void norm_sum(WeightKind kind, int64_t gate, int64_t factor,
+                                          int64_t slot, int64_t unit, int64_t cols) const {
+    C* const dst = gradient_of(kind);
     if (!dst) return;
     const int64_t ld = p.normed_columns(), ld_saved = p.cell_traits().saved * H;
     const C* const dnormed =
@@ -124,7 +112,7 @@ class WeightGradTask {
   }
 
   void projection() const {
-    C* const dst = gradient_of(kPlaceHR);
+    C* const dst = gradient_of(kWeightHR);
     if (!dst) return;
     const C* const hidden = static_cast<const C*>(call.hidden) + dir * seq.tokens * H;
     const C* const dproj = static_cast<const C*>(call.dproj) + dir * seq.tokens * P + tile.begin;
@@ -170,13 +158,13 @@ class WeightGradTask {
   void matrices() const {
     const Segment& segment = segments.segment[tile.part];
     // The tile's rows of one of the matrices; null: it has none, or no gradient is required.
-    auto rows_of = [&](int place, int gate, int64_t width) -> C* {
-      C* const dst = gate < 0 ? nullptr : gradient_of(place);
+    auto rows_of = [&](WeightKind kind, int gate, int64_t width) -> C* {
+      C* const dst = gate < 0 ? nullptr : gradient_of(kind);
       return dst ? dst + (gate * H + tile.begin) * width : nullptr;
     };
     const bool indexed = p.indexed(call.layer);
-    C* const dw_ih = rows_of(kPlaceIH, segment.x_gate, indexed ? p.input_size : input.width);
-    C* const dw_hh = rows_of(kPlaceHH, segment.h_gate, P);
+    C* const dw_ih = rows_of(kWeightIH, segment.x_gate, indexed ? p.input_size : input.width);
+    C* const dw_hh = rows_of(kWeightHH, segment.h_gate, P);
     const auto* const gates = dgates + segment.slot * H + tile.begin;
     const int64_t ld = p.slot_columns();
     if (dw_ih && indexed) scatter_add(call.one_hot, tile.columns, p.input_size, gates, ld, dw_ih);
