@@ -15,7 +15,7 @@ struct Sequence {
   int64_t steps, batch, tokens;  // tokens: rows of the per-token arrays
   const int64_t* offset;         // [steps]
   const int64_t* length;         // [batch]
-  const int64_t* order;          // [batch] rows by falling length
+  const int64_t* order;          // [batch] rows by descending length
   const uint8_t* resets;         // [tokens] whether a new sequence begins there; null: nowhere
   // The tokens that exist, in storage order; fewer than `tokens` where rows are padded.
   int64_t valid;
@@ -44,11 +44,12 @@ struct OneHot {
   const int64_t *begin, *token;  // [distinct + 1], [valid]
 };
 
-// Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots
-// (with layer normalisation none), then W_ih (of integer input: the gates that each distinct value
-// makes) and W_hh group by group (pass/pack.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
+// Where a call's packed weights lie, in elements of the compute type. Forward: first the bias of
+// all slots (none with layer normalisation), then W_ih (for integer input the gates of each
+// distinct value) and W_hh group by group (pass/gate_layout.h), W_hr. Backward: first W_hh, then
+// W_ih, both range by range, W_hr.
 struct PackedOffsets {
-  int64_t bias, w_ih, w_hh, w_hr, total;
+  int64_t w_ih, w_hh, w_hr, total;
 };
 
 // Zoneout: what part of an old value stays, and the rest is the new one.
@@ -112,13 +113,13 @@ struct Backward : Common {
 
 // One step of a layer and direction without packed weights (pass/forward_unpacked.h), for the first
 // `rows` rows in Sequence::order.
-struct DirectStep {
+struct UnpackedStep {
   int64_t layer, dir, t, rows;
-  bool falling;          // units go from the last to the first
-  void *h_prev, *h, *c;  // compute type [batch, hidden], rows in that order too
-  // The products of W_hh where direct_recurrent makes them, [vectors of units][gates][batch] whole
-  // vectors; null: the step does.
-  void* by_h;
+  bool descending;       // the order of units
+  void *h_prev, *h, *c;  // compute type [batch, hidden], rows in Sequence::order
+  // The products of W_hh where unpacked_recurrent computes them, [vectors of units][gates][batch]
+  // whole vectors; null: the step does.
+  void* recurrent;
 };
 
 // Rows that a task takes through all steps: places in Sequence::order. A team of more than one
@@ -148,14 +149,14 @@ struct Kernels {
   RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
   void (*forward)(const Forward&, const Rows&, Member&);
   void (*backward)(const Backward&, const Rows&, Member&);
-  // For each state DirectStep::by_h, and each part's own.
-  RowsScratch (*direct_scratch)(const Problem&, int64_t rows);
+  // Common: UnpackedStep::recurrent of each state; own: of each part.
+  RowsScratch (*unpacked_scratch)(const Problem&, int64_t rows);
   // Of all rows: h_prev and c from the call's initial states, and to its final ones.
-  void (*direct_begin)(const Forward&, const DirectStep&);
-  void (*direct_recurrent)(const Forward&, const DirectStep&, int64_t part, int64_t parts);
-  void (*direct_step)(const Forward&, const DirectStep&, int64_t part, int64_t parts,
-                      void* scratch);
-  void (*direct_end)(const Forward&, const DirectStep&);
+  void (*unpacked_begin)(const Forward&, const UnpackedStep&);
+  void (*unpacked_recurrent)(const Forward&, const UnpackedStep&, int64_t part, int64_t parts);
+  void (*unpacked_step)(const Forward&, const UnpackedStep&, int64_t part, int64_t parts,
+                        void* scratch);
+  void (*unpacked_end)(const Forward&, const UnpackedStep&);
   int64_t (*weight_tasks)(const Problem&, int64_t threads);
   int64_t (*weight_scratch)(const Problem&, int64_t layer);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);

@@ -28,7 +28,7 @@ class UnpackedForward {
         states_(a.problem.num_layers * a.problem.num_directions),
         longest_(a.seq.length[a.seq.order[0]]),
         row_(a.problem.hidden_size * compute_bytes(a.problem.dtype)),
-        bytes_(run.kernels.direct_scratch(a.problem, a.seq.batch)),
+        bytes_(run.kernels.unpacked_scratch(a.problem, a.seq.batch)),
         state_bytes_(round_up(3 * a.seq.batch * row_) + bytes_.common),
         memory_(1, states_ * state_bytes_ + run.plan.threads * bytes_.own),
         steps_(states_) {
@@ -42,32 +42,32 @@ class UnpackedForward {
     for (int64_t i = 0; i < states_; i++) begin(i);
     for (int64_t i = 0; i < states_; i++) {
       for (int64_t step = 0; step < longest_; step++) take(i, step);
-      run_.kernels.direct_end(a_, steps_[i]);
+      run_.kernels.unpacked_end(a_, steps_[i]);
     }
   }
 
  private:
   void begin(int64_t i) {
-    DirectStep& s = steps_[i];
+    UnpackedStep& s = steps_[i];
     s.layer = i / a_.problem.num_directions, s.dir = i % a_.problem.num_directions;
     char* const memory = memory_.of() + i * state_bytes_;
     const int64_t state = a_.seq.batch * row_;
     s.h_prev = memory, s.h = memory + state, s.c = memory + 2 * state;
-    run_.kernels.direct_begin(a_, s);
+    run_.kernels.unpacked_begin(a_, s);
     if (!run_.plan.recurrent_first || i == 0) return;
-    s.by_h = memory + state_bytes_ - bytes_.common;
+    s.recurrent = memory + state_bytes_ - bytes_.common;
     set_time(s, 0);
   }
 
-  void set_time(DirectStep& s, int64_t step) const {
+  void set_time(UnpackedStep& s, int64_t step) const {
     s.t = s.dir == 0 ? step : longest_ - 1 - step;
     s.rows = a_.seq.batch;
     while (a_.seq.length[a_.seq.order[s.rows - 1]] <= s.t) s.rows--;
-    s.falling = run_.plan.alternates && descending_ != step % 2;
+    s.descending = run_.plan.alternates && descending_ != step % 2;
   }
 
   void take(int64_t i, int64_t step) {
-    DirectStep& s = steps_[i];
+    UnpackedStep& s = steps_[i];
     set_time(s, step);
     auto share = [&](int64_t part) { take_part(i, part); };
     if (run_.plan.threads == 1)
@@ -86,10 +86,12 @@ class UnpackedForward {
   void take_part(int64_t i, int64_t part) {
     const int64_t threads = run_.plan.threads;
     const int64_t others = run_.plan.recurrent_first && i == 0 ? states_ - 1 : 0;
-    auto multiply = [&](int64_t j) { run_.kernels.direct_recurrent(a_, steps_[j], part, threads); };
+    auto multiply = [&](int64_t j) {
+      run_.kernels.unpacked_recurrent(a_, steps_[j], part, threads);
+    };
     for (int64_t j = others; !descending_ && j > 0; j--) multiply(j);
     char* const inputs = memory_.of() + states_ * state_bytes_ + part * bytes_.own;
-    run_.kernels.direct_step(a_, steps_[i], part, threads, inputs);
+    run_.kernels.unpacked_step(a_, steps_[i], part, threads, inputs);
     for (int64_t j = 1; descending_ && j <= others; j++) multiply(j);
   }
 
@@ -99,7 +101,7 @@ class UnpackedForward {
   const RowsScratch bytes_;
   const int64_t state_bytes_;
   const ScratchMemory memory_;
-  std::vector<DirectStep> steps_;
+  std::vector<UnpackedStep> steps_;
   bool descending_ = false;
 };
 
