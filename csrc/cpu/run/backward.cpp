@@ -29,8 +29,7 @@ class BackwardLayers {
         packed_(1, a.problem.num_directions * packed_bytes_),
         tasks_(run.plan, a.seq.batch, run.kernels.rows_scratch(a.problem, run.plan.rows_per_task),
                layers_),
-        arguments_(layers_),
-        dweights_(layers_) {
+        arguments_(layers_) {
     if (!a.grad_y) std::memset(zeros_.of(), 0, columns_ * a.problem.out_size());
   }
 
@@ -73,6 +72,7 @@ class BackwardLayers {
   void set_arguments(int64_t i, const void* grad_out) {
     Backward& b = arguments_[i] = {};
     static_cast<Common&>(b) = a_;
+    b.pass = run_.plan.pass;
     b.layer = a_.problem.num_layers - 1 - i;
     b.packed = packed_.of();
     b.y = a_.y;
@@ -83,11 +83,7 @@ class BackwardLayers {
     b.grad_cs = rows_of_layer(a_.grad_cs, b.layer, a_.problem.hidden_size);
     b.dgates = dgates_.of(), b.dproj = dproj_.of();
     b.hidden = hidden_.of(), b.dnormed = dnormed_.of();
-    for (int64_t dir = 0; dir < a_.problem.num_directions; dir++) {
-      WeightGradients d = a_.dweights[b.layer * a_.problem.num_directions + dir];
-      for (int kind = 0; kind < kWeightKinds; kind++) dweights_[i].push_back(d[WeightKind(kind)]);
-    }
-    b.dweights = dweights_[i].data();
+    b.dweights = a_.dweights + b.layer * a_.problem.num_directions;
   }
 
   // Packs the weights, and copies the gradient that the layer's own is added to.
@@ -110,7 +106,10 @@ class BackwardLayers {
   }
 
   bool wants_weights(int64_t i) const {
-    return std::any_of(dweights_[i].begin(), dweights_[i].end(), [](void* d) { return d; });
+    for (int64_t dir = 0; dir < a_.problem.num_directions; dir++)
+      for (int kind = 0; kind < kWeightKinds; kind++)
+        if (arguments_[i].dweights[dir][WeightKind(kind)]) return true;
+    return false;
   }
 
   Phase weight_gradients(int64_t i) {
@@ -132,7 +131,6 @@ class BackwardLayers {
   const ScratchMemory packed_;
   RowTasks tasks_;
   std::vector<Backward> arguments_;
-  std::vector<std::vector<void*>> dweights_;
 };
 
 }  // namespace

@@ -25,7 +25,7 @@ void run_packed(const CpuRun& run, Forward& a) {
   const std::vector<int64_t> offsets = packed_offsets(k, a);
   const int64_t size = compute_bytes(p.dtype);
   const ScratchMemory packed(1, offsets.back() * size);
-  a.packed = packed.of(), a.unpacked_hh = plan.unpacked_hh;
+  a.packed = packed.of();
   auto pack = [&](int64_t task, char*) {
     const int64_t i = task / kPackParts;
     k.pack_forward(a, i, packed.of() + offsets[i] * size, task % kPackParts, kPackParts);
@@ -39,6 +39,7 @@ void run_packed(const CpuRun& run, Forward& a) {
 }  // namespace
 
 void run_forward(const CpuRun& run, Forward& a) {
+  a.pass = run.plan.pass;
   const Problem& p = a.problem;
   // The outputs of the layers but the last, where nothing else holds them, take turns.
   const bool held = a.reserve || a.hs;

@@ -11,8 +11,7 @@ struct CpuRun {
   ThreadPool pool;
 };
 
-// The caller sets what the kernels read and write; `packed`, `unpacked_hh` and `inner` are set
-// here.
+// The caller sets what the kernels read and write; `packed`, `pass` and `inner` are set here.
 void run_forward(const CpuRun&, Forward&);
 // The same of a plan that reads all weights unpacked, with `inner` set.
 void run_unpacked(const CpuRun&, const Forward&);

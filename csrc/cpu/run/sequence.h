@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "cpu/stack.h"
+#include "cpu/call.h"
 
 namespace fusedrnn {
 

@@ -4,10 +4,10 @@
 #include <functional>
 #include <vector>
 
+#include "cpu/call.h"
 #include "cpu/run/scratch.h"
+#include "cpu/run/team.h"
 #include "cpu/run/threads.h"
-#include "cpu/stack.h"
-#include "cpu/team.h"
 #include "plan/cpu_plan.h"
 
 namespace fusedrnn {

@@ -32,7 +32,7 @@ class UnpackedForward {
         state_bytes_(round_up(3 * a.seq.batch * row_) + bytes_.common),
         memory_(1, states_ * state_bytes_ + run.plan.threads * bytes_.own),
         steps_(states_) {
-    if (!run.plan.alternates) return;
+    if (!run.plan.pass.alternates) return;
     std::atomic<bool>& next = next_descends(a.weights->w_hh);
     descending_ = next.load(std::memory_order_relaxed);
     next.store(descending_ != longest_ % 2, std::memory_order_relaxed);
@@ -63,7 +63,7 @@ class UnpackedForward {
     s.t = s.dir == 0 ? step : longest_ - 1 - step;
     s.rows = a_.seq.batch;
     while (a_.seq.length[a_.seq.order[s.rows - 1]] <= s.t) s.rows--;
-    s.descending = run_.plan.alternates && descending_ != step % 2;
+    s.descending = run_.plan.pass.alternates && descending_ != step % 2;
   }
 
   void take(int64_t i, int64_t step) {
