@@ -229,7 +229,7 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
         if source.name.startswith("cuda") and not cuda:
             continue
         steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines)} {system}"))
-    for source in sources("plan/*.cpp") + sources("cpu/*.cpp") + cuda_host:
+    for source in sources("plan/*.cpp") + sources("cpu/**/*.cpp") + cuda_host:
         if source != KERNELS:
             steps.append(("cxx", source, "", words(*defines)))
     for source in cuda:

@@ -18,11 +18,23 @@ namespace {
 using Float64 = double;
 using Float32 = float;
 
+// Kernels with products of bfloat16 compute nothing else, those on tiles also float32: the rest
+// would be as without.
+constexpr bool computes(DType dtype) {
+  (void)dtype;
+#if defined(__AMX_BF16__)
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat32;
+#elif defined(__AVX512BF16__)
+  return dtype == DType::kBFloat16;
+#else
+  return true;
+#endif
+}
+
 // Calls f with a value of the problem's storage type, and with its cell.
 template <class F>
 FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
   (void)dtype;
-  // dispatch.cpp asks variants with bfloat16 for nothing else, but one with tiles for float32 too.
 #if defined(__AMX_BF16__)
   if (dtype == DType::kFloat32) return f(float{});
 #endif
@@ -66,9 +78,14 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
 }
 
 CpuCosts costs_of(DType dtype) {
+  if (!computes(dtype)) return {};
   return with_dtype(dtype, [](auto s) {
     using X = Operand<decltype(s)>;
-    return CpuCosts{kTiled<X> ? 8 : 1, kPlanes<X> * int64_t(sizeof(Element<X>)),
+    return CpuCosts{true,
+                    kTiled<X>,
+                    kTiled<X> ? 8 : 1,
+                    kPlanes<X>,
+                    kPlanes<X> * int64_t(sizeof(Element<X>)),
                     kLoadsQuickly<decltype(s)>};
   });
 }

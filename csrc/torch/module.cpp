@@ -173,10 +173,10 @@ PyObject* cpu_plan(PyObject*, PyObject*, PyObject* keywords) {
     auto flag = [](bool value) { return value ? Py_True : Py_False; };
     return Py_BuildValue("{sssLsOsOsOsOsLsLsLss}", "variant", machine.variants[plan.variant].name,
                          "threads", (long long)plan.threads, "unpacked", flag(plan.unpacked),
-                         "unpacked_hh", flag(plan.unpacked_hh), "alternates", flag(plan.alternates),
-                         "recurrent_first", flag(plan.recurrent_first), "rows_per_task",
-                         (long long)plan.rows_per_task, "tasks", (long long)plan.tasks, "members",
-                         (long long)plan.members, "text",
+                         "unpacked_hh", flag(plan.pass.unpacked_hh), "alternates",
+                         flag(plan.pass.alternates), "recurrent_first", flag(plan.recurrent_first),
+                         "rows_per_task", (long long)plan.rows_per_task, "tasks",
+                         (long long)plan.tasks, "members", (long long)plan.members, "text",
                          describe(plan, p, request, machine).c_str());
   });
 }

@@ -1,7 +1,7 @@
 // The arrays of a layer and direction: its input, output, states and masks, and scratch memory.
 #pragma once
+#include "cpu/call.h"
 #include "cpu/product/panels.h"
-#include "cpu/stack.h"
 
 namespace {
 

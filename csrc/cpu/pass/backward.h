@@ -134,14 +134,14 @@ class BackwardPass {
         const int64_t t = rows.time(d.dir, i), n = rows.active(t);
         if (p.proj_size) project(d, t, n);
         for (int64_t r = 0; r < n; r++) compute_cells(d, t, r, gates + r * buf.ld_gates);
-        me.meet();
+        me.barrier();
         recurrent_step(d, i, n, gates);
         gates += n * buf.ld_gates;
       }
       if (call.grad_in)
         multiply_gates(Cell::x_ranges(), d.w_ih, (gates - buf.gates) / buf.ld_gates, buf.gates,
                        inputs, buf.input, buf.ld_input, nullptr, false);
-      me.meet();  // the next chunk's gates replace these
+      me.barrier();  // the next chunk's gates replace these
       if (call.grad_in) write_input_gradients(d, begin, end);
     }
     write_gradients(d);
@@ -242,7 +242,8 @@ class BackwardPass {
     if (multiplies)
       multiply_gates(Cell::h_ranges(), d.w_hh, n, gates, outputs,
                      call.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
-                     adds_direct && !call.h_mask ? buf.dh : nullptr, step % 2);
+                     adds_direct && !call.h_mask ? buf.dh : nullptr,
+                     call.pass.alternates && step % 2);
     for (int64_t r = 0; (call.h_mask || seq.resets) && r < n; r++) finish_row(d, t, r, multiplies);
   }
 

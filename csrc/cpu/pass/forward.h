@@ -135,9 +135,7 @@ class ForwardPass {
         seq(forward.seq),
         me(member),
         rows(seq, task.first, task.end),
-        overlaps_cells(kTiled<X> && !kNormed &&
-                       (kPlanes<X> > 1 ||
-                        p.gate_rows() * p.out_size() * int64_t(sizeof(Element<X>)) > 1 << 20)),
+        overlaps_cells(kTiled<X> && !kNormed && forward.pass.overlaps_cells),
         common{static_cast<char*>(task.common)},
         own{static_cast<char*>(task.own)},
         buf(p, rows.count, common, own) {}
@@ -157,7 +155,7 @@ class ForwardPass {
   void run_direction(const Direction& d) {
     if (me.index == 0)
       read_states<S>(call, d.layer, d.dir, rows.first, rows.count, buf.h[0], buf.ld_h, buf.c);
-    me.meet();
+    me.barrier();
     const int64_t steps = rows.chunk_steps<X>();
     for (int64_t begin = 0; begin < rows.longest; begin += steps) {
       const int64_t end = min(rows.longest, begin + steps);
@@ -166,7 +164,7 @@ class ForwardPass {
       for (int64_t i = begin; i < end; i++) {
         const int64_t t = rows.time(d.dir, i), n = rows.active(t);
         for (int64_t r = 0; r < n; r++) prepare(d, t, r, gates + r * buf.ld_gates);
-        recurrent_step(d, i % 2, n, gates);
+        recurrent_step(d, call.pass.alternates && i % 2, n, gates);
         if constexpr (kNormed) normalise(d, t, n);
         if (p.proj_size) project(d, t, n);
         finish(n);
@@ -250,9 +248,8 @@ class ForwardPass {
     return converted;
   }
 
-  // h W_hh^T is added to the gates of n rows, and their cells are computed. These overlap the next
-  // product where that is long: with three planes, or with weights from beyond L2. Otherwise they
-  // follow their own product, whose sums are in L1 then.
+  // h W_hh^T is added to the gates of n rows, and their cells are computed: during the next
+  // product, or right after their own, whose sums are in L1 then.
   void recurrent_step(const Direction& d, bool descending, int64_t n, C* gates) {
     const int64_t H = p.hidden_size;
     const X* const h = factors(call.h_mask ? nullptr : buf.h[0], buf.operand);
@@ -276,7 +273,7 @@ class ForwardPass {
                                       const X* h, C* gates, OverlappedWork work) const {
     const int64_t P = p.out_size();
     if constexpr (kDepth<X> == 1 && !kNormed)
-      if (call.unpacked_hh)
+      if (call.pass.unpacked_hh)
         return add_unpacked<Cell>(static_cast<const S*>(d.weights.w_hh), p.hidden_size, P, block,
                                   blocks, n, h, buf.ld_operand, gates, buf.ld_gates);
     C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
@@ -322,7 +319,7 @@ class ForwardPass {
       convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, p.out_size());
     C* const last = buf.h[0];
     buf.h[0] = buf.h[1], buf.h[1] = last;
-    me.meet();
+    me.barrier();
   }
 
   const Forward& call;

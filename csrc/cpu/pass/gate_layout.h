@@ -4,7 +4,7 @@
 // slot, so that all gates of a block are contiguous when its cells are computed. The recurrent
 // product goes by groups of blocks that fill the registers, each with a packed matrix of its own.
 #pragma once
-#include "cpu/member.h"
+#include "cpu/call.h"
 #include "cpu/product/panels.h"
 
 namespace {

@@ -1,8 +1,8 @@
 // Packs the weights of a layer and direction for forward and backward.
 #pragma once
+#include "cpu/call.h"
 #include "cpu/pass/gate_layout.h"
 #include "cpu/product/panels.h"
-#include "cpu/stack.h"
 
 namespace {
 
@@ -87,7 +87,7 @@ class ForwardPacking {
     else
       pack_groups(panels + offsets.w_ih, static_cast<const S*>(w.w_ih), p.hidden_size,
                   p.layer_input(layer), ranges.x, gates, 0, part, parts);
-    if (kDepth<X> > 1 || !call.unpacked_hh)
+    if (kDepth<X> > 1 || !call.pass.unpacked_hh)
       pack_groups(panels + offsets.w_hh, static_cast<const S*>(w.w_hh), p.hidden_size, p.out_size(),
                   ranges.h, gates, slots - gates, part, parts);
     if (p.proj_size && part == parts - 1) pack_projection();

@@ -1,8 +1,8 @@
 // The rows of a task, the steps that they take, and the chunks of steps whose tokens a product
 // takes together.
 #pragma once
+#include "cpu/call.h"
 #include "cpu/product/operand.h"
-#include "cpu/stack.h"
 
 namespace {
 

@@ -2,8 +2,8 @@
 //
 // They are made in blocks, and blocks of blocks: long sums lose too much to rounding.
 #pragma once
+#include "cpu/call.h"
 #include "cpu/pass/weight_tasks.h"
-#include "cpu/stack.h"
 #include "cpu/vector/simd.h"
 
 namespace {

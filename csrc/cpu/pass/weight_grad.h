@@ -43,9 +43,7 @@ class WeightGradTask {
 
  private:
   // Null where it is not required.
-  C* gradient_of(WeightKind kind) const {
-    return static_cast<C*>(call.dweights[dir * kWeightKinds + kind]);
-  }
+  C* gradient_of(WeightKind kind) const { return static_cast<C*>(call.dweights[dir][kind]); }
   int64_t token(int64_t k) const { return seq.token(seq.valid_step[k], seq.valid_row[k]); }
 
   void biases() const {

@@ -1,7 +1,9 @@
-#include "torch/kept_memory.h"
+#include "torch/reserve.h"
 
 #include <memory>
 #include <mutex>
+
+#include "cpu/run/scratch.h"
 
 // Null in torch 2.10.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

@@ -5,8 +5,7 @@
 // A token is one row of the batch at one step. Token (t, b) lies at row offset[t] + b of every
 // per-token array, so padded (T, B) and packed data are the same thing here.
 #pragma once
-#include "cpu/member.h"
-#include "plan/cpu_costs.h"
+#include "plan/cpu_pass.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {
@@ -38,7 +37,7 @@ struct Sequence {
 // Integer input: what distinct values it has, and the tokens of each. Without a value: other input.
 struct OneHot {
   int64_t distinct;
-  const int64_t* value;  // [distinct], rising
+  const int64_t* value;  // [distinct], ascending
   const int64_t* which;  // [tokens] which of them a token has
   // The tokens that have value i lie from token[begin[i]] to token[begin[i + 1]], in storage order.
   const int64_t *begin, *token;  // [distinct + 1], [valid]
@@ -70,6 +69,7 @@ struct Regularisers {
 
 struct Common : Regularisers {
   Problem problem;
+  CpuPass pass;
   Sequence seq;
   const void* x;  // storage type; token (t, b) at x + x_offset[t] + b * x_row elements
   const int64_t* x_offset;
@@ -82,14 +82,13 @@ struct Common : Regularisers {
   void *hs, *cs;
   const Weights* weights;  // [layers * directions]
   // Compute type, one PackedOffsets::total per layer and direction; null: backward of few tokens,
-  // which reads the weights as they lie.
+  // which reads the weights unpacked.
   const void* packed;
-  char* reserve;  // null: nothing is kept for backward
+  char* reserve;  // null: nothing is saved for backward
 };
 
 struct Forward : Common {
   void *y, *hn, *cn;  // storage type
-  bool unpacked_hh;   // W_hh is read as it lies, by kernels that do not multiply pairs
   void* inner[2];     // storage type [tokens, directions * out], layer outputs when reserve is null
 };
 
@@ -104,10 +103,10 @@ struct Backward : Common {
   // [directions, tokens, slots * hidden], the gradients of the pre-activations: as the products
   // take them, in the space of the compute type
   void* dgates;
-  void* dproj;            // [directions, tokens, out], gradients of h, with a projection
-  void* hidden;           // [directions, tokens, hidden], what was projected, with a projection
-  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
-  void* const* dweights;  // [directions * 9] in the order of Weights; null: not wanted
+  void* dproj;    // [directions, tokens, out], gradients of h, with a projection
+  void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
+  void* dnormed;  // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
+  const WeightGradients* dweights;  // [directions]; null: not wanted
   int64_t layer;
 };
 
@@ -120,6 +119,16 @@ struct UnpackedStep {
   // The products of W_hh where unpacked_recurrent computes them, [vectors of units][gates][batch]
   // whole vectors; null: the step does.
   void* recurrent;
+};
+
+// A thread's place in a team, which takes a task together (run/team.h). Without a team it is alone.
+struct Member {
+  class Team* team = nullptr;
+  int64_t index = 0, count = 1;
+  int64_t passed = 0;  // barriers, times `count`
+
+  // Returns once all members have called it as often: what they wrote before can be read.
+  void barrier();
 };
 
 // Rows that a task takes through all steps: places in Sequence::order. A team of more than one
@@ -161,16 +170,5 @@ struct Kernels {
   int64_t (*weight_scratch)(const Problem&, int64_t layer);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);
 };
-
-struct Variant {
-  const Kernels* kernels;
-  bool supported;  // by this processor
-};
-
-const Kernels& kernels();  // the best that this processor runs, or the one that FUSEDRNN_CPU names
-// The same for a call: avx512bf16 has bfloat16 alone and amx float32 too, where that pays. They
-// leave all else to avx512.
-const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens);
-const Variant* variants(int* count);  // all in the binary, best first
 
 }  // namespace fusedrnn

@@ -3,12 +3,14 @@
 #pragma once
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "torch/checks.h"
-#include "torch/switches.h"
-
 namespace fusedrnn {
+
+// Whether FUSEDRNN_POISON=1 asks for memory full of NaN: for tests.
+bool poison_scratch();
 
 // Blocks that nobody uses at the moment, up to a limit.
 class KeptMemory {
@@ -47,7 +49,8 @@ class KeptMemory {
 
   static Block fresh(int64_t bytes) {
     void* const at = ::operator new(bytes, kPage, std::nothrow);
-    STD_TORCH_CHECK(at, "fusedrnn: cannot allocate ", bytes, " bytes");
+    if (!at)
+      throw std::runtime_error("fusedrnn: cannot allocate " + std::to_string(bytes) + " bytes");
     return {static_cast<char*>(at), bytes};
   }
   static void release(const Block& block) { ::operator delete(block.at, kPage); }
@@ -81,10 +84,5 @@ class ScratchMemory {
   int64_t stride_;
   KeptMemory::Block block_;
 };
-
-// A reserve: bytes (rows, row) beside `like`. One of a megabyte and more on the CPU lies in memory
-// that the process keeps, up to the same limit, where torch (from 2.11 on) takes it: it may die in
-// another thread than it was made in.
-Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row);
 
 }  // namespace fusedrnn
