@@ -1,7 +1,7 @@
 #include "torch/reserve.h"
 
+#include <cstring>
 #include <memory>
-#include <mutex>
 
 #include "cpu/run/scratch.h"
 
@@ -15,45 +15,25 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 namespace fusedrnn {
 namespace {
 
-using Block = KeptMemory::Block;
-
-constexpr int64_t kLeastKept = 1 << 20;  // less has few pages
-
-struct Shared {
-  std::mutex mutex;
-  KeptMemory memory;
-};
-Shared& shared() {
-  static Shared& made = *new Shared;  // tensors may live on when the process ends
-  return made;
-}
-// Nobody waits for the lock: in a child of fork it may be held by a thread that is not there.
-Block take(int64_t bytes) {
-  const std::unique_lock lock(shared().mutex, std::try_to_lock);
-  return lock ? shared().memory.take(bytes) : KeptMemory::fresh(bytes);
-}
-void give(const Block& block) {
-  const std::unique_lock lock(shared().mutex, std::try_to_lock);
-  return lock ? shared().memory.give(block) : KeptMemory::release(block);
-}
+constexpr int64_t kLeastPooled = 1 << 20;  // bytes; less has few pages
 
 }  // namespace
 
 Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row) {
   const int64_t bytes = checked_product(rows, row);
   // Through the dispatcher: what is never written of it torch fills where it is told to.
-  if (!torch_from_blob || !like.is_cpu() || bytes < kLeastKept)
+  if (!torch_from_blob || !like.is_cpu() || bytes < kLeastPooled)
     return torch::stable::new_empty(like, {rows, row}, ScalarType::Byte);
-  auto block = std::make_unique<Block>(take(bytes));
-  if (poison_scratch()) std::memset(block->at, 0xFF, bytes);
+  auto block = std::make_unique<ScratchPool::Block>(take_shared(bytes));
+  if (poison_scratch()) std::memset(block->data, 0xFF, bytes);
   const int64_t sizes[] = {rows, row}, strides[] = {row, 1};
   AtenTensorHandle made;
   const AOTITorchError error = torch_from_blob(
-      block->at, 2, sizes, strides, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1,
+      block->data, 2, sizes, strides, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1,
       &made, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) {
-        const std::unique_ptr<Block> mine(static_cast<Block*>(context));
-        give(*mine);
+        const std::unique_ptr<ScratchPool::Block> owned(static_cast<ScratchPool::Block*>(context));
+        give_shared(*owned);
       },
       block.get());
   block.release();  // even then: who knows whether the deleter ran

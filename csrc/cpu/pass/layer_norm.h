@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr double kEpsilon = 1e-5;  // the same as in src/fusedrnn/reference.py
+constexpr double kEpsilon = 1e-5;  // the same as in fusedrnn/reference.py
 
 template <class Cell>
 constexpr bool kIsNormed = false;

@@ -30,12 +30,12 @@ class BackwardLayers {
         tasks_(run.plan, a.seq.batch, run.kernels.rows_scratch(a.problem, run.plan.rows_per_task),
                layers_),
         arguments_(layers_) {
-    if (!a.grad_y) std::memset(zeros_.of(), 0, columns_ * a.problem.out_size());
+    if (!a.grad_y) std::memset(zeros_.data(), 0, columns_ * a.problem.out_size());
   }
 
   void run() {
     std::vector<Phase> phases;
-    const void* grad_out = a_.grad_y ? a_.grad_y : zeros_.of();
+    const void* grad_out = a_.grad_y ? a_.grad_y : zeros_.data();
     for (int64_t i = 0; i < layers_; i++) {
       set_arguments(i, grad_out);
       grad_out = arguments_[i].grad_in;
@@ -74,15 +74,15 @@ class BackwardLayers {
     static_cast<Common&>(b) = a_;
     b.pass = run_.plan.pass;
     b.layer = a_.problem.num_layers - 1 - i;
-    b.packed = packed_.of();
+    b.packed = packed_.data();
     b.y = a_.y;
     b.grad_hn = a_.grad_hn, b.grad_cn = a_.grad_cn, b.grad_out = grad_out;
-    if (a_.wants_input(b.layer)) b.grad_in = b.layer ? between_.of(i % 2) : a_.dx;
+    if (a_.wants_input(b.layer)) b.grad_in = b.layer ? between_.data(i % 2) : a_.dx;
     b.dhx = a_.dhx, b.dcx = a_.dcx;
     b.onto_grad_in = grad_below(i);
     b.grad_cs = rows_of_layer(a_.grad_cs, b.layer, a_.problem.hidden_size);
-    b.dgates = dgates_.of(), b.dproj = dproj_.of();
-    b.hidden = hidden_.of(), b.dnormed = dnormed_.of();
+    b.dgates = dgates_.data(), b.dproj = dproj_.data();
+    b.hidden = hidden_.data(), b.dnormed = dnormed_.data();
     b.dweights = a_.dweights + b.layer * a_.problem.num_directions;
   }
 
@@ -101,7 +101,8 @@ class BackwardLayers {
               }
               const int64_t dir = part / kPackParts;
               run_.kernels.pack_backward(b, b.layer * a_.problem.num_directions + dir,
-                                         packed_.of() + dir * total, part % kPackParts, kPackParts);
+                                         packed_.data() + dir * total, part % kPackParts,
+                                         kPackParts);
             }};
   }
 

@@ -25,10 +25,10 @@ void run_packed(const CpuRun& run, Forward& a) {
   const std::vector<int64_t> offsets = packed_offsets(k, a);
   const int64_t size = compute_bytes(p.dtype);
   const ScratchMemory packed(1, offsets.back() * size);
-  a.packed = packed.of();
+  a.packed = packed.data();
   auto pack = [&](int64_t task, char*) {
     const int64_t i = task / kPackParts;
-    k.pack_forward(a, i, packed.of() + offsets[i] * size, task % kPackParts, kPackParts);
+    k.pack_forward(a, i, packed.data() + offsets[i] * size, task % kPackParts, kPackParts);
   };
   RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
   run_phases(run.pool, plan.threads,
@@ -46,7 +46,7 @@ void run_forward(const CpuRun& run, Forward& a) {
   const ScratchMemory inner(held ? 0 : std::min<int64_t>(2, p.num_layers - 1),
                             a.seq.tokens * p.num_directions * p.out_size() * bytes(p.dtype));
   if (!held)
-    for (int64_t i = 0; i < std::min<int64_t>(2, p.num_layers - 1); i++) a.inner[i] = inner.of(i);
+    for (int64_t i = 0; i < std::min<int64_t>(2, p.num_layers - 1); i++) a.inner[i] = inner.data(i);
   if (run.plan.unpacked)
     run_unpacked(run, a);
   else

@@ -37,7 +37,7 @@ void run_phases(const ThreadPool& pool, int64_t threads, const std::vector<Phase
   const ScratchMemory scratch(workers, bytes);
   auto work = [&](int64_t worker) noexcept {  // or others would wait for ever for its tasks
     for (size_t p = 0; p < phases.size(); p++)
-      take_tasks(phases[p], progress[p], scratch.of(worker), p + 1 == phases.size());
+      take_tasks(phases[p], progress[p], scratch.data(worker), p + 1 == phases.size());
   };
   pool.parallel_for(workers, work);
 }

@@ -43,7 +43,7 @@ class RowTasks {
     return {plan_.tasks * M, 0, [this, task, teams, M](int64_t place, char*) {
               const int64_t i = place / M;
               Member me;
-              if (teams[i].join(1, M, &me)) task(rows(i, memory_.of(i), me.index), me);
+              if (teams[i].join(1, M, &me)) task(rows(i, memory_.data(i), me.index), me);
             }};
   }
 

@@ -50,7 +50,7 @@ class UnpackedForward {
   void begin(int64_t i) {
     UnpackedStep& s = steps_[i];
     s.layer = i / a_.problem.num_directions, s.dir = i % a_.problem.num_directions;
-    char* const memory = memory_.of() + i * state_bytes_;
+    char* const memory = memory_.data() + i * state_bytes_;
     const int64_t state = a_.seq.batch * row_;
     s.h_prev = memory, s.h = memory + state, s.c = memory + 2 * state;
     run_.kernels.unpacked_begin(a_, s);
@@ -90,7 +90,7 @@ class UnpackedForward {
       run_.kernels.unpacked_recurrent(a_, steps_[j], part, threads);
     };
     for (int64_t j = others; !descending_ && j > 0; j--) multiply(j);
-    char* const inputs = memory_.of() + states_ * state_bytes_ + part * bytes_.own;
+    char* const inputs = memory_.data() + states_ * state_bytes_ + part * bytes_.own;
     run_.kernels.unpacked_step(a_, steps_[i], part, threads, inputs);
     for (int64_t j = 1; descending_ && j <= others; j++) multiply(j);
   }

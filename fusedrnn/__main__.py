@@ -1,4 +1,4 @@
-"""``python -m fusedrnn``: ``info`` describes this installation, ``demo`` trains with it."""
+"""``fusedrnn``, or ``python -m fusedrnn``: describes this installation, or runs the demo."""
 
 import argparse
 import sys
@@ -10,7 +10,8 @@ from fusedrnn.demo import options as demo_options
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fusedrnn")
+    parser = argparse.ArgumentParser(prog="fusedrnn")
+    parser.add_argument("--version", action="version", version=f"fusedrnn {fusedrnn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = "train a character language model with torch.nn and with fusedrnn, and compare"
     commands.add_parser("info", help="versions, CPU instruction set, CUDA architectures, devices")

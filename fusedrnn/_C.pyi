@@ -1,4 +1,4 @@
-# The functions of the extension module that take no tensors; the rest of it are ops.
+# The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
 
 from typing import Any
 

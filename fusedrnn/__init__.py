@@ -1,7 +1,5 @@
 """RNN, GRU and LSTM stacks as fused kernels: drop-in for torch.nn's."""
 
-import torch  # noqa: F401  (its libraries have the symbols that the extension needs)
-
 from fusedrnn._version import __version__
 from fusedrnn.inspect import explain, info
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
