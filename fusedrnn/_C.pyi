@@ -1,5 +1,7 @@
 # The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
 
+from typing import Any
+
 def reserve_bytes(
     mode: str,
     dtype: str,
@@ -14,6 +16,7 @@ def reserve_bytes(
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
 def cpu_plan(
+    *,
     mode: str,
     dtype: str,
     input_size: int,
@@ -23,12 +26,16 @@ def cpu_plan(
     num_layers: int,
     bidirectional: bool,
     layer_norm: bool,
-    batch: int,
+    zoneout: bool,
+    recurrent_dropout: bool,
+    resets: bool,
+    return_all: bool,
     steps: int,
+    batch: int,
     tokens: int,
     threads: int,
-    /,
-) -> tuple[str, int, int, int, int, int]: ...
+    backward: bool,
+) -> dict[str, Any]: ...
 def cuda_device() -> tuple[int, int, int, tuple[int, ...]]: ...
 def cuda_plan(
     mode: str,

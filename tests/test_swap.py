@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import cpu_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_as_exact_as_torch
@@ -272,7 +273,7 @@ def test_explain_names_the_kernels(name):
     layer = getattr(fusedrnn, name)(3, 4)
     text = fusedrnn.explain(layer, torch.zeros(5, 2, 3))
     assert text.startswith(f"{name}(3, 4) on (5, 2, 3) torch.float32 cpu:")
-    assert f"fused CPU kernels for {_C.cpu_variant()}" in text
+    assert "fused CPU kernels, forward " in text and "\n  backward " in text
 
 
 @pytest.mark.parametrize(
@@ -287,9 +288,8 @@ def test_explain_names_the_kernels(name):
 )
 def test_explain_counts_rows(x, batch_first, batch):
     layer = fusedrnn.GRU(3, 4, batch_first=batch_first)
-    assert f"{batch} rows of the batch as 1 tasks of up to {batch} rows" in fusedrnn.explain(
-        layer, x
-    )
+    rows = "1 row" if batch == 1 else f"{batch} rows"
+    assert f" in 1 task of up to {rows}, each" in fusedrnn.explain(layer, x)
 
 
 @given(
@@ -298,30 +298,27 @@ def test_explain_counts_rows(x, batch_first, batch):
     batch=st.integers(0, 300),
     steps=st.integers(0, 100),
     threads=st.integers(1, 64),
+    backward=st.booleans(),
 )
-def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
-    size = (
-        "GRU",
-        "float32",
-        5,
-        False,
-        hidden,
-        0,
-        layers,
-        False,
-        False,
-        batch,
-        steps,
-        batch * steps,
-    )
+def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads, backward):
+    size = {"steps": steps, "batch": batch, "tokens": batch * steps, "backward": backward}
     with pytest.MonkeyPatch.context() as context:
         context.delenv("FUSEDRNN_THREADS")
-        variant, _, used, rows, tasks, members = _C.cpu_plan(*size, threads)
-        _, _, fewer, *_ = _C.cpu_plan(*size, max(1, threads - 1))
+        plan = cpu_plan("GRU", 5, hidden, layers, threads=threads, **size)
+        few = cpu_plan("GRU", 5, hidden, layers, threads=max(1, threads - 1), **size)
+    used, rows, tasks, members = (
+        plan[name] for name in ("threads", "rows_per_task", "tasks", "members")
+    )
+    variant, fewer = plan["variant"], few["threads"]
     assert 1 <= fewer <= used <= threads
-    large = 3 * hidden * hidden * (6 if variant == "amx" else 4) > 2 << 20  # as it is packed
-    assert rows <= (64 if large else 32)
     assert (tasks - 1) * rows < batch <= tasks * rows if batch else tasks == 0
+    if plan["unpacked"]:
+        return
+    # As it is packed; backward leaves room for the gradients of the gates.
+    size = 6 if variant == "amx" else 4
+    large = 3 * hidden * hidden * size > 2 << 20
+    room = not backward or 64 * 3 * hidden * size <= 1 << 20
+    assert rows <= (64 if large and room else 32)
     work = batch * steps * 3 * hidden * (5 + hidden + (layers - 1) * 2 * hidden + 8 * layers)
     assert used == 1 or used * 2**20 <= work
     assert members <= used and (members == 1 or large or (rows == 1 and tasks * members <= used))
@@ -333,29 +330,62 @@ def test_explain_says_what_is_slow(monkeypatch):
     monkeypatch.delenv("FUSEDRNN_THREADS")
     layer = fusedrnn.LSTM(3, 4)
     torch.set_num_threads(2)  # the next test sets its own
-    assert "1 threads idle: there is too little work" in fusedrnn.explain(
-        layer, torch.zeros(9, 1, 3)
+    assert "1 of 2 threads: 1 batch row in" in (
+        text := fusedrnn.explain(layer, torch.zeros(9, 1, 3))
     )
-    few = fusedrnn.explain(layer, torch.zeros(8, 1, 3))
-    assert "without packing, units divided among 1 of 2" in few and "idle" not in few
+    assert text.count("; 1 thread idle: too little work") == 2
+    forward, backward = fusedrnn.explain(layer, torch.zeros(8, 1, 3)).splitlines()[1:]
+    assert "1 of 2 threads: hidden units divided among threads; weights read unpacked" in forward
+    assert "idle" not in forward and "weights read unpacked; 1 thread idle" in backward
     large = fusedrnn.LSTM(256, 256)
-    assert "among 2 of 2 threads" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
+    assert "2 of 2 threads: hidden units" in fusedrnn.explain(large, torch.zeros(1, 1, 256))
     alone = fusedrnn.explain(large, torch.zeros(9, 1, 256))
-    assert "1 tasks" in alone and "2 threads to a task" in alone and "idle" not in alone
+    assert "1 task" in alone and "by 2 threads that divide the hidden units" in alone
+    assert "idle" not in alone
+    few = "; 1 thread idle: too few batch rows to divide"
     normed = fusedrnn.LSTM(256, 256, layer_norm=True)
-    assert "1 threads idle: the batch has too few rows" in fusedrnn.explain(
-        normed, torch.zeros(9, 1, 256)
-    )
-    narrow = fusedrnn.RNN(5000, 64)
-    assert "1 threads idle: the batch has too few rows" in fusedrnn.explain(
-        narrow, torch.zeros(9, 1, 5000)
-    )
+    assert few in fusedrnn.explain(normed, torch.zeros(9, 1, 256))
+    assert few in fusedrnn.explain(fusedrnn.RNN(5000, 64), torch.zeros(9, 1, 5000))
     assert "idle" not in fusedrnn.explain(large, torch.zeros(9, 2, 256))
     half = torch.zeros(5, 2, 3, dtype=torch.float16)
     assert "computed in float32" in fusedrnn.explain(layer.half(), half)
     found = fusedrnn.explain(layer.bfloat16(), half.bfloat16())
     assert ("products of pairs" in found) == (_C.cpu_variant() == "avx512bf16")
     assert ("products on tiles" in found) == (_C.cpu_variant() == "amx")
+
+
+# Which calls read weights unpacked: an LSTM of 256 units has 2 MB of weights, of 512 units 8 MB.
+@pytest.mark.parametrize(
+    ("hidden", "steps", "batch", "more", "expected"),
+    [
+        (256, 1, 1, {}, {"unpacked": True, "alternates": False}),
+        (256, 8, 2, {}, {"unpacked": True}),
+        (256, 9, 2, {}, {"unpacked": False}),
+        (256, 3, 16, {}, {"unpacked": True}),
+        (256, 3, 17, {}, {"unpacked": False}),
+        (256, 3, 16, {"backward": True}, {"unpacked": False}),
+        (256, 1, 16, {"backward": True}, {"unpacked": True}),
+        (512, 8, 2, {}, {"unpacked": False, "unpacked_hh": True}),
+        (512, 1, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": True}),
+        (512, 2, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": False}),
+        (512, 1, 1, {"resets": True}, {"unpacked": False}),
+        (512, 1, 1, {"recurrent_dropout": True}, {"unpacked": False}),
+        (512, 1, 1, {"recurrent_dropout": True, "backward": True}, {"unpacked": True}),
+        (512, 1, 1, {"zoneout": True}, {"unpacked": False}),
+        (512, 1, 1, {"return_all": True}, {"unpacked": False}),
+        (512, 1, 1, {"layer_norm": True}, {"unpacked": False, "unpacked_hh": False}),
+        (512, 1, 1, {"one_hot": True}, {"unpacked": False}),
+        (256, 8, 4, {}, {"unpacked_hh": True}),
+        (256, 9, 4, {}, {"unpacked_hh": False}),
+        (256, 64, 1, {}, {"unpacked_hh": False}),
+        (1024, 64, 1, {}, {"unpacked_hh": True}),
+        (1024, 64, 5, {}, {"unpacked_hh": False}),
+    ],
+)
+def test_the_plan_of_few_tokens(hidden, steps, batch, more, expected):
+    size = {"steps": steps, "batch": batch, "tokens": steps * batch, "threads": 1, **more}
+    plan = cpu_plan("LSTM", hidden, hidden, **size)
+    assert {name: plan[name] for name in expected} == expected, plan
 
 
 def test_explain_says_why_not_ours():

@@ -5,10 +5,9 @@
 #include <exception>
 #include <stdexcept>
 
-#include "cpu/stack.h"
+#include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
-#include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
 #include "torch/ops.h"
 #include "torch/switches.h"
@@ -28,14 +27,17 @@ PyObject* guarded(F f) {
   }
 }
 
+DType dtype_named(const std::string& name) {
+  for (int i = 0; i < int(DType::kCount); i++)
+    if (name == traits(DType(i)).name) return DType(i);
+  throw std::runtime_error("fusedrnn: unknown dtype " + name);
+}
+
 Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden, int64_t proj,
                       int64_t layers, bool bidirectional) {
   Problem p{};
   p.cell = cell_of(mode);
-  p.dtype = dtype == "float64"    ? DType::kFloat64
-            : dtype == "float32"  ? DType::kFloat32
-            : dtype == "bfloat16" ? DType::kBFloat16
-                                  : DType::kFloat16;
+  p.dtype = dtype_named(dtype);
   p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
   p.num_directions = bidirectional ? 2 : 1;
   return p;
@@ -104,10 +106,9 @@ PyObject* cuda_device(PyObject*, PyObject*) {
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
-  const Variant* all = variants(&count);
+  const InstalledVariant* all = installed_variants(&count);
   for (int i = 0; list && i < count; i++) {
-    PyObject* entry =
-        Py_BuildValue("(sO)", all[i].kernels->name, all[i].supported ? Py_True : Py_False);
+    PyObject* entry = Py_BuildValue("(sO)", all[i].name, all[i].supported ? Py_True : Py_False);
     if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
     Py_XDECREF(entry);
   }
@@ -115,26 +116,68 @@ PyObject* cpu_variants(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_variant(PyObject*, PyObject*) {
-  return guarded([] { return PyUnicode_FromString(kernels().name); });
+  return guarded([] { return PyUnicode_FromString(this_machine(1).variants[0].name); });
 }
 
-PyObject* cpu_plan(PyObject*, PyObject* args) {
-  const char *mode, *dtype;
-  long long input, hidden, proj, layers, batch, steps, tokens, threads;
-  int one_hot, bidirectional, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLpLLLppLLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
-                        &layers, &bidirectional, &layer_norm, &batch, &steps, &tokens, &threads))
-    return nullptr;
+// Keyword arguments by their names.
+class Named {
+ public:
+  explicit Named(PyObject* given) : given_(given) {}
+
+  int64_t integer(const char* name) const {
+    const int64_t value = PyLong_AsLongLong(find(name));
+    check(name);
+    return value;
+  }
+  bool flag(const char* name) const {
+    const int value = PyObject_IsTrue(find(name));
+    check(name);
+    return value;
+  }
+  std::string text(const char* name) const {
+    const char* value = PyUnicode_AsUTF8AndSize(find(name), nullptr);
+    check(name);
+    return value;
+  }
+
+ private:
+  PyObject* find(const char* name) const {
+    PyObject* value = given_ ? PyDict_GetItemString(given_, name) : nullptr;
+    if (!value) throw std::runtime_error(std::string("fusedrnn: expected the argument ") + name);
+    return value;
+  }
+  static void check(const char* name) {
+    if (!PyErr_Occurred()) return;
+    PyErr_Clear();
+    throw std::runtime_error(std::string("fusedrnn: the argument ") + name + " has a wrong type");
+  }
+
+  PyObject* given_;
+};
+
+PyObject* cpu_plan(PyObject*, PyObject*, PyObject* keywords) {
   return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.input_size = input, p.one_hot = one_hot, p.layer_norm = layer_norm;
-    const Kernels& k = kernels(p, batch, tokens);
-    const CpuPlan plan =
-        plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
-    return Py_BuildValue("(sLLLLL)", k.name,
-                         (long long)plan_direct(p, k.costs(p.dtype), steps, tokens, threads),
-                         (long long)plan.threads, (long long)plan.rows_per_task,
-                         (long long)plan.tasks, (long long)plan.members);
+    const Named given(keywords);
+    Problem p = problem_named(given.text("mode").c_str(), given.text("dtype"),
+                              given.integer("hidden_size"), given.integer("proj_size"),
+                              given.integer("num_layers"), given.flag("bidirectional"));
+    p.input_size = given.integer("input_size"), p.one_hot = given.flag("one_hot");
+    p.zoneout = given.flag("zoneout"), p.layer_norm = given.flag("layer_norm");
+    p.all_states = given.flag("return_all");
+    const int64_t steps = given.integer("steps");
+    const CpuRequest request{given.flag("backward"),         steps, given.integer("batch"),
+                             given.integer("tokens"),        steps, given.flag("resets"),
+                             given.flag("recurrent_dropout")};
+    CpuMachine machine = this_machine(given.integer("threads"));
+    const CpuPlan plan = plan_cpu_here(p, request, &machine);
+    auto flag = [](bool value) { return value ? Py_True : Py_False; };
+    return Py_BuildValue("{sssLsOsOsOsOsLsLsLss}", "variant", machine.variants[plan.variant].name,
+                         "threads", (long long)plan.threads, "unpacked", flag(plan.unpacked),
+                         "unpacked_hh", flag(plan.pass.unpacked_hh), "alternates",
+                         flag(plan.pass.alternates), "recurrent_first", flag(plan.recurrent_first),
+                         "rows_per_task", (long long)plan.rows_per_task, "tasks",
+                         (long long)plan.tasks, "members", (long long)plan.members, "text",
+                         describe(plan, p, request, machine).c_str());
   });
 }
 
@@ -153,12 +196,9 @@ PyMethodDef methods[] = {
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
-    {"cpu_plan", cpu_plan, METH_VARARGS,
-     "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
-     "bidirectional, "
-     "layer_norm, batch, steps, tokens, threads) -> (instruction set, threads without packing or "
-     "0, "
-     "threads, rows a task, tasks, threads a task)"},
+    {"cpu_plan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cpu_plan)),
+     METH_VARARGS | METH_KEYWORDS,
+     "cpu_plan(mode=, dtype=, ...) -> every field of the plan of a call, and `text`, it in words"},
     {"cuda_device", cuda_device, METH_NOARGS,
      "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
     {"cuda_plan", cuda_plan, METH_VARARGS,
@@ -178,16 +218,16 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cpu>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cpu>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cpu>));
+  m.impl("forward", forward<forward_cpu>);
+  m.impl("infer", infer<forward_cpu>);
+  m.impl("backward", backward<backward_cpu>);
 }
 
 #ifdef FUSEDRNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cuda>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
+  m.impl("forward", forward<forward_cuda>);
+  m.impl("infer", infer<forward_cuda>);
+  m.impl("backward", backward<backward_cuda>);
 }
 #endif
 
