@@ -33,6 +33,7 @@ DEVICES = {
 
 # (cell, dtype, hidden_size, layers, bidirectional, steps, batch)
 SHAPES = [
+    ("GRU", "float32", 64, 1, False, 35, 32),
     ("RNN_TANH", "float32", 256, 1, False, 35, 32),
     ("GRU", "float32", 256, 1, False, 35, 32),
     ("LSTM", "float32", 256, 2, False, 35, 32),
@@ -52,7 +53,8 @@ HEAD = """\
 
 Which kernels would run common shapes on common GPUs, forward / backward, and how they divide them:
 written by `python -m benchmarks.plans`, a pure function of shape and device. A team is the blocks
-that together run one layer for some rows of the batch; several layers a launch overlap.
+that together run one layer for some rows of the batch; one block alone exchanges nothing. Several
+layers a launch overlap.
 
 The choice follows from a model of what a step costs (`csrc/plan/cuda_plan.cpp`), made of published
 figures. **No GPU has confirmed it yet.** `fusedrnn.explain` shows the plan of a call on the GPU at

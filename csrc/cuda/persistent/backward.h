@@ -10,7 +10,8 @@
 // A step: fetch what forward saved | wait until the partial sums have come | add them in the order
 // of blocks, cell | block barrier | products | block barrier | send | gate gradients and the
 // input's gradient to global memory. There are two inboxes in turn: a block writes the one of step
-// s + 1 when the sums of step s have come from all, who have read those of step s - 1 by then.
+// s + 1 when the sums of step s have come from all, who have read those of step s - 1 by then. A
+// team of one block sends nothing: what its products left is what it would receive.
 #pragma once
 #include "cuda/persistent/block.h"
 #include "cuda/persistent/product.h"
@@ -45,6 +46,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   }
   // Sends everyone the sums over this block's gates for the units that are theirs.
   __device__ void send(Kind kind, const ProductShape& product, int64_t step) const {
+    if (team.alone()) return;
     const float* partial = reinterpret_cast<const float*>(shared + product.partial) +
                            piece.row * product.partial_row + piece.unit;
     const int from_part = s.rows * product.partial_row;
@@ -66,11 +68,16 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
         if constexpr (kCluster)
           store_async(reinterpret_cast<Words*>(own_inbox() + at), sums, arrivals().of(step), to);
         else
-          *reinterpret_cast<Words*>(inbox_of(to) + at) = sums;
+          store_words(reinterpret_cast<Words*>(inbox_of(to) + at), sums);
       }
     });
   }
-  __device__ float received(Kind kind, int64_t step) const {
+  __device__ float received(Kind kind, const ProductShape& product, int64_t step) const {
+    if (team.alone()) {
+      float sums[1];
+      totals(sums, shared, product, s.rows, me.row, {me.unit});
+      return sums[0];
+    }
     const float* from = kCluster ? own_inbox() : inbox_of(team.rank);
     from += place(kind, step, 0) + me.row * s.units + me.unit;
     const int each = s.rows * s.units;
@@ -87,7 +94,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   __device__ void wait(int64_t step) const {
     if constexpr (kCluster)
       arrivals().wait(step);
-    else
+    else if (!team.alone())
       team.wait(step);
   }
 
@@ -158,8 +165,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       }
       if (step > 0) {
         wait(step);
-        if (me.exists) dh += received(kRecurrent, step);
-        if (feeds_next() && me.exists) dx = received(kInput, step);
+        if (me.exists) dh += received(kRecurrent, s.recurrent, step);
+        if (feeds_next() && me.exists) dx = received(kInput, s.input, step);
       }
       if (runs && layout.saved)
 #pragma unroll
@@ -180,7 +187,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       __syncthreads();
       send(kRecurrent, s.recurrent, step + 1);
       if (feeds_next()) send(kInput, s.input, step + 1);
-      if constexpr (!kCluster) team.arrive(step + 1);
+      if constexpr (!kCluster)
+        if (!team.alone()) team.arrive(step + 1);
       if (me.exists && (runs || !p.offsets))
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++)
@@ -190,8 +198,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     }
     if (me.last > 0) {
       wait(me.last);
-      if (me.exists) dh += received(kRecurrent, me.last);
-      if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, me.last) : 0.f);
+      if (me.exists) dh += received(kRecurrent, s.recurrent, me.last);
+      if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, s.input, me.last) : 0.f);
     }
     if (me.exists) {
       write<float>(stage.dh0, at, dh);
