@@ -52,7 +52,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     const int from_part = s.rows * product.partial_row;
     with_split(product, [&](auto split) {
       constexpr int kSplit = decltype(split)::kValue;
-      for (int to = piece.first; to < team.size; to += piece.every) {
+      auto sums_for = [&](int to) {
         Words parts[kSplit];
 #pragma unroll
         for (int i = 0; i < kSplit; i++)
@@ -64,12 +64,22 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
           for (int k = 0; k < 4; k++)
             sums.word[k] =
                 float_to_bits(bits_to_float(sums.word[k]) + bits_to_float(parts[i].word[k]));
-        const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
+        return sums;
+      };
+      const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
+      auto store = [&](int to, const Words& sums) {
         if constexpr (kCluster)
           store_async(reinterpret_cast<Words*>(own_inbox() + at), sums, arrivals().of(step), to);
         else
           store_words(reinterpret_cast<Words*>(inbox_of(to) + at), sums);
+      };
+      int to = piece.first;
+      const int next = piece.every;
+      for (; to + next < team.size; to += 2 * next) {  // no load waits behind a store
+        const Words sums[2] = {sums_for(to), sums_for(to + next)};
+        store(to, sums[0]), store(to + next, sums[1]);
       }
+      if (to < team.size) store(to, sums_for(to));
     });
   }
   __device__ float received(Kind kind, const ProductShape& product, int64_t step) const {
