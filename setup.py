@@ -1,4 +1,4 @@
-"""Builds `fusedrnn._C`, one binary for every CPython >= 3.10 and torch >= 2.10, GPU or not.
+"""Builds `fusedrnn_C`, one binary for every CPython >= 3.10 and torch >= 2.10, GPU or not.
 
 The C++ is always compiled, the CUDA sources whenever nvcc is found. The environment decides:
 
@@ -28,8 +28,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/ninja")  # relative to ROOT, like every path in build.ninja
-BINARY = BUILD / "_C.abi3.so"
+BINARY = BUILD / "fusedrnn_C.abi3.so"
 KERNELS = Path("csrc/cpu/kernels.cpp")
+MODULE = Path("csrc/torch/module.cpp")
+VERSION = re.findall(r'"(.+)"', (ROOT / "fusedrnn/_version.py").read_text())[0]
 
 MIN_TORCH = (2, 10)  # the first release whose stable ABI has all that csrc/torch calls
 MIN_NVCC = (12, 4)  # C++20 and sm_90a came with 12.0, but before 12.4 nvcc refuses g++ 13
@@ -228,7 +230,8 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     for source in sources("torch/*.cpp"):
         if source.name.startswith("cuda") and not cuda:
             continue
-        steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines)} {system}"))
+        version = [f'-DFUSEDRNN_VERSION="{VERSION}"'] if source == MODULE else []
+        steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines, *version)} {system}"))
     for source in sources("plan/*.cpp") + sources("cpu/*.cpp") + cuda_host:
         if source != KERNELS:
             steps.append(("cxx", source, "", words(*defines)))
@@ -267,11 +270,14 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         self.mkpath(str(target.parent))
         self.copy_file(str(ROOT / BINARY), str(target))
+        # An editable install leaves a copy in ROOT, which is found first there: keep it current.
+        if (ROOT / BINARY.name).exists():
+            self.copy_file(str(ROOT / BINARY), str(ROOT / BINARY.name))
 
 
 if __name__ == "__main__":  # the tests import this file
     setup(
-        ext_modules=[Extension("fusedrnn._C", sources=[], py_limited_api=True)],
+        ext_modules=[Extension("fusedrnn_C", sources=[], py_limited_api=True)],
         cmdclass={"build_ext": BuildExt},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+BINARY = "fusedrnn_C.abi3.so"
 NVCC_12_4 = "compute_50\ncompute_75\ncompute_80\ncompute_86\ncompute_87\ncompute_89\ncompute_90\n"
 NVCC_13_0 = NVCC_12_4.replace("compute_50\n", "") + "compute_100\ncompute_103\ncompute_120\n"
 
@@ -228,7 +229,7 @@ def test_kernels_are_compiled_once_for_each_instruction_set_and_linked_weakest_f
     for isa, name in zip(build.ISAS, names, strict=True):
         assert f"-DFUSEDRNN_ISA={isa} {build.ISAS[isa]}".strip() == flags[name].strip()
     assert "-m" not in next(iter(build.ISAS.values()))  # the first runs on every such processor
-    linked = re.search(r"^build build/ninja/_C\S+: link (.*)$", text, re.M)[1].split()
+    linked = re.search(r"^build build/ninja/fusedrnn_C\S+: link (.*)$", text, re.M)[1].split()
     assert linked[-len(names) :] == [f"build/ninja/csrc/{name}" for name in names]
     for name in ("torch/module.o", "plan/planner.o", "cpu/dispatch.o"):
         assert all(f"-DFUSEDRNN_HAVE_{isa}=1" in flags_of(text)[name] for isa in build.ISAS)
@@ -262,7 +263,7 @@ def test_flags_of_the_environment_are_kept(build, sources, monkeypatch):
 
 
 def binary_lines(*command: str) -> list[str]:
-    origin = importlib.util.find_spec("fusedrnn._C").origin
+    origin = importlib.util.find_spec("fusedrnn_C").origin
     tool = shutil.which(command[0]) or pytest.skip(f"needs {command[0]}")
     run = subprocess.run([tool, *command[1:], origin], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()
@@ -285,7 +286,7 @@ def test_binary_uses_only_the_stable_abi_of_torch_and_python():
 
 def test_binary_exports_nothing_that_could_clash():
     names = [line.split()[-1] for line in binary_lines("nm", "-D", "--defined-only")]
-    assert "PyInit__C" in names
+    names.remove("PyInit_fusedrnn_C")
     assert [name for name in names if "fusedrnn" in name or name.startswith("cuda")] == []
 
 
@@ -298,7 +299,7 @@ def test_binary_has_every_instruction_set(build):
 @pytest.mark.slow
 def test_builds_are_incremental_and_the_wheel_serves_every_python(tmp_path):
     root = tmp_path / "fusedrnn"
-    for name in ("csrc", "src"):
+    for name in ("csrc", "fusedrnn"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
@@ -316,7 +317,9 @@ def test_builds_are_incremental_and_the_wheel_serves_every_python(tmp_path):
     (root / "csrc/cpu/dispatch.cpp").touch()
     assert compiled() == {"cpu/dispatch"}
     (root / "csrc/torch/checks.h").touch()
+    (root / BINARY).write_text("of an editable install, by now too old")
     assert {name.split("/")[0] for name in compiled()} == {"torch"}
+    assert (root / BINARY).read_bytes() == (root / "build/ninja" / BINARY).read_bytes()
 
     done = run_setup(root, "bdist_wheel", **quick)
     assert done.returncode == 0, done.stdout

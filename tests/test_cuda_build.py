@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from fusedrnn import _C
 
 # Not shipped, but it uses every wrapper of csrc/cuda/primitives.h.
 PROGRAMS = "tests/emulator/programs.cu"
+BINARY = importlib.util.find_spec("fusedrnn_C").origin
 PERSISTENT = "persistent_(forward|backward)_kernel"
 
 
@@ -72,8 +74,7 @@ def parse_resources(text: str) -> dict[Kernel, Resources]:
 
 @functools.cache
 def resources() -> dict[Kernel, Resources]:
-    assert _C.__file__
-    command = [tool("cuobjdump"), "--dump-resource-usage", _C.__file__]
+    command = [tool("cuobjdump"), "--dump-resource-usage", BINARY]
     return parse_resources(subprocess.run(command, capture_output=True, text=True).stdout)
 
 
@@ -114,9 +115,8 @@ def test_nothing_is_spilled():
 @functools.cache
 def instructions(arch: str) -> dict[str, Counter[str]]:
     """The instructions of every kernel of an architecture, and how many of each."""
-    assert _C.__file__
     disassembler = Path(tool("nvdisasm")).parent
-    command = [tool("cuobjdump"), "--dump-sass", "--gpu-architecture", arch, _C.__file__]
+    command = [tool("cuobjdump"), "--dump-sass", "--gpu-architecture", arch, BINARY]
     env = {"PATH": f"{disassembler}:/usr/bin:/bin"}
     found: dict[str, Counter[str]] = {}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)

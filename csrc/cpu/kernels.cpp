@@ -2,10 +2,10 @@
 // for each with that set's compiler flags.
 //
 // Every function has internal linkage (see simd.h). The table at the end is all that leaves.
-#include "cpu/backward.h"
-#include "cpu/direct.h"
-#include "cpu/forward.h"
-#include "cpu/weight_grad.h"
+#include "cpu/pass/backward.h"
+#include "cpu/pass/forward.h"
+#include "cpu/pass/forward_unpacked.h"
+#include "cpu/pass/weight_grad.h"
 
 #define FUSEDRNN_CONCAT_(a, b) a##b
 #define FUSEDRNN_CONCAT(a, b) FUSEDRNN_CONCAT_(a, b)

@@ -46,7 +46,7 @@ struct OneHot {
 
 // Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots
 // (with layer normalisation none), then W_ih (of integer input: the gates that each distinct value
-// makes) and W_hh group by group (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
+// makes) and W_hh group by group (pass/pack.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
 struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
@@ -101,13 +101,13 @@ struct Backward : Common {
   void* dgates;
   void* dproj;            // [directions, tokens, out], gradients of h, with a projection
   void* hidden;           // [directions, tokens, hidden], what was projected, with a projection
-  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (layer_norm.h)
+  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
   void* const* dweights;  // [directions * 9] in the order of Weights; null: not wanted
   int64_t layer;
 };
 
-// One step of a layer and direction without packed weights (direct.h), for the first `rows` rows in
-// Sequence::order.
+// One step of a layer and direction without packed weights (pass/forward_unpacked.h), for the first
+// `rows` rows in Sequence::order.
 struct DirectStep {
   int64_t layer, dir, t, rows;
   bool falling;          // units go from the last to the first

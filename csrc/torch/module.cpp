@@ -1,4 +1,4 @@
-// Registers the ops and makes the Python module fusedrnn._C, whose few functions need no tensors.
+// Registers the ops and makes the Python module fusedrnn_C, whose few functions need no tensors.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -191,8 +191,12 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
 }
 #endif
 
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef def = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&def);
+PyMODINIT_FUNC PyInit_fusedrnn_C() {
+  static PyModuleDef def{};
+  def.m_base = PyModuleDef_HEAD_INIT;
+  def.m_name = "fusedrnn_C", def.m_size = -1, def.m_methods = methods;
+  PyObject* module = PyModule_Create(&def);
+  if (module && PyModule_AddStringConstant(module, "__version__", FUSEDRNN_VERSION) < 0)
+    Py_CLEAR(module);
+  return module;
 }

@@ -51,7 +51,7 @@ using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const Out
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
 
-// src/fusedrnn/ops.py documents the arguments.
+// fusedrnn/ops.py documents the arguments.
 #define FUSEDRNN_INPUTS                                                                        \
   "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
   "Tensor? mask, Tensor? resets, Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout"

@@ -1,0 +1,51 @@
+# The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
+
+def reserve_bytes(
+    mode: str,
+    dtype: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    zoneout: bool,
+    all_states: bool,
+    layer_norm: bool,
+) -> int: ...
+def cpu_variants() -> list[tuple[str, bool]]: ...
+def cpu_variant() -> str: ...
+def cpu_plan(
+    mode: str,
+    dtype: str,
+    input_size: int,
+    one_hot: bool,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    layer_norm: bool,
+    batch: int,
+    steps: int,
+    tokens: int,
+    threads: int,
+    /,
+) -> tuple[str, int, int, int, int, int]: ...
+def cuda_device() -> tuple[int, int, int, tuple[int, ...]]: ...
+def cuda_plan(
+    mode: str,
+    dtype: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    steps: int,
+    batch: int,
+    backward: bool,
+    tf32: bool,
+    capability: int,
+    processors: int,
+    shared_bytes: int,
+    clusters: tuple[int, ...],
+    forced: str,
+    /,
+) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
+def cuda_archs() -> str: ...

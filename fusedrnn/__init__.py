@@ -1,0 +1,20 @@
+"""RNN, GRU and LSTM stacks as fused kernels: drop-in for torch.nn's."""
+
+from fusedrnn._version import __version__
+from fusedrnn.inspect import explain, info
+from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.swap import swap, unswap
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "explain",
+    "info",
+    "swap",
+    "unswap",
+]

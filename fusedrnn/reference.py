@@ -1,0 +1,322 @@
+"""The stack in plain PyTorch, step by step: slow, obvious, differentiable any number of times.
+
+It is what the kernels are tested against, and what their second derivatives are taken through.
+Formulas are those of torch.nn.RNN, GRU and LSTM; csrc/cells states the same for the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from fusedrnn.layer_norm import count
+
+# (x W_ih^T + b_ih, h W_hh^T + b_hh, h, c) -> (h, c); c is None but for an LSTM
+State = tuple[Tensor, "Tensor | None"]
+Step = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], State]
+
+
+def rnn_tanh_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
+    return torch.tanh(gx + gh), c
+
+
+def rnn_relu_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
+    return torch.relu(gx + gh), c
+
+
+def gru_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> State:
+    rx, zx, nx = gx.chunk(3, -1)
+    rh, zh, nh = gh.chunk(3, -1)
+    r, z = torch.sigmoid(rx + rh), torch.sigmoid(zx + zh)
+    n = torch.tanh(nx + r * nh)
+    return (1 - z) * n + z * h, c
+
+
+def lstm_step(
+    gx: Tensor,
+    gh: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    seen: Callable[[Tensor], Tensor] = lambda c: c,
+) -> State:
+    """`seen` is what of c the output gate sees."""
+    i, f, g, o = (gx + gh).chunk(4, -1)
+    assert c is not None
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(seen(c)), c
+
+
+STEPS: dict[str, Step] = {
+    "RNN_TANH": rnn_tanh_step,
+    "RNN_RELU": rnn_relu_step,
+    "GRU": gru_step,
+    "LSTM": lstm_step,
+}
+
+
+EPSILON = 1e-5  # of csrc/cpu/pass/layer_norm.h too
+
+
+def normalised(a: Tensor) -> Tensor:
+    """Over the last dimension; in float32 at least, for a square of float16 overflows."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return (centred / torch.sqrt(variance + EPSILON)).to(a.dtype)
+
+
+class Norm(NamedTuple):
+    """Layer normalisation (Ba, Kiros, Hinton, arXiv:1607.06450, supplementary), of one layer and
+    direction: W_ih x becomes gain_ih * n(W_ih x), W_hh h likewise, and what an LSTM's output gate
+    sees of c is gain_c * n(c) + shift_c. An LSTM's gates are normalised together, of a GRU's r and
+    z together and n apart.
+    """
+
+    gain_ih: Tensor
+    gain_hh: Tensor
+    gain_c: Tensor | None = None
+    shift_c: Tensor | None = None
+
+    def gates(self, product: Tensor, gain: Tensor) -> Tensor:
+        if self.gain_c is not None:
+            return normalised(product) * gain
+        r, z, n = product.chunk(3, -1)
+        rz = normalised(torch.cat([r, z], -1))
+        return torch.cat([rz, normalised(n)], -1) * gain
+
+    def cell(self, c: Tensor) -> Tensor:
+        assert self.gain_c is not None
+        assert self.shift_c is not None
+        return normalised(c) * self.gain_c + self.shift_c
+
+
+def plus(a: Tensor, bias: Tensor | None) -> Tensor:
+    return a if bias is None else a + bias
+
+
+class Regularisers(NamedTuple):
+    """Of one layer and direction: what changes the recurrence itself.
+
+    Recurrent dropout (Gal and Ghahramani, arXiv:1512.05287): W_hh h becomes W_hh (h * h_mask), with
+    one mask (B, P) for the whole sequence. Zoneout (Krueger et al., arXiv:1606.01305): h and c
+    become zone * before + (1 - zone) * new, where zone is a mask (T, B, width) or its expectation.
+    """
+
+    h_mask: Tensor | None
+    zone_h: Tensor | float
+    zone_c: Tensor | float
+
+
+def zone_out(zone: Tensor | float, t: int, before: Tensor, new: Tensor) -> Tensor:
+    if isinstance(zone, Tensor):
+        zone = zone[t].to(new.dtype)
+    elif not zone:
+        return new
+    return zone * before + (1 - zone) * new
+
+
+def layer(
+    step: Step,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    regularisers: Regularisers,
+    reverse: bool,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n, cs.
+
+    cs (T, B, H) are the cell states of all steps, None without. resets (T, B) says where a row
+    begins a new sequence, which neither direction enters with a state of another.
+    x may be integers (T, B), which stand for one-hot vectors: a column of W_ih each.
+    """
+    w_ih, w_hh, *more = weights
+    b_ih, b_hh = more[:2] if bias else (None, None)
+    w_hr = more[2 * bias] if len(more) > 2 * bias else None
+    if not x.is_floating_point():
+        gx = embedding(x, w_ih.t())
+    elif norm is None:
+        gx, b_ih = linear(x, w_ih, b_ih), None
+    else:
+        gx = linear(x, w_ih)
+    if norm is not None:
+        gx = norm.gates(gx, norm.gain_ih)
+        if norm.gain_c is not None:
+            step = partial(lstm_step, seen=norm.cell)
+    gx = plus(gx, b_ih)
+
+    def recurrent(operand: Tensor) -> Tensor:
+        if norm is None:
+            return linear(operand, w_hh, b_hh)
+        return plus(norm.gates(linear(operand, w_hh), norm.gain_hh), b_hh)
+
+    steps = range(len(x))
+    outputs: list[Tensor] = []
+    cells: list[Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        begin = t + 1 if reverse else t
+        if resets is not None and begin < len(x):
+            anew = resets[begin]
+            if lengths is not None:
+                anew = anew & (begin < lengths)
+            h = torch.where(anew[:, None], 0, h)
+            c = c if c is None else torch.where(anew[:, None], 0, c)
+        operand = h if regularisers.h_mask is None else h * regularisers.h_mask.to(h.dtype)
+        h_new, c_new = step(gx[t], recurrent(operand), h, c)
+        if w_hr is not None:
+            h_new = linear(h_new, w_hr)
+        h_new = zone_out(regularisers.zone_h, t, h, h_new)
+        if c is not None and c_new is not None:
+            c_new = zone_out(regularisers.zone_c, t, c, c_new)
+        out, cell = h_new, c_new
+        if lengths is not None:
+            active = (t < lengths)[:, None]
+            out = torch.where(active, h_new, 0)
+            h_new = torch.where(active, h_new, h)
+            if c is not None and c_new is not None:
+                cell = torch.where(active, c_new, 0)
+                c_new = torch.where(active, c_new, c)
+        h, c = h_new, c_new
+        outputs.append(out)
+        if cell is not None:
+            cells.append(cell)
+    if reverse:
+        outputs.reverse()
+        cells.reverse()
+    y = torch.stack(outputs) if outputs else h.new_empty((0, *h.shape))
+    if c is None:
+        return y, h, c, None
+    return y, h, c, torch.stack(cells) if cells else c.new_empty((0, *c.shape))
+
+
+def check_batch_sizes(rows: list[int], tokens: int) -> None:
+    """With the kernels' words: torch's pad_packed_sequence writes where wrong ones lead it."""
+    if not rows:
+        raise RuntimeError("fusedrnn: batch_sizes is empty")
+    if min(rows) < 1 or any(b > a for a, b in pairwise(rows)):
+        raise RuntimeError("fusedrnn: batch_sizes must be positive and not rise")
+    if sum(rows) != tokens:
+        raise RuntimeError(f"fusedrnn: batch_sizes add up to {sum(rows)}, not to {tokens} tokens")
+
+
+def forward(
+    x: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    resets: Tensor | None,
+    h_mask: Tensor | None,
+    zone_h: Tensor | None,
+    zone_c: Tensor | None,
+    dropout: float,
+    mode: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bias: bool,
+    bidirectional: bool,
+    zoneout_h: float = 0.0,
+    zoneout_c: float = 0.0,
+    all_states: bool = False,
+    layer_norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward op in plain PyTorch; arguments and results as in `fusedrnn.ops`, no reserve."""
+    if batch_sizes is not None:
+        if not torch.compiler.is_compiling():
+            check_batch_sizes(batch_sizes.tolist(), len(x))
+        x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
+    if lengths is not None:
+        lengths = lengths.to(x.device)
+        valid = torch.arange(len(x), device=x.device)[:, None] < lengths
+    like = x
+    if not x.is_floating_point():
+        # What lies behind a length is not looked at: it need not be an index.
+        x = (x if lengths is None else torch.where(valid, x, 0)).long()
+        like = weights[0]
+    states = num_layers * (2 if bidirectional else 1)
+    if hx is None:
+        hx = like.new_zeros(states, x.shape[1], proj_size or hidden_size)
+    if cx is None and mode == "LSTM":
+        cx = like.new_zeros(states, x.shape[1], hidden_size)
+    tokens = x.shape[:2]
+
+    def padded(values: Tensor) -> Tensor:
+        """(tokens, ...) as (T, B, ...)."""
+        shape = (*tokens, *values.shape[1:])
+        if batch_sizes is None:
+            return values.view(shape)
+        return values.new_zeros(shape).index_put((valid,), values)
+
+    if resets is not None and batch_sizes is not None:
+        resets = padded(resets)
+    each = len(weights) // states
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    hs: list[Tensor] = []
+    cs: list[Tensor] = []
+    for i in range(num_layers):
+        if i and mask is not None:
+            keep = padded(mask[i - 1].to(x.dtype))
+            x = x * (keep * (1 / (1 - dropout) if dropout < 1 else 0.0))
+        outputs, cells = [], []
+        for d in range(2 if bidirectional else 1):
+            j = len(h_n)
+            c0 = None if cx is None else cx[j]
+            part = weights[each * j : each * (j + 1)]
+            norm = None
+            if layer_norm:
+                own = count(mode)
+                part, norm = part[:-own], Norm(*part[-own:])
+            regularisers = Regularisers(
+                None if h_mask is None else h_mask[j],
+                zoneout_h if zone_h is None else padded(zone_h[j]),
+                zoneout_c if zone_c is None else padded(zone_c[j]),
+            )
+            y, h, c, of_steps = layer(
+                STEPS[mode],
+                x,
+                hx[j],
+                c0,
+                part,
+                bias,
+                lengths,
+                resets,
+                regularisers,
+                reverse=d == 1,
+                norm=norm,
+            )
+            outputs.append(y)
+            h_n.append(h)
+            if c is not None and of_steps is not None:
+                c_n.append(c)
+                cells.append(of_steps)
+        x = torch.cat(outputs, -1)
+        hs.append(x)
+        if cells:
+            cs.append(torch.cat(cells, -1))
+    y = hs.pop()
+    if batch_sizes is not None:
+        y, hs, cs = y[valid], [h[valid] for h in hs], [c[valid] for c in cs]
+    none = hx.new_empty(0)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (
+        y,
+        torch.stack(h_n),
+        torch.stack(c_n) if c_n else none,
+        (torch.stack(hs) if hs else y.new_empty((0, *y.shape))) if all_states else none,
+        torch.stack(cs).to(wide) if all_states and cs else none.to(wide),
+    )
