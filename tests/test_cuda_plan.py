@@ -56,13 +56,15 @@ def test_every_shape_has_a_plan_that_fits(device, **shape):
     assert p["rows"] * p["slices"] >= shape["batch"] and 1 <= p["at_once"] <= p["slices"]
     assert stages <= 16 and p["layers"] <= shape["layers"]
     if p["backend"] == "cluster":
-        assert spec.capability >= 90 and p["team"] <= 16
+        assert spec.capability >= 90 and 2 <= p["team"] <= 16
         # A processor has 1 KiB more than a block may ask for; each block takes that much beside.
         assert 2 * (p["shared_bytes"] + 1024) > spec.shared_bytes + 1024, "two on a processor"
         if p["layers"] > 1:
             assert p["at_once"] * stages <= spec.clusters[p["team"] - 1]
-    else:
+    elif p["team"] > 1 or p["layers"] > 1:
         assert p["at_once"] * stages * p["team"] <= spec.processors
+    else:  # blocks that do not wait for each other
+        assert p["at_once"] == p["slices"]
 
 
 def test_layers_in_both_directions_do_not_chain():
@@ -86,6 +88,33 @@ def test_a_gpu_without_room_for_clusters():
     assert plan(device=few)["team"] <= 2 or plan(device=few)["backend"] == "grid"
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "mode, dtype, tf32, hidden",
+    [
+        *((mode, "float32", False, 1) for mode in CELLS),
+        ("RNN_TANH", "float32", False, 32),
+        ("RNN_TANH", "float32", True, 16),
+        ("LSTM", "bfloat16", False, 8),
+        ("GRU", "float16", False, 8),
+        ("RNN_TANH", "bfloat16", False, 16),
+        ("LSTM", "float32", False, 33),
+    ],
+)
+def test_small_layers_take_a_block(mode, dtype, tf32, hidden, backward):
+    """No cluster, which needs two: a block that exchanges nothing, on every kind of GPU."""
+    for device in DEVICES:
+        shape = {"mode": mode, "dtype": dtype, "tf32": tf32, "hidden": hidden}
+        p = plan(**shape, batch=8, backward=backward, device=device)
+        assert (p["backend"], p["team"], p["at_once"]) == ("grid", 1, p["slices"])
+        assert "teams of one block of" in p["text"]
+
+
+def test_a_large_batch_of_a_small_layer_is_one_launch():
+    p = plan(hidden=16, batch=5000)
+    assert p["team"] == 1 and p["at_once"] == p["slices"] > 132
+
+
 def test_a_plan_can_be_forced():
     p = plan(forced="grid,units=8,rows=8,layers=1", layers=3)
     assert (p["backend"], p["units"], p["rows"], p["layers"]) == ("grid", 8, 8, 1)
@@ -102,6 +131,7 @@ def test_a_plan_can_be_forced():
         ("rows=8x", "has 'rows=8x'"),
         ("grid,units=6", "cannot run this shape on this device"),
         ("cluster,rows=4000", "cannot run this shape"),
+        ("cluster,units=256", "cannot run this shape"),  # a block alone is no cluster
     ],
 )
 def test_a_plan_that_cannot_be(forced, message):
