@@ -1,6 +1,9 @@
 # The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
 
+from fusedrnn.cuda import Spec
+
 def reserve_bytes(
+    *,
     mode: str,
     dtype: str,
     hidden_size: int,
@@ -13,7 +16,10 @@ def reserve_bytes(
 ) -> int: ...
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
+
+# (instruction set, threads without packing or 0, threads, rows a task, tasks, threads a task)
 def cpu_plan(
+    *,
     mode: str,
     dtype: str,
     input_size: int,
@@ -27,10 +33,10 @@ def cpu_plan(
     steps: int,
     tokens: int,
     threads: int,
-    /,
 ) -> tuple[str, int, int, int, int, int]: ...
-def cuda_device() -> tuple[int, int, int, tuple[int, ...]]: ...
+def cuda_device() -> Spec: ...
 def cuda_plan(
+    *,
     mode: str,
     dtype: str,
     hidden_size: int,
@@ -41,11 +47,7 @@ def cuda_plan(
     batch: int,
     backward: bool,
     tf32: bool,
-    capability: int,
-    processors: int,
-    shared_bytes: int,
-    clusters: tuple[int, ...],
+    device: Spec,
     forced: str,
-    /,
-) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
+) -> str: ...
 def cuda_archs() -> str: ...

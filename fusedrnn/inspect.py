@@ -69,19 +69,19 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
     tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
     allowed = torch.get_num_threads()
     variant, direct, threads, rows, tasks, members = _C.cpu_plan(
-        module.mode,
-        dtype.removeprefix("torch."),
-        module.input_size,
-        one_hot,
-        module.hidden_size,
-        module.proj_size,
-        module.num_layers,
-        module.bidirectional,
-        module.layer_norm,
-        batch,
-        steps,
-        tokens,
-        allowed,
+        mode=module.mode,
+        dtype=dtype.removeprefix("torch."),
+        input_size=module.input_size,
+        one_hot=one_hot,
+        hidden_size=module.hidden_size,
+        proj_size=module.proj_size,
+        num_layers=module.num_layers,
+        bidirectional=module.bidirectional,
+        layer_norm=module.layer_norm,
+        batch=batch,
+        steps=steps,
+        tokens=tokens,
+        threads=allowed,
     )
     if direct and not regularisers:
         how = f"weights read without packing, units divided among {direct} of {allowed} threads"

@@ -300,24 +300,24 @@ def test_explain_counts_rows(x, batch_first, batch):
     threads=st.integers(1, 64),
 )
 def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads):
-    size = (
-        "GRU",
-        "float32",
-        5,
-        False,
-        hidden,
-        0,
-        layers,
-        False,
-        False,
-        batch,
-        steps,
-        batch * steps,
-    )
+    size = {
+        "mode": "GRU",
+        "dtype": "float32",
+        "input_size": 5,
+        "one_hot": False,
+        "hidden_size": hidden,
+        "proj_size": 0,
+        "num_layers": layers,
+        "bidirectional": False,
+        "layer_norm": False,
+        "batch": batch,
+        "steps": steps,
+        "tokens": batch * steps,
+    }
     with pytest.MonkeyPatch.context() as context:
         context.delenv("FUSEDRNN_THREADS")
-        variant, _, used, rows, tasks, members = _C.cpu_plan(*size, threads)
-        _, _, fewer, *_ = _C.cpu_plan(*size, max(1, threads - 1))
+        variant, _, used, rows, tasks, members = _C.cpu_plan(**size, threads=threads)
+        _, _, fewer, *_ = _C.cpu_plan(**size, threads=max(1, threads - 1))
     assert 1 <= fewer <= used <= threads
     large = 3 * hidden * hidden * (6 if variant == "amx" else 4) > 2 << 20  # as it is packed
     assert rows <= (64 if large else 32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
-from emulator import ROOT, setup_script
+from compiling import ROOT, setup_script
 from test_numbers import compare
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -103,9 +103,11 @@ def test_same_bits_of_packed_rows(cell):
 def test_rows_together_because_of_large_weights(cell, hidden, dtype):
     """As right as alone, and the same bits; rows that end early rest meanwhile."""
     _, fused = make_pair(cell, 20, hidden, num_layers=2, dtype=dtype)
-    members = _C.cpu_plan(
-        fused.mode, str(dtype)[6:], 20, False, hidden, 0, 2, False, False, 6, 6, 22, 2
-    )[-1]
+    *_, members = _C.cpu_plan(
+        mode=fused.mode, dtype=str(dtype)[6:], input_size=20, one_hot=False, hidden_size=hidden,
+        proj_size=0, num_layers=2, bidirectional=False, layer_norm=False, batch=6, steps=6,
+        tokens=22, threads=2,
+    )  # fmt: skip
     assert members == 2, "the plan makes no team of these"
     lengths = torch.tensor([4, 1, 6, 3, 2, 6])
     x = pack_padded_sequence(torch.randn(6, 6, 20).to(dtype), lengths, enforce_sorted=False)

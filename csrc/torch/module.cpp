@@ -10,6 +10,7 @@
 #include "cuda/elementwise.h"
 #include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
+#include "torch/arguments.h"
 #include "torch/ops.h"
 #include "torch/switches.h"
 
@@ -22,67 +23,72 @@ template <class F>
 PyObject* guarded(F f) {
   try {
     return f();
+  } catch (const PythonError&) {
+    return nullptr;
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
     return nullptr;
   }
 }
 
-Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden, int64_t proj,
-                      int64_t layers, bool bidirectional) {
+// A function of keyword arguments as the method table has it.
+template <PyObject* (*function)(const Arguments&)>
+PyObject* call_by_name(PyObject*, PyObject* positional, PyObject* named) {
+  if (PyTuple_Size(positional)) {
+    PyErr_SetString(PyExc_TypeError, "expected keyword arguments only");
+    return nullptr;
+  }
+  return guarded([&] { return function(Arguments(named)); });
+}
+template <PyObject* (*function)(const Arguments&)>
+PyMethodDef by_name(const char* name, const char* doc) {
+  const auto pointer = reinterpret_cast<void (*)()>(call_by_name<function>);
+  return {name, reinterpret_cast<PyCFunction>(pointer), METH_VARARGS | METH_KEYWORDS, doc};
+}
+
+// Of `mode`, `dtype`, `hidden_size`, `proj_size`, `num_layers` and `bidirectional`.
+Problem problem_of(const Arguments& a) {
   Problem p{};
-  p.cell = cell_of(mode);
+  p.cell = cell_of(a.text("mode"));
+  const std::string dtype = a.text("dtype");
   p.dtype = dtype == "float64"    ? DType::kFloat64
             : dtype == "float32"  ? DType::kFloat32
             : dtype == "bfloat16" ? DType::kBFloat16
                                   : DType::kFloat16;
-  p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
-  p.num_directions = bidirectional ? 2 : 1;
+  p.hidden_size = a.integer("hidden_size"), p.proj_size = a.integer("proj_size");
+  p.num_layers = a.integer("num_layers"), p.num_directions = a.flag("bidirectional") ? 2 : 1;
   return p;
 }
 
-PyObject* reserve_bytes(PyObject*, PyObject* args) {
-  const char *mode, *dtype;
-  long long hidden, proj, layers;
-  int bidirectional, zoneout, all_states, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLLLpppp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional,
-                        &zoneout, &all_states, &layer_norm))
-    return nullptr;
-  return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.zoneout = zoneout, p.all_states = all_states, p.layer_norm = layer_norm;
-    return PyLong_FromLongLong(Reserve(p).bytes_per_token());
-  });
+PyObject* reserve_bytes(const Arguments& a) {
+  Problem p = problem_of(a);
+  p.zoneout = a.flag("zoneout"), p.all_states = a.flag("all_states");
+  p.layer_norm = a.flag("layer_norm");
+  return PyLong_FromLongLong(Reserve(p).bytes_per_token());
 }
 
-PyObject* cuda_plan(PyObject*, PyObject* args) {
-  const char *mode, *dtype, *forced;
-  long long hidden, proj, layers, steps, batch;
-  int bidirectional, backward, tf32;
+DeviceSpec device_of(const Arguments& a) {
   DeviceSpec device{};
-  PyObject* clusters;
-  if (!PyArg_ParseTuple(args, "ssLLLpLLppiiiO!s", &mode, &dtype, &hidden, &proj, &layers,
-                        &bidirectional, &steps, &batch, &backward, &tf32, &device.capability,
-                        &device.processors, &device.shared_bytes, &PyTuple_Type, &clusters,
-                        &forced))
-    return nullptr;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(clusters) && i < kLargestCluster; i++) {
-    device.clusters[i + 1] = int(PyLong_AsLong(PyTuple_GetItem(clusters, i)));
-    if (PyErr_Occurred()) return nullptr;
+  device.capability = int(a.integer("capability"));
+  device.processors = int(a.integer("processors"));
+  device.shared_bytes = int(a.integer("shared_bytes"));
+  const std::vector<int64_t> clusters = a.integers("clusters");
+  for (size_t i = 0; i < clusters.size() && i < kLargestCluster; i++)
+    device.clusters[i + 1] = int(clusters[i]);
+  return device;
+}
+
+PyObject* cuda_plan(const Arguments& a) {
+  const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
+                            a.flag("tf32")};
+  CudaPlan plan;
+  std::string reason;
+  if (!plan_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
+                 &plan, &reason)) {
+    PyErr_SetString(PyExc_ValueError, reason.c_str());
+    throw PythonError();
   }
-  return guarded([&] {
-    const Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    CudaPlan plan;
-    std::string reason;
-    if (!plan_cuda(p, {steps, batch, backward != 0, tf32 != 0}, device, forced, &plan, &reason)) {
-      PyErr_SetString(PyExc_ValueError, reason.c_str());
-      return static_cast<PyObject*>(nullptr);
-    }
-    return Py_BuildValue("(siiiiiiids)", kCudaBackendNames[int(plan.backend)], plan.layers,
-                         plan.shape.team, plan.shape.units, plan.shape.rows, plan.slices,
-                         plan.at_once, plan.shape.shared_bytes, plan.microseconds,
-                         describe(plan).c_str());
-  });
+  return PyUnicode_FromString(describe(plan).c_str());
 }
 
 PyObject* cuda_device(PyObject*, PyObject*) {
@@ -96,7 +102,8 @@ PyObject* cuda_device(PyObject*, PyObject*) {
     PyObject* clusters = PyTuple_New(kLargestCluster);
     for (int i = 0; clusters && i < kLargestCluster; i++)
       PyTuple_SetItem(clusters, i, PyLong_FromLong(device.clusters[i + 1]));
-    return Py_BuildValue("(iiiN)", device.capability, device.processors, device.shared_bytes,
+    return Py_BuildValue("{sisisisN}", "capability", device.capability, "processors",
+                         device.processors, "shared_bytes", device.shared_bytes, "clusters",
                          clusters);
   });
 }
@@ -118,24 +125,19 @@ PyObject* cpu_variant(PyObject*, PyObject*) {
   return guarded([] { return PyUnicode_FromString(kernels().name); });
 }
 
-PyObject* cpu_plan(PyObject*, PyObject* args) {
-  const char *mode, *dtype;
-  long long input, hidden, proj, layers, batch, steps, tokens, threads;
-  int one_hot, bidirectional, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLpLLLppLLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
-                        &layers, &bidirectional, &layer_norm, &batch, &steps, &tokens, &threads))
-    return nullptr;
-  return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.input_size = input, p.one_hot = one_hot, p.layer_norm = layer_norm;
-    const Kernels& k = kernels(p, batch, tokens);
-    const CpuPlan plan =
-        plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
-    return Py_BuildValue("(sLLLLL)", k.name,
-                         (long long)plan_direct(p, k.costs(p.dtype), steps, tokens, threads),
-                         (long long)plan.threads, (long long)plan.rows_per_task,
-                         (long long)plan.tasks, (long long)plan.members);
-  });
+PyObject* cpu_plan(const Arguments& a) {
+  Problem p = problem_of(a);
+  p.input_size = a.integer("input_size"), p.one_hot = a.flag("one_hot");
+  p.layer_norm = a.flag("layer_norm");
+  const int64_t batch = a.integer("batch"), steps = a.integer("steps");
+  const int64_t tokens = a.integer("tokens"), threads = a.integer("threads");
+  const Kernels& k = kernels(p, batch, tokens);
+  const CpuPlan plan =
+      plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
+  return Py_BuildValue("(sLLLLL)", k.name,
+                       (long long)plan_direct(p, k.costs(p.dtype), steps, tokens, threads),
+                       (long long)plan.threads, (long long)plan.rows_per_task,
+                       (long long)plan.tasks, (long long)plan.members);
 }
 
 PyObject* cuda_archs(PyObject*, PyObject*) {
@@ -146,25 +148,15 @@ PyObject* cuda_archs(PyObject*, PyObject*) {
 #endif
 }
 
+// fusedrnn/_C.pyi has their arguments and results.
 PyMethodDef methods[] = {
-    {"reserve_bytes", reserve_bytes, METH_VARARGS,
-     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, zoneout, "
-     "all_states, layer_norm) -> bytes per token"},
+    by_name<reserve_bytes>("reserve_bytes", "bytes per token that forward leaves for backward"),
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
-    {"cpu_plan", cpu_plan, METH_VARARGS,
-     "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
-     "bidirectional, "
-     "layer_norm, batch, steps, tokens, threads) -> (instruction set, threads without packing or "
-     "0, "
-     "threads, rows a task, tasks, threads a task)"},
-    {"cuda_device", cuda_device, METH_NOARGS,
-     "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
-    {"cuda_plan", cuda_plan, METH_VARARGS,
-     "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
-     "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "
-     "team, units, rows, slices, at_once, shared_bytes, microseconds, text)"},
+    by_name<cpu_plan>("cpu_plan", "how the CPU would divide a forward call"),
+    {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
+    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words"),
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };

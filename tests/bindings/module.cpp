@@ -1,0 +1,7 @@
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(fusedrnn_bindings, m) {
+  bind_problem(m);
+  bind_cuda_plan(m);
+  bind_launches(m);
+}
