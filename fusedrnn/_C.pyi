@@ -16,8 +16,6 @@ def reserve_bytes(
 ) -> int: ...
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
-
-# (instruction set, threads without packing or 0, threads, rows a task, tasks, threads a task)
 def cpu_plan(
     *,
     mode: str,
@@ -29,11 +27,16 @@ def cpu_plan(
     num_layers: int,
     bidirectional: bool,
     layer_norm: bool,
-    batch: int,
+    zoneout: bool,
+    recurrent_dropout: bool,
+    resets: bool,
+    return_all: bool,
     steps: int,
+    batch: int,
     tokens: int,
     threads: int,
-) -> tuple[str, int, int, int, int, int]: ...
+    backward: bool,
+) -> str: ...
 def cuda_device() -> Spec: ...
 def cuda_plan(
     *,

@@ -61,7 +61,7 @@ STEPS: dict[str, Step] = {
 }
 
 
-EPSILON = 1e-5  # of csrc/cpu/layer_norm.h too
+EPSILON = 1e-5  # of csrc/cpu/pass/layer_norm.h too
 
 
 def normalised(a: Tensor) -> Tensor:

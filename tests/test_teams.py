@@ -13,7 +13,6 @@ from test_numbers import compare
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import _C
 
 SOURCES = [ROOT / "tests/team.cpp", ROOT / "csrc/cpu/team.cpp"]
 
@@ -103,14 +102,10 @@ def test_same_bits_of_packed_rows(cell):
 def test_rows_together_because_of_large_weights(cell, hidden, dtype):
     """As right as alone, and the same bits; rows that end early rest meanwhile."""
     _, fused = make_pair(cell, 20, hidden, num_layers=2, dtype=dtype)
-    *_, members = _C.cpu_plan(
-        mode=fused.mode, dtype=str(dtype)[6:], input_size=20, one_hot=False, hidden_size=hidden,
-        proj_size=0, num_layers=2, bidirectional=False, layer_norm=False, batch=6, steps=6,
-        tokens=22, threads=2,
-    )  # fmt: skip
-    assert members == 2, "the plan makes no team of these"
     lengths = torch.tensor([4, 1, 6, 3, 2, 6])
     x = pack_padded_sequence(torch.randn(6, 6, 20).to(dtype), lengths, enforce_sorted=False)
+    (plans,) = with_threads((2,), lambda: fusedrnn.explain(fused, x))
+    assert "by 2 threads that divide the hidden units" in plans.splitlines()[1], plans
     states = random_state(fused, 6)
     assert_same_bits(list(with_threads((1, 2, 3, 4), lambda: run(fused, x, states))))
 

@@ -2,10 +2,10 @@
 // for each with that set's compiler flags.
 //
 // Every function has internal linkage (see simd.h). The table at the end is all that leaves.
-#include "cpu/backward.h"
-#include "cpu/direct.h"
-#include "cpu/forward.h"
-#include "cpu/weight_grad.h"
+#include "cpu/pass/backward.h"
+#include "cpu/pass/forward.h"
+#include "cpu/pass/forward_unpacked.h"
+#include "cpu/pass/weight_grad.h"
 
 #define FUSEDRNN_CONCAT_(a, b) a##b
 #define FUSEDRNN_CONCAT(a, b) FUSEDRNN_CONCAT_(a, b)
@@ -13,6 +13,9 @@
 #define FUSEDRNN_STRING(a) FUSEDRNN_STRING_(a)
 
 namespace {
+
+using Float64 = double;
+using Float32 = float;
 
 // Calls f with a value of the problem's storage type, and with its cell.
 template <class F>
@@ -26,14 +29,13 @@ FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
   return f(BFloat16{});
 #else
   switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
+  case DType::k##name:                                             \
+    return f(name{});
+#include "plan/dtypes.inc"
+#undef DTYPE
     default:
-      return f(Float16{});
+      __builtin_unreachable();
   }
 #endif
 }

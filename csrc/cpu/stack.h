@@ -46,7 +46,7 @@ struct OneHot {
 
 // Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots
 // (with layer normalisation none), then W_ih (of integer input: the gates that each distinct value
-// makes) and W_hh group by group (layer.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
+// makes) and W_hh group by group (pass/pack.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
 struct PackedOffsets {
   int64_t bias, w_ih, w_hh, w_hr, total;
 };
@@ -57,7 +57,17 @@ struct Zoneout {
   double rate;
 };
 
-struct Common {
+// Null: that one is not applied.
+struct Regularisers {
+  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out]
+  double mask_scale;
+  // Recurrent dropout: h is multiplied with it before W_hh. Compute type
+  // [layers * directions, batch, out].
+  const void* h_mask;
+  Zoneout zoneout_h, zoneout_c;
+};
+
+struct Common : Regularisers {
   Problem problem;
   Sequence seq;
   const void* x;  // storage type; token (t, b) at x + x_offset[t] + b * x_row elements
@@ -65,12 +75,6 @@ struct Common {
   int64_t x_row;
   OneHot one_hot;       // in place of x
   const void *hx, *cx;  // storage type [layers * directions, batch, ...], null: zeros
-  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out], null: none
-  double mask_scale;
-  // Recurrent dropout: h is multiplied with it before W_hh; null: none. Compute type
-  // [layers * directions, batch, out].
-  const void* h_mask;
-  Zoneout zoneout_h, zoneout_c;
   // Where all states are results: the outputs of all layers but the last, storage type
   // [layers - 1, tokens, directions * out], and all cell states, compute type
   // [layers, tokens, directions * hidden]; null where they are not.
@@ -101,13 +105,13 @@ struct Backward : Common {
   void* dgates;
   void* dproj;            // [directions, tokens, out], gradients of h, with a projection
   void* hidden;           // [directions, tokens, hidden], what was projected, with a projection
-  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (layer_norm.h)
+  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
   void* const* dweights;  // [directions * 9] in the order of Weights; null: not wanted
   int64_t layer;
 };
 
-// One step of a layer and direction without packed weights (direct.h), for the first `rows` rows in
-// Sequence::order.
+// One step of a layer and direction without packed weights (pass/forward_unpacked.h), for the first
+// `rows` rows in Sequence::order.
 struct DirectStep {
   int64_t layer, dir, t, rows;
   bool falling;          // units go from the last to the first

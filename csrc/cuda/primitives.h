@@ -41,6 +41,8 @@ struct alignas(16) Words {
 
 namespace fusedrnn {
 
+using Float64 = double;
+using Float32 = float;
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
 
@@ -282,7 +284,7 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
 
 namespace fusedrnn {
 
-// ---- storage types: float, double, BFloat16, Float16 ----
+// ---- storage types, of the names in plan/dtypes.inc ----
 
 // The type in which a storage type is computed.
 template <class S>

@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/dispatch.h"
 #include "torch/call.h"
 #include "torch/cpu_tasks.h"
-#include "torch/switches.h"
 
 namespace fusedrnn {
 namespace {
@@ -16,6 +16,8 @@ namespace {
 // ---- tensors as pointers ----
 
 const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+const uint8_t* bytes_of(const OptionalTensor& t) { return static_cast<const uint8_t*>(pointer(t)); }
 
 // A call beside what the kernels read of it.
 struct CpuCall : Call {
@@ -29,12 +31,13 @@ struct CpuCall : Call {
     a.problem = problem;
     read_sequence(a);
     a.hx = pointer(hx), a.cx = pointer(cx);
-    a.mask = static_cast<const uint8_t*>(pointer(mask));
-    a.mask_scale = mask_scale;
-    a.seq.resets = static_cast<const uint8_t*>(pointer(resets));
-    a.h_mask = pointer(h_mask);
-    a.zoneout_h = {static_cast<const uint8_t*>(pointer(zone_h)), zoneout_h};
-    a.zoneout_c = {static_cast<const uint8_t*>(pointer(zone_c)), zoneout_c};
+    a.seq.resets = bytes_of(resets);
+    const RegulariserTensors& r = regularisers;
+    static_cast<Regularisers&>(a) = {bytes_of(r.mask),
+                                     mask_scale(),
+                                     pointer(r.h_mask),
+                                     {bytes_of(r.zone_h), r.zoneout_h},
+                                     {bytes_of(r.zone_c), r.zoneout_c}};
     pointers.reserve(directions());
     for (int64_t i = 0; i < directions(); i++)
       pointers.push_back(weights_of(i / problem.num_directions, i % problem.num_directions));
@@ -111,10 +114,14 @@ struct CpuCall : Call {
     a.one_hot = {int64_t(value.size()), value.data(), which.data(), begin.data(), token.data()};
   }
 
-  const Kernels& kernels() const { return fusedrnn::kernels(problem, batch, tokens); }
+  // How this call runs, and the kernels that run it.
   CpuPlan plan(bool backward) const {
-    return plan_cpu(problem, kernels().costs(problem.dtype), backward, batch, tokens,
-                    torch::stable::get_num_threads(), all_threads(), !resets);
+    CpuMachine machine = this_machine(torch::stable::get_num_threads());
+    const int64_t longest = batch ? length[order[0]] : 0;
+    return plan_cpu_here(problem,
+                         {backward, steps, batch, tokens, longest, resets.has_value(),
+                          regularisers.h_mask.has_value()},
+                         &machine);
   }
 
   // Backward only reads them.
@@ -142,32 +149,33 @@ std::atomic<bool>& next_falls(const void* weights) {
   return falls[reinterpret_cast<uintptr_t>(weights) / 64 % 64];
 }
 
-void forward_direct(const CpuCall& call, const Forward& a, const Kernels& k, int64_t threads) {
+void forward_unpacked(const CpuCall& call, const Forward& a, const Kernels& k,
+                      const CpuPlan& plan) {
   const Problem& p = a.problem;
+  const int64_t threads = plan.threads;
   const int64_t B = a.seq.batch, row = p.hidden_size * compute_bytes(p.dtype);
   const int64_t states = call.directions(), longest = B ? call.length[a.seq.order[0]] : 0;
   const RowsScratch scratch = k.direct_scratch(p, B);
   const int64_t of_state = (3 * B * row + 63) / 64 * 64 + scratch.common;
   const ScratchMemory memory(1, states * of_state + threads * scratch.own);
   char* const inputs = memory.of() + states * of_state;
-  const bool turns = plan_turns(p, longest, threads);
   bool falling = false;
-  if (turns) {
+  if (plan.alternates) {
     std::atomic<bool>& falls = next_falls(a.weights->w_hh);
     falling = falls.load(std::memory_order_relaxed);
     falls.store(falling != longest % 2, std::memory_order_relaxed);
   }
 
-  // Of a single step all that W_hh is multiplied with is known at its beginning: these products go
-  // before the first layer's step, or right behind it where units fall, where they find more.
-  const bool ahead = turns && longest == 1;
+  // These products go before the first layer's step, or right behind it where units fall, where
+  // they find more.
+  const bool ahead = plan.recurrent_first;
 
   std::vector<DirectStep> all(states);
   auto at_step = [&](DirectStep& s, int64_t step) {
     s.t = s.dir == 0 ? step : longest - 1 - step;
     s.rows = B;
     while (call.length[a.seq.order[s.rows - 1]] <= s.t) s.rows--;
-    s.falling = turns && falling != step % 2;
+    s.falling = plan.alternates && falling != step % 2;
   };
   for (int64_t i = 0; i < states; i++) {
     DirectStep& s = all[i];
@@ -212,7 +220,8 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   Forward a{};
   CpuCall call(in, config, a);
   const Problem& p = a.problem;
-  const Kernels& k = call.kernels();
+  const CpuPlan plan = call.plan(false);
+  const Kernels& k = kernels_of(plan);
   const int64_t D = p.num_directions;
   const bool saves = save == Save::kReserve;
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
@@ -233,10 +242,8 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
     a.inner[i] = inner.back().mutable_data_ptr();
   }
 
-  const int64_t direct =
-      plan_direct(p, k.costs(p.dtype), a.seq.steps, a.seq.tokens, torch::stable::get_num_threads());
-  if (direct && !a.h_mask && !a.seq.resets) {
-    forward_direct(call, a, k, direct);
+  if (plan.unpacked) {
+    forward_unpacked(call, a, k, plan);
     return {y, hn, cn, reserve, hs, cs};
   }
 
@@ -246,8 +253,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   const int64_t size = compute_bytes(p.dtype);
   const ScratchMemory packed(1, at.back() * size);
   char* const to = packed.of();
-  a.packed = to, a.unpacked_hh = plan_unpacked(p, k.costs(p.dtype), a.seq.batch, a.seq.steps);
-  const CpuPlan plan = call.plan(false);
+  a.packed = to, a.unpacked_hh = plan.unpacked_hh;
   RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
   run_phases(plan.threads,
              {{p.num_layers * D * kPackParts, 0,
@@ -260,20 +266,21 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
 }
 
 BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const OutputGradients& given,
-                             const Kept& kept, const std::vector<bool>& needs) {
+                             const SavedForBackward& saved, const std::vector<bool>& needs) {
   Backward a{};
   CpuCall call(in, config, a);
   call.list_tokens(a.seq);
   const Problem& p = a.problem;
-  const Kernels& k = call.kernels();
+  const CpuPlan plan = call.plan(true);
+  const Kernels& k = kernels_of(plan);
   const int64_t D = p.num_directions, tokens = a.seq.tokens, B = a.seq.batch;
-  GradientTensors g(call, given, kept, needs);
+  GradientTensors g(call, given, saved, needs);
   if (call.padded_rows) torch::stable::zero_(g.x);
   if (B == 0) return g.in_type(call.type());
 
-  a.y = kept.y.const_data_ptr();
-  a.reserve = static_cast<char*>(const_cast<void*>(kept.reserve.const_data_ptr()));  // only read
-  call.set_states(a, kept.hs, kept.cs);
+  a.y = saved.y.const_data_ptr();
+  a.reserve = static_cast<char*>(const_cast<void*>(saved.reserve.const_data_ptr()));  // only read
+  call.set_states(a, saved.hs, saved.cs);
   a.grad_hn = pointer(g.hn), a.grad_cn = pointer(g.cn);
   if (g.need_hx) a.dhx = g.hx.mutable_data_ptr();
   if (g.need_cx) a.dcx = g.cx.mutable_data_ptr();
@@ -287,13 +294,8 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   const ScratchMemory dnormed(1, p.layer_norm ? all * p.normed_columns() : 0);
   a.dgates = dgates.of(), a.dnormed = dnormed.of();
   a.dproj = dproj.of(), a.hidden = hidden.of();
-  const CpuPlan plan = call.plan(true);
-  // Of few tokens as in forward: their weights, which are read and get gradients, are what counts.
-  const int64_t few =
-      tokens > kFewTokensBack
-          ? 0
-          : plan_direct(p, k.costs(p.dtype), a.seq.steps, tokens, torch::stable::get_num_threads());
-  const int64_t threads = std::max(plan.threads, few);
+  const bool few = plan.unpacked;
+  const int64_t threads = plan.threads;
   // One layer's rows of the gradient of all states.
   auto rows_of = [&](const OptionalTensor& all, int64_t layer, int64_t width) {
     const int64_t bytes = layer * tokens * D * width * size;
@@ -338,19 +340,14 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     phases.push_back(
         tasks.phase(i, [&](const Rows& rows, Member& me) { k.backward(b, rows, me); }));
 
-    const bool gains = p.layer_norm, of_c = gains && traits(p.cell).has_cell;
     bool any = false;
-    for (int64_t dir = 0; dir < D; dir++) {  // nine a direction, in the order of Weights
-      size_t which = (layer * D + dir) * p.weights_per_direction();
-      auto next = [&](bool present) -> void* {
-        if (!present) return nullptr;
-        void* at = needs[3 + which] ? g.weights[which].mutable_data_ptr() : nullptr;
-        which++, any |= at != nullptr;
-        return at;
-      };
-      for (bool present : {true, true, p.bias, p.bias, p.proj_size > 0, gains, gains, of_c, of_c})
-        places[i].push_back(next(present));
-    }
+    for (int64_t dir = 0; dir < D; dir++)
+      for (int kind = 0; kind < kWeightKinds; kind++) {
+        const size_t index = p.weight_index(layer, dir, WeightKind(kind));
+        const bool wanted = p.has_weight(WeightKind(kind)) && needs[3 + index];
+        places[i].push_back(wanted ? g.weights[index].mutable_data_ptr() : nullptr);
+        any |= wanted;
+      }
     b.dweights = places[i].data();
     if (any)
       phases.push_back(

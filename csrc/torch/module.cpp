@@ -5,12 +5,11 @@
 #include <exception>
 #include <stdexcept>
 
-#include "cpu/stack.h"
+#include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
-#include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
-#include "torch/arguments.h"
+#include "torch/named_arguments.h"
 #include "torch/ops.h"
 #include "torch/switches.h"
 
@@ -32,42 +31,44 @@ PyObject* guarded(F f) {
 }
 
 // A function of keyword arguments as the method table has it.
-template <PyObject* (*function)(const Arguments&)>
+template <PyObject* (*function)(const NamedArguments&)>
 PyObject* call_by_name(PyObject*, PyObject* positional, PyObject* named) {
   if (PyTuple_Size(positional)) {
     PyErr_SetString(PyExc_TypeError, "expected keyword arguments only");
     return nullptr;
   }
-  return guarded([&] { return function(Arguments(named)); });
+  return guarded([&] { return function(NamedArguments(named)); });
 }
-template <PyObject* (*function)(const Arguments&)>
+template <PyObject* (*function)(const NamedArguments&)>
 PyMethodDef by_name(const char* name, const char* doc) {
   const auto pointer = reinterpret_cast<void (*)()>(call_by_name<function>);
   return {name, reinterpret_cast<PyCFunction>(pointer), METH_VARARGS | METH_KEYWORDS, doc};
 }
 
+DType dtype_of(const std::string& name) {
+  for (int i = 0; i < int(DType::kCount); i++)
+    if (name == traits(DType(i)).name) return DType(i);
+  throw std::runtime_error("fusedrnn: unknown dtype " + name);
+}
+
 // Of `mode`, `dtype`, `hidden_size`, `proj_size`, `num_layers` and `bidirectional`.
-Problem problem_of(const Arguments& a) {
+Problem problem_of(const NamedArguments& a) {
   Problem p{};
   p.cell = cell_of(a.text("mode"));
-  const std::string dtype = a.text("dtype");
-  p.dtype = dtype == "float64"    ? DType::kFloat64
-            : dtype == "float32"  ? DType::kFloat32
-            : dtype == "bfloat16" ? DType::kBFloat16
-                                  : DType::kFloat16;
+  p.dtype = dtype_of(a.text("dtype"));
   p.hidden_size = a.integer("hidden_size"), p.proj_size = a.integer("proj_size");
   p.num_layers = a.integer("num_layers"), p.num_directions = a.flag("bidirectional") ? 2 : 1;
   return p;
 }
 
-PyObject* reserve_bytes(const Arguments& a) {
+PyObject* reserve_bytes(const NamedArguments& a) {
   Problem p = problem_of(a);
   p.zoneout = a.flag("zoneout"), p.all_states = a.flag("all_states");
   p.layer_norm = a.flag("layer_norm");
   return PyLong_FromLongLong(Reserve(p).bytes_per_token());
 }
 
-DeviceSpec device_of(const Arguments& a) {
+DeviceSpec device_of(const NamedArguments& a) {
   DeviceSpec device{};
   device.capability = int(a.integer("capability"));
   device.processors = int(a.integer("processors"));
@@ -78,7 +79,7 @@ DeviceSpec device_of(const Arguments& a) {
   return device;
 }
 
-PyObject* cuda_plan(const Arguments& a) {
+PyObject* cuda_plan(const NamedArguments& a) {
   const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
                             a.flag("tf32")};
   CudaPlan plan;
@@ -111,10 +112,9 @@ PyObject* cuda_device(PyObject*, PyObject*) {
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
-  const Variant* all = variants(&count);
+  const InstalledVariant* all = installed_variants(&count);
   for (int i = 0; list && i < count; i++) {
-    PyObject* entry =
-        Py_BuildValue("(sO)", all[i].kernels->name, all[i].supported ? Py_True : Py_False);
+    PyObject* entry = Py_BuildValue("(sO)", all[i].name, all[i].supported ? Py_True : Py_False);
     if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
     Py_XDECREF(entry);
   }
@@ -122,22 +122,22 @@ PyObject* cpu_variants(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_variant(PyObject*, PyObject*) {
-  return guarded([] { return PyUnicode_FromString(kernels().name); });
+  return guarded([] { return PyUnicode_FromString(this_machine(1).variants[0].name); });
 }
 
-PyObject* cpu_plan(const Arguments& a) {
+PyObject* cpu_plan(const NamedArguments& a) {
   Problem p = problem_of(a);
   p.input_size = a.integer("input_size"), p.one_hot = a.flag("one_hot");
-  p.layer_norm = a.flag("layer_norm");
-  const int64_t batch = a.integer("batch"), steps = a.integer("steps");
-  const int64_t tokens = a.integer("tokens"), threads = a.integer("threads");
-  const Kernels& k = kernels(p, batch, tokens);
-  const CpuPlan plan =
-      plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
-  return Py_BuildValue("(sLLLLL)", k.name,
-                       (long long)plan_direct(p, k.costs(p.dtype), steps, tokens, threads),
-                       (long long)plan.threads, (long long)plan.rows_per_task,
-                       (long long)plan.tasks, (long long)plan.members);
+  p.zoneout = a.flag("zoneout"), p.layer_norm = a.flag("layer_norm");
+  p.all_states = a.flag("return_all");
+  CpuRequest request{};
+  request.backward = a.flag("backward");
+  request.steps = request.longest = a.integer("steps");
+  request.batch = a.integer("batch"), request.tokens = a.integer("tokens");
+  request.resets = a.flag("resets"), request.recurrent_dropout = a.flag("recurrent_dropout");
+  CpuMachine machine = this_machine(a.integer("threads"));
+  const CpuPlan plan = plan_cpu_here(p, request, &machine);
+  return PyUnicode_FromString(describe(plan, p, request, machine).c_str());
 }
 
 PyObject* cuda_archs(PyObject*, PyObject*) {
@@ -154,7 +154,7 @@ PyMethodDef methods[] = {
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
-    by_name<cpu_plan>("cpu_plan", "how the CPU would divide a forward call"),
+    by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
     {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
     by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words"),
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
@@ -170,16 +170,16 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cpu>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cpu>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cpu>));
+  m.impl("forward", forward<forward_cpu>);
+  m.impl("infer", infer<forward_cpu>);
+  m.impl("backward", backward<backward_cpu>);
 }
 
 #ifdef FUSEDRNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cuda>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
+  m.impl("forward", forward<forward_cuda>);
+  m.impl("infer", infer<forward_cuda>);
+  m.impl("backward", backward<backward_cuda>);
 }
 #endif
 

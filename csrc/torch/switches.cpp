@@ -39,7 +39,6 @@ Float32Switches float32_switches() {
 
 const char* forced_plan() { return std::getenv("FUSEDRNN_PLAN"); }
 
-bool all_threads() { return is_set("FUSEDRNN_THREADS", "all"); }
 bool poison_scratch() { return is_set("FUSEDRNN_POISON", "1"); }
 
 }  // namespace fusedrnn

@@ -30,5 +30,6 @@ void fields(py::class_<T>& type, const char* name, M member, More... more) {
 }
 
 void bind_problem(py::module_&);
+void bind_cpu_plan(py::module_&);
 void bind_cuda_plan(py::module_&);
 void bind_launches(py::module_&);

@@ -14,12 +14,9 @@ void bind_problem(py::module_& m) {
 #undef CELL
   cells.finalize();
 
-  py::native_enum<DType>(m, "DType", "enum.Enum", "By torch's names.")
-      .value("float64", DType::kFloat64)
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16)
-      .finalize();
+  py::native_enum<DType> dtypes(m, "DType", "enum.Enum", "By torch's names.");
+  for (int i = 0; i < int(DType::kCount); i++) dtypes.value(traits(DType(i)).name, DType(i));
+  dtypes.finalize();
 
   using T = Problem;
   auto type = structure<T>(m, "Problem");

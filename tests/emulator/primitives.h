@@ -18,6 +18,9 @@ namespace fusedrnn {
 
 // ---- storage types ----
 
+using Float64 = double;
+using Float32 = float;
+
 struct BFloat16 {
   uint16_t bits;
   BFloat16() = default;

@@ -1,7 +1,7 @@
 // What forward, backward and weight gradients share: where packed weights lie, how they are packed,
 // and how a layer's input is read.
 #pragma once
-#include "cpu/gemm.h"
+#include "cpu/product/gemm.h"
 #include "cpu/stack.h"
 
 namespace {

@@ -5,7 +5,7 @@
 // time. Tokens are always added in the same order, so results do not depend on which rows of a are
 // taken together.
 #pragma once
-#include "cpu/layer.h"
+#include "cpu/pass/pack.h"
 
 namespace {
 

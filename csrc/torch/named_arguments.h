@@ -11,9 +11,9 @@ namespace fusedrnn {
 struct PythonError {};  // thrown where a Python exception is set
 
 // Of a dictionary. What is missing, or of another type than it is asked for, is a TypeError.
-class Arguments {
+class NamedArguments {
  public:
-  explicit Arguments(PyObject* named) : named_(named) {}
+  explicit NamedArguments(PyObject* named) : named_(named) {}
 
   int64_t integer(const char* name) const { return as_integer(get(name)); }
   bool flag(const char* name) const {
@@ -35,7 +35,9 @@ class Arguments {
     for (Py_ssize_t i = 0; i < size; i++) values.push_back(as_integer(PyTuple_GetItem(tuple, i)));
     return values;
   }
-  Arguments group(const char* name) const { return Arguments(get(name)); }  // of a dictionary
+  NamedArguments group(const char* name) const {  // of a dictionary
+    return NamedArguments(get(name));
+  }
 
  private:
   PyObject* get(const char* name) const {

@@ -11,8 +11,8 @@
 // first: of weights that are more than the second cache holds, it finds there what the step before
 // it read last.
 #pragma once
-#include "cpu/dot.h"
-#include "cpu/layer_norm.h"
+#include "cpu/pass/layer_norm.h"
+#include "cpu/product/unpacked.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 // each slot of the plain cell and then for n(c), from which the gradients of gains, biases and
 // shift are summed.
 #pragma once
-#include "cpu/row.h"
+#include "cpu/pass/cell.h"
 
 namespace {
 

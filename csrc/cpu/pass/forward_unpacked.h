@@ -8,7 +8,7 @@
 // cache steps go through the units up and down in turns; of a single step the recurrent products
 // may be made apart.
 #pragma once
-#include "cpu/forward.h"
+#include "cpu/pass/forward.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 // C is the same chains of multiply-adds whatever the tiling of rows: results do not depend on how
 // rows are split over threads.
 #pragma once
-#include "cpu/tiles.h"
+#include "cpu/product/tiles.h"
 
 namespace {
 

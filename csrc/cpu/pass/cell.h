@@ -1,7 +1,7 @@
 // What is element-wise of one row of one step: the cell itself, and zoneout.
 #pragma once
-#include "cpu/layer.h"
-#include "cpu/vmath.h"
+#include "cpu/pass/pack.h"
+#include "cpu/vector/math.h"
 
 namespace {
 

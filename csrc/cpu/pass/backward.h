@@ -7,7 +7,7 @@
 // weight gradients are one product later, and the gradient of the layer's input, chunk by chunk.
 // Steps go through the columns of W_hh up and down in turns, as in forward.
 #pragma once
-#include "cpu/layer_norm.h"
+#include "cpu/pass/layer_norm.h"
 
 namespace {
 

@@ -10,7 +10,7 @@
 // Cody and Waite, Software Manual for the Elementary Functions, 1980, for the reduction; Dekker,
 // Numerische Mathematik 18, 1971, for the sums.
 #pragma once
-#include "cpu/simd.h"
+#include "cpu/vector/simd.h"
 
 namespace {
 

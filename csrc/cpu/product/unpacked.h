@@ -1,7 +1,7 @@
 // Products with rows of the weights as they lie, for calls that do not pay for packing them: dot
 // products of as many rows at once as a vector has lanes.
 #pragma once
-#include "cpu/layer.h"
+#include "cpu/pass/pack.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 // A task is a tile of columns of dgates, with all that they are multiplied with, or of another left
 // factor, or a tile of the bias sums.
 #pragma once
-#include "cpu/outer_product.h"
+#include "cpu/product/outer.h"
 
 namespace {
 

@@ -7,7 +7,7 @@
 // one chain however rows are divided. Tiles are always whole: rows of A behind the last are read,
 // up to kSpareRows of them, and make sums that are not stored.
 #pragma once
-#include "cpu/simd.h"
+#include "cpu/vector/simd.h"
 
 namespace {
 
