@@ -172,3 +172,10 @@ def test_a_plan_in_words():
     assert words(1, 1) == (
         "avx512, 4 of 4 threads: hidden units divided among threads; weights read unpacked"
     )
+
+
+def test_a_field_that_is_not_there_is_an_error():
+    with pytest.raises(AttributeError, match="step"):
+        bindings.CpuRequest(step=5)
+    with pytest.raises(TypeError):
+        bindings.CpuRequest(steps="5")

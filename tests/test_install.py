@@ -139,7 +139,7 @@ def take_objects(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """The sources as a fresh clone has them."""
-    no = ".git build dist .venv *.so *.egg-info __pycache__ .*_cache .hypothesis shared".split()
+    no = ".git build dist .venv *.so *.egg-info __pycache__ .*_cache .hypothesis".split()
     folder = tmp_path_factory.mktemp("clone") / "fusedrnn"
     return take_objects(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*no)))
 
