@@ -1,5 +1,7 @@
 """Checked, paired measurements of fusedrnn against its peers: ``python -m benchmarks --help``.
 
-cases: what is computed. peers: by whom. check: whether it is right. measure: how long it takes.
-suite: the rows, each checked and then timed. report: tables, JSON, the README.
+cases: the layers. peers: the implementations. check: correctness. measure: timing. suite: rows,
+checked and timed. sweeps, training: the other parts. report, compact: files of runs. tables, pages,
+plots: output. compare: changes since an earlier run. plans: docs/plans.md. gpu: the command for
+machines with a GPU.
 """

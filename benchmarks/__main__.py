@@ -13,19 +13,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import compare, machine, pages, peers, plots, sweeps, tables, training
+from benchmarks import compare, machine, pages, peers, plots, report, sweeps, tables, training
 from benchmarks.cases import CASES, GATES, MODES, select
 from benchmarks.measure import QUICK, Budget
-from benchmarks.report import Report, caption
+from benchmarks.report import Report
 from benchmarks.suite import Row, rows
+from fusedrnn.demo.options import positive, positive_number
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PARTS = ("cases", "sweeps", "training")
-OUTPUTS = ("results.json", "results.md")
 
 
 def some_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """An argparse type: some of ``choices``, separated by commas."""
+    """An argparse type: words of ``choices``, separated by commas."""
 
     def parse(text: str) -> list[str]:
         words = text.split(",")
@@ -39,35 +39,24 @@ def some_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
 
 def positive_integers(text: str) -> list[int]:
     """An argparse type: integers of at least 1, separated by commas."""
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {min(numbers)}")
-    return numbers
-
-
-def positive_seconds(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
-    return value
+    return [positive(word) for word in text.split(",")]
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Checks fusedrnn and its peers against float64, then times them in turns.",
+        description="Checks fusedrnn and its peers against float64 and times them in turns.",
         epilog=f"cases: {', '.join(case.name for case in CASES)}, grid. "
         f"peers: {'; '.join(peer.name for peer in peers.PEERS)}.",
     )
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("measurement")
     add = what.add_argument
     add(
         "--case",
         action="append",
         default=[],
         metavar="TEXT",
-        help="only cases with TEXT in their names; may be repeated",
+        help="only cases with TEXT in their names; repeatable",
     )
     lists = {
         "cell": (tuple(GATES), "RNN,GRU,LSTM; sweeps: LSTM"),
@@ -84,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="besides torch.nn; may be repeated (default: all that are installed; "
+        help="measured against torch.nn; repeatable (default: all that are installed; "
         "quick and sweeps: fusedrnn)",
     )
     add(
@@ -98,12 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="beside other processes that keep N of the CPUs busy (default: none)",
+        help="measure while other processes keep N CPUs busy (default: 0)",
     )
     add("--device", metavar="NAME", help="such as cuda:0 (default: a GPU if there is one)")
     add(
         "--seconds",
-        type=positive_seconds,
+        type=positive_number,
         metavar="X",
         help=f"for each measurement (default: {Budget().seconds:g}, quick: {QUICK.seconds:g})",
     )
@@ -114,26 +103,27 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         dest="sources",
         metavar="FILE",
-        help="measure nothing: report the results.json of an earlier run, or of several as one",
+        help="measure nothing: report earlier runs; of rows measured twice the later one is shown",
     )
-    add = parser.add_argument_group("what comes of it").add_argument
-    add("--out", type=Path, metavar="DIR", help=f"write {' and '.join(OUTPUTS)} and plots there")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="FILE.json", help="save the runs")
+    add("--plots", type=Path, metavar="DIR", help="draw ratios and sweeps, as PNG and SVG")
     add(
         "--compare",
         type=Path,
         metavar="OLD.json",
-        help="print what moved beyond noise since then; exit code 1 if anything got worse",
+        help="print changes beyond the noise since then; exit code 1 for a regression",
     )
     add(
         "--docs",
         action="store_true",
-        help="measure nothing: make docs/results.md and the README's tables of benchmarks/results/",
+        help="measure nothing: update docs/results.md and the README from benchmarks/results/",
     )
     return parser
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """The command that repeats a measurement: what goes where is left out."""
+    """The command that repeats a measurement, without its outputs."""
     words = ["python", "-m", "benchmarks"]
     for name in ("case", "peer"):
         for value in getattr(options, name):
@@ -170,8 +160,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     parts = options.part or (["cases"] if options.case or options.quick else list(PARTS))
     cases = select(options.case, options.cell or (), device.type, options.quick)
     jobs = [job for job in training.JOBS if not options.cell or job.cell in options.cell]
-    environment = machine.environment(device, options.busy)  # first: the load is that of others
-    report = Report(environment, command_of(options))
+    environment = machine.environment(device, options.busy)  # first: it records the load
+    made = Report(environment, command_of(options))
     steps = {
         "cases": rows(cases, modes, dtypes, threads, device, budget, chosen),
         "sweeps": sweeps.points(
@@ -185,7 +175,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         ),
         "training": training.train(jobs, threads, device, budget),
     }
-    found = {"cases": report.rows, "sweeps": report.sweeps, "training": report.training}
+    found = {"cases": made.rows, "sweeps": made.sweeps, "training": made.training}
     totals: dict[str, int | None] = dict.fromkeys(PARTS)
     totals["cases"] = len(cases) * len(modes) * len(dtypes) * len(threads)
     totals["training"] = len(jobs) * len(threads)
@@ -193,13 +183,13 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         for part in parts:
             for item in _with_progress(steps[part], part, totals[part], console):
                 found[part].append(item)  # type: ignore[attr-defined]
-    return report
+    return made
 
 
 def _with_progress(
     items: Iterator[object], part: str, total: int | None, console: Console
 ) -> Iterator[object]:
-    """``items``, with a bar below the line that each gets as soon as it is there."""
+    """``items``; prints a line for each as it arrives, above a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task(part, total=total)
@@ -210,7 +200,7 @@ def _with_progress(
 
 
 def line_of(item: object) -> str:
-    """One line for what has just been measured."""
+    """One line for a new result."""
     if isinstance(item, training.Training):
         return f"{item.job}, training loop, threads={item.threads}: {item.speedup.median:.2f}"
     row = item.row if isinstance(item, sweeps.Point) else item
@@ -220,51 +210,52 @@ def line_of(item: object) -> str:
         if result.speedup and result.verdict:
             words.append(f"{result.peer} {result.speedup.median:.2f} ({result.verdict})")
         else:
-            words.append(f"{result.peer} {result.problem or 'without a ratio'}")
+            words.append(f"{result.peer} {result.problem or 'no ratio'}")
     return f"{row.case}, {row.mode}, {row.dtype}, threads={row.threads}: {', '.join(words)}"
 
 
-def show(report: Report, console: Console) -> None:
-    shown = tables.headlines(report.rows) + tables.grids(report.rows)
-    if any(len(row.results) > 2 for row in report.rows):
-        shown += tables.details(report.rows)
-    shown += tables.training(report.training)
+def show(run: Report, console: Console) -> None:
+    shown = tables.headlines(run.rows) + tables.grids(run.rows)
+    if any(len(row.results) > 2 for row in run.rows):
+        shown += tables.details(run.rows)
+    shown += tables.training(run.training) + tables.sweeps(run.sweeps)
     for table in shown:
         console.print(table.rich(console.width))
-    notes = [tables.NOTE] if report.rows else []
-    notes += [tables.TRAINING_NOTE] if report.training else []
-    for text, style in ((caption(report.environment), None), *((note, "dim") for note in notes)):
+    notes = [tables.NOTE] if run.rows else []
+    notes += [tables.TRAINING_NOTE] if run.training else []
+    for text, style in ((report.caption(run.environment), None), *((n, "dim") for n in notes)):
         console.print(text, style=style, markup=False, highlight=False)
-    for problem in report.problems():
-        console.print(f"WRONG: {problem}", style="bold red", markup=False, highlight=False)
+    for problem in run.problems():
+        console.print(f"INCORRECT: {problem}", style="bold red", markup=False, highlight=False)
 
 
-def write(report: Report, folder: Path) -> None:
-    report.save(folder / OUTPUTS[0])
-    figures = plots.save(report, folder)
-    (folder / OUTPUTS[1]).write_text(pages.page(report, figures))
-
-
-def compared(old: Report, new: Report, console: Console) -> bool:
-    """Prints what moved; whether anything got worse."""
+def compared(old: Sequence[Report], new: Sequence[Report], console: Console) -> bool:
+    """Prints what changed; returns whether there is a regression."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
     for difference in compare.unlike(old, new):
-        say(f"not the same: {difference}")
+        say(f"the runs differ in {difference}")
     if missing := compare.unmatched(old, new):
-        say(f"{missing} rows of the old report are not in this one")
+        say(f"rows of the old runs that were not measured now: {missing}")
     found = compare.changes(old, new)
     for change in found:
         say(str(change))
     if not found:
-        say("nothing moved beyond the noise")
+        say("no change beyond the noise")
     return any(change.regression for change in found)
 
 
+def measured(options: argparse.Namespace, console: Console) -> list[Report]:
+    """The runs that ``options`` ask for: a new one, or those of files."""
+    if not options.sources:
+        return [run(options, console)]
+    return report.latest([r for path in options.sources for r in report.load(path)])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if anything is wrong or got worse, 2 for unusable arguments."""
+    """Returns the exit code: 1 for incorrect results or a regression, 2 for unusable arguments."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     console = Console()
@@ -272,22 +263,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.docs:
             pages.write_docs()
             return 0
-        old = Report.load(options.compare) if options.compare else None  # before the long part
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-        if options.sources:
-            report = Report.join([Report.load(path) for path in options.sources])
-        else:
-            report = run(options, console)
-        if old and not {row.key for row in old.rows} & {row.key for row in report.rows}:
-            raise ValueError("the two runs have no row in common, so there is nothing to compare")
+        if options.out and options.out.suffix != ".json":
+            raise ValueError(f"--out is the name of a file, such as {options.out}.json")
+        old = report.load(options.compare) if options.compare else []  # before the long part
+        for folder in filter(None, (options.plots, options.out and options.out.parent)):
+            folder.mkdir(parents=True, exist_ok=True)
+        runs = measured(options, console)
+        if options.compare and not compare.common(old, runs):
+            raise ValueError("the runs have no row in common: there is nothing to compare")
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     if options.out:
-        write(report, options.out)
-    show(report, console)
-    worse = compared(old, report, console) if old else False
-    return 1 if worse or report.problems() else 0
+        report.save(runs, options.out)
+    if options.plots:
+        plots.save(runs, options.plots)
+    for each in runs:
+        show(each, console)
+    worse = compared(old, runs, console) if options.compare else False
+    return 1 if worse or any(each.problems() for each in runs) else 0
 
 
 if __name__ == "__main__":

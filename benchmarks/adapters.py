@@ -1,4 +1,4 @@
-"""Other implementations as modules that are called like torch.nn's layers: x -> output, state.
+"""Other implementations as modules with the call of torch.nn's layers: x -> output, state.
 
 T steps, B rows of the batch, D directions, H hidden units, L layers.
 """
@@ -19,14 +19,14 @@ State = Tensor | tuple[Tensor, ...]
 
 
 def copied(layer: nn.RNNBase) -> nn.RNNBase:
-    """A copy whose weights lie in one piece: others cuDNN would gather at every call."""
+    """A copy with contiguous weights; cuDNN would gather others at every call."""
     made = copy.deepcopy(layer)
     made.flatten_parameters()
     return made
 
 
 class _SameWeights(nn.Module):
-    """A module whose parameters are copies of the layer's, by the same names."""
+    """A module whose parameters are copies of the layer's with the same names."""
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _SameWeights(nn.Module):
 
 
 class CellLoop(_SameWeights):
-    """torch.nn's cells in a loop over the steps, as one writes it by hand."""
+    """torch.nn's cells in a hand-written loop over the steps."""
 
     def __init__(self, layer: nn.RNNBase, example: object) -> None:
         super().__init__(layer)
@@ -73,17 +73,17 @@ class CellLoop(_SameWeights):
 
 
 def compiled(layer: nn.RNNBase, example: object) -> nn.Module:
-    """torch.nn's layer through torch.compile; without ``compiling`` that leaves it as it is."""
+    """torch.nn's layer through torch.compile, which ignores it outside of ``compiling``."""
     from torch import _dynamo  # here, as it takes a second
 
-    _dynamo.reset()  # what was compiled for other shapes would make these dynamic
+    _dynamo.reset()  # earlier shapes would make this one dynamic
     made = copied(layer)
     made.compile()
     return made
 
 
 def compiling() -> AbstractContextManager[Any]:
-    """torch.compile takes recurrent layers too."""
+    """Lets torch.compile compile recurrent layers."""
     from torch import _dynamo
 
     patch: AbstractContextManager[Any] = _dynamo.config.patch(allow_rnn=True)
@@ -101,8 +101,8 @@ class OnnxRuntime(nn.Module):
         model: Any = io.BytesIO()
         was_training = layer.training
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the batch is fixed, that the exporter is old
-            # The newer exporter writes the steps out, each as its own operators.
+            warnings.simplefilter("ignore")  # the batch is fixed; the exporter is old
+            # The newer exporter unrolls the steps.
             torch.onnx.export(layer.eval(), (example,), model, input_names=["x"], dynamo=False)
         layer.train(was_training)
         options = onnxruntime.SessionOptions()
@@ -120,9 +120,9 @@ class OnnxRuntime(nn.Module):
 
 
 class FlashRNN(_SameWeights):
-    """FlashRNN's fused CUDA kernels, with the input's product that they leave to the caller.
+    """FlashRNN's fused CUDA kernels after the input's product, which they leave to the caller.
 
-    Their cells take gates as (B, T, G, 1, H), the recurrent matrix as (G, 1, H, H) and one bias.
+    They take gates as (B, T, G, 1, H), the recurrent matrix as (G, 1, H, H) and one bias.
     """
 
     def __init__(self, layer: nn.RNNBase, example: object, backend: str = "cuda_fused") -> None:
@@ -138,9 +138,7 @@ class FlashRNN(_SameWeights):
         weights = dict(self.named_parameters())
         parts = (weights[f"{name}_l0"] for name in ("weight_hh", "bias_ih", "bias_hh"))
         recurrent, b_ih, b_hh = (p.view(-1, h, *p.shape[1:]) for p in parts)
-        if (
-            self._function == "gru"
-        ):  # its gates: the recurrent candidate, r, z, the input's candidate
+        if self._function == "gru":  # gates: recurrent candidate, r, z, the input's candidate
             recurrent = recurrent[[2, 0, 1]]
             bias = torch.cat((b_hh[2:], b_ih[:2] + b_hh[:2], b_ih[2:]))
         else:
@@ -154,6 +152,6 @@ class FlashRNN(_SameWeights):
             backend=self._backend,
             dtype=str(x.dtype).removeprefix("torch."),
         )
-        # (S, B, T, 1, H), the last step again as T = 1
+        # (S, B, T, 1, H); the last step separately with T = 1
         finals = tuple(s[:, 0].transpose(0, 1) for s in last)
         return states[0, :, :, 0].transpose(0, 1), finals if self.lstm else finals[0]

@@ -1,4 +1,4 @@
-"""What is measured: recurrent layers in the sizes that people use."""
+"""The cases: recurrent layers in sizes that people use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 CPU = torch.device("cpu")
-MODES = ("training", "inference", "forward")  # forward: what training runs before its backward
+MODES = ("training", "inference", "forward")  # forward: the forward pass of training
 QUICK_STEPS = 20
 QUICK_FLOPS = 4e9  # one training repetition
-GRID_FLOPS = 4e10  # the same: a point of the grid is one of many
-CPU_FLOPS = 2e11  # what a CPU takes seconds for is measured there only when it is asked for
+GRID_FLOPS = 4e10  # the same, for a point of the grid
+CPU_FLOPS = 2e11  # larger cases take a CPU seconds and are measured there only by name
 
 
 @dataclass(frozen=True)
 class Data:
-    """What one repetition reads: the layer's input, and the gradient of its output."""
+    """Data of a repetition: the layer's input and the gradient of its output."""
 
     input: Tensor | PackedSequence
     output_grad: Tensor
@@ -44,9 +44,9 @@ class Data:
 class Case:
     """One stack of layers on one batch.
 
-    ``shortest`` above 0 makes the batch a PackedSequence, its lengths spread evenly between that
-    and ``steps``. Without ``input_grad`` the input is data, such as one-hot characters, and needs
-    no gradient; an embedding does.
+    ``shortest`` above 0 makes the batch a PackedSequence with lengths spread evenly between it and
+    ``steps``. Without ``input_grad`` the input requires no gradient, as one-hot characters do not
+    and embeddings do.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Steps of every row of the batch, in no order."""
+        """Steps of every row of the batch, unsorted."""
         if not self.shortest:
             return [self.steps] * self.batch
         even = torch.linspace(self.shortest, self.steps, self.batch).round().long()
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """For tables."""
+        """A description for tables."""
         words = [f"{self.cell} {self.input_size}->{self.hidden_size}"]
         if self.layers > 1:
             words.append(f"x{self.layers}")
@@ -89,10 +89,9 @@ class Case:
         return f"{' '.join(words)}, T={steps}, B={self.batch}"
 
     def flops(self, training: bool) -> int:
-        """Operations of the matrix products alone.
+        """Operations of the matrix products.
 
-        Backward needs two products for each of forward's, one for the gradient of the weight and
-        one for that of what it was multiplied with.
+        Backward has two products for each of forward's: for the gradients of both factors.
         """
         total = 0
         for layer in range(self.layers):
@@ -106,7 +105,7 @@ class Case:
         return total * self.directions * self.tokens
 
     def least_bytes(self, training: bool, itemsize: int) -> int:
-        """What has to move between processor and memory: each input and result once."""
+        """Minimal traffic between processor and memory: each input and result once."""
         states = self.layers * self.directions * self.batch * self.hidden_size
         states *= 2 if self.cell == "LSTM" else 1
         x, y = self.tokens * self.input_size, self.tokens * self.hidden_size * self.directions
@@ -117,7 +116,7 @@ class Case:
 
     @property
     def weights(self) -> int:
-        """How many numbers the layers learn."""
+        """The number of parameters."""
         total, width = 0, self.input_size
         for _ in range(self.layers):
             total += (
@@ -130,12 +129,12 @@ class Case:
         return total
 
     def shortened(self) -> Case:
-        """This case with few steps, for a quick look."""
+        """This case with few steps, for --quick."""
         steps = min(self.steps, QUICK_STEPS)
         return dataclasses.replace(self, steps=steps, shortest=min(self.shortest, steps // 4))
 
     def module(self, dtype: torch.dtype, device: torch.device = CPU) -> nn.RNNBase:
-        """torch.nn's layer, the same weights every time on the same kind of device."""
+        """torch.nn's layer, with the same weights every time on the same kind of device."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             made: nn.RNNBase = getattr(nn, self.cell)(
@@ -149,7 +148,7 @@ class Case:
         return made
 
     def data(self, dtype: torch.dtype, device: torch.device) -> Data:
-        """Normally distributed, the same values every time on the same kind of device."""
+        """Normally distributed data, the same every time on the same kind of device."""
         generator = torch.Generator(device).manual_seed(1)
         width = self.directions * self.hidden_size
 
@@ -164,16 +163,16 @@ class Case:
 
 
 def _text(name: str, cell: str, characters: int, hidden: int, layers: int = 1) -> Case:
-    """Character language models as a textbook trains them: one-hot, 35 steps of 32."""
+    """A textbook's character language model: one-hot input, 35 steps, batches of 32."""
     return Case(name, cell, characters, hidden, layers, 35, 32, input_grad=False)
 
 
 def _for_each_cell(name: str, *arguments: Any, **options: Any) -> tuple[Case, ...]:
-    """``name`` with the cell's in the place of its {}."""
+    """A case for each cell, whose name replaces the {} in ``name``."""
     return tuple(Case(name.format(c.lower()), c, *arguments, **options) for c in GATES)
 
 
-# A name says where a case comes from: textbook chapters, FlashRNN's paper, ...
+# The first word of a name is the origin of the case: a textbook, FlashRNN's paper, ...
 CASES = (
     _text("book-rnn-256", "RNN", 28, 256),
     _text("book-gru-256", "GRU", 28, 256),
@@ -194,7 +193,7 @@ CASES = (
     Case("long-lstm-256x2", "LSTM", 256, 256, layers=2, steps=100, batch=1),
 )
 
-# From the smallest to the largest layers and batches: only measured when named.
+# The smallest to the largest layers and batches; measured only by name.
 GRID_SIZES = (8, 32, 128, 512, 2048)
 GRID_BATCHES = (1, 8, 64, 512)
 GRID = tuple(
@@ -209,13 +208,13 @@ GRID = tuple(
 def select(
     names: Sequence[str] = (), cells: Sequence[str] = (), device: str = "cuda", quick: bool = False
 ) -> list[Case]:
-    """The cases that have any of ``names`` in their name, of these ``cells``.
+    """The cases whose names contain any of ``names``, of these ``cells``.
 
-    Without ``names`` a CPU is spared the cases that take it seconds. ``quick`` cuts sequences
-    short, and leaves out what is still too much for a quick look.
+    Without ``names``, cases that take seconds are left out on a CPU. ``quick`` shortens sequences
+    and leaves out cases that are still slow.
 
     Raises:
-        ValueError: a name fits no case, or nothing is left.
+        ValueError: a name matches no case, or no case is left.
     """
     pool = (*CASES, *GRID) if names else CASES
     for name in names:

@@ -1,11 +1,11 @@
-"""Whether a case is computed right; what is wrong gets no time.
+"""Correctness of a case; incorrect results are not timed.
 
-The reference is torch.nn in float64 with the same weights and input, on the device that is
-measured. The error against it may be at most a multiple of that of torch.nn in the dtype that is
-measured, and a floor of half a rounding. float64 itself is held to 1e-12 of the largest value.
+The reference is torch.nn in float64 with the same weights and input on the same device. The error
+is bounded by a multiple of torch.nn's error in the measured dtype plus half a rounding; float64
+itself by 1e-12 of the largest value.
 
-Where TF32 is permitted, not every implementation uses it, and not everywhere: torch.nn's error is
-then at least taken to be what rounding weights and data to TF32 changes.
+Where TF32 is permitted, not every implementation uses it everywhere. torch.nn's error is then taken
+to be at least the change that rounding weights and data to TF32 causes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOAT64 = 1e-12
 
 @dataclass(frozen=True)
 class Expected:
-    """What a case gives in float64, and how far off torch.nn is in the dtype (see ``error``)."""
+    """The results in float64, and torch.nn's error in the dtype (see ``error``)."""
 
     values: dict[str, Tensor]
     units: dict[str, float]
@@ -38,7 +38,7 @@ def expect(
     module, data = case.module(dtype, device), case.data(dtype, device)
     exact = copy.deepcopy(module).double()
     values = Unit(exact, data.double(), "training", case.input_grad).results()
-    # Without a graph torch.nn takes other products, at times of twice the error.
+    # Without autograd torch.nn uses other products, sometimes with twice the error.
     others = [
         Unit(module, data, mode, case.input_grad, setting).results()
         for mode in ("training", "inference")
@@ -66,7 +66,7 @@ def permits_tf32(dtype: torch.dtype, device: torch.device, setting: Setting) -> 
 
 
 def to_tf32(t: Tensor) -> Tensor:
-    """Rounded to the 10 bits that TF32 keeps of a float32's 23."""
+    """Rounds to TF32's 10 of a float32's 23 bits."""
     bits = t.float().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
 
@@ -74,20 +74,20 @@ def to_tf32(t: Tensor) -> Tensor:
 def error(results: dict[str, Tensor], expected: Expected) -> float:
     """The largest error, as a multiple of torch.nn's in the same dtype.
 
-    float64's is a multiple of half its bound.
+    For float64, as a multiple of half its bound.
     """
     ratios = [
         _rms(results[name].double() - value) / max(expected.units[name], 1e-300)
         for name, value in expected.values.items()
         if name in results
     ]
-    return max(ratios, key=lambda r: (r != r, r))  # NaN is the largest
+    return max(ratios, key=lambda r: (r != r, r))  # NaN counts as the largest
 
 
 def problem(
     results: dict[str, Tensor], expected: Expected, mode: str, factor: float = 2.0
 ) -> str | None:
-    """What is wrong with ``results``, None if nothing is."""
+    """The first incorrect result, None if all are correct."""
     for name, value in expected.values.items():
         if name.startswith("grad") and mode != "training":
             continue
@@ -97,7 +97,7 @@ def problem(
         if found.shape != value.shape:
             return f"{name} has shape {tuple(found.shape)}, not {tuple(value.shape)}"
         off, bound = _rms(found.double() - value), factor * expected.units[name]
-        if not off <= bound:  # so, and not with >, NaN is wrong
+        if not off <= bound:  # unlike >, fails for NaN
             return f"error of {name} is {off:.1e}, not within {bound:.1e}"
     return None
 

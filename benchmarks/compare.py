@@ -1,20 +1,21 @@
-"""What moved between two runs, beyond what chance moves."""
+"""Changes between runs that exceed the noise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.measure import Summary
 from benchmarks.report import Report
 from benchmarks.suite import Result, Row
 
-LEAST = 1.02  # a smaller change is not worth a line, however quiet the machine
+LEAST = 1.02  # smaller changes are not reported, however quiet the machine
 OURS = "fusedrnn"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure that moved."""
+    """One figure that changed."""
 
     what: str
     before: str
@@ -26,20 +27,29 @@ class Change:
         return f"{kind}: {self.what}: {self.before} -> {self.after}"
 
 
-def changes(old: Report, new: Report) -> list[Change]:
-    """What moved in the rows that both have.
+Rows = dict[tuple[object, ...], Row]
 
-    Speed is fusedrnn's as a multiple of torch.nn's in the same run, so that a slower machine is no
-    regression. It moved if the medians differ by more than the quartiles are apart in two of these
-    four, multiplied: either run's figure, and torch.nn against itself in either. What is right and
-    turns wrong is a regression, and so are more bytes saved for backward.
+
+def changes(old: Sequence[Report], new: Sequence[Report]) -> list[Change]:
+    """Changes in the rows that both have.
+
+    Speed is fusedrnn's as a multiple of torch.nn's in the same run, so that a slower machine is
+    not a regression. A change counts if the ratio of the medians exceeds the product of the two
+    largest of four ratios of quartiles: those of both figures, and those of torch.nn against itself
+    in both runs. A result that turns incorrect is a regression, and so are more bytes saved for
+    backward.
     """
-    before = {row.key: row for row in old.rows}
-    found = []
-    for row in new.rows:
-        if row.key in before:
-            found += _row_changes(before[row.key], row)
-    return found
+    before, after = _rows(old), _rows(new)
+    return [c for key in after if key in before for c in _row_changes(before[key], after[key])]
+
+
+def common(old: Sequence[Report], new: Sequence[Report]) -> bool:
+    """Whether any row is in both."""
+    return not _rows(old).keys().isdisjoint(_rows(new))
+
+
+def _rows(runs: Sequence[Report]) -> Rows:
+    return {(run.busy, *row.key): row for run in runs for row in run.rows}
 
 
 def _row_changes(old: Row, new: Row) -> list[Change]:
@@ -53,7 +63,7 @@ def _row_changes(old: Row, new: Row) -> list[Change]:
         what = f"{where}: {result.peer}"
         if result.problem or previous.problem:
             if bool(result.problem) != bool(previous.problem):
-                a, b = previous.problem or "right", result.problem or "right"
+                a, b = previous.problem or "correct", result.problem or "correct"
                 found.append(Change(what, a, b, bool(result.problem)))
             continue
         for speed, name in (("speedup", "speed"), ("graph_speedup", "speed as a graph")):
@@ -80,15 +90,16 @@ def _memory(old: Result, new: Result, what: str) -> list[Change]:
     return [Change(f"{what}, saved for backward", f"{a:,} bytes", f"{b:,} bytes", b > a)]
 
 
-def unlike(old: Report, new: Report) -> list[str]:
-    """In what the two runs' machines and versions differ, which a change may come from."""
-    return [
-        f"{key}: {old.environment.get(key)} -> {new.environment.get(key)}"
-        for key in ("cpu", "gpu", "isa", "torch", "cudnn", "gpu_driver")
-        if old.environment.get(key) != new.environment.get(key)
-    ]
+def unlike(old: Sequence[Report], new: Sequence[Report]) -> list[str]:
+    """Differences between the machines and versions, which may explain a change."""
+    found = []
+    for key in ("cpu", "gpu", "isa", "torch", "cudnn", "gpu_driver"):
+        a, b = (sorted({str(run.environment.get(key)) for run in runs}) for runs in (old, new))
+        if a != b:
+            found.append(f"{key}: {', '.join(a)} -> {', '.join(b)}")
+    return found
 
 
-def unmatched(old: Report, new: Report) -> int:
-    """How many of the old run's rows the new one has not."""
-    return len({row.key for row in old.rows} - {row.key for row in new.rows})
+def unmatched(old: Sequence[Report], new: Sequence[Report]) -> int:
+    """How many rows of the old runs the new ones lack."""
+    return len(_rows(old).keys() - _rows(new).keys())

@@ -1,4 +1,4 @@
-"""The machine: what it is, and how fast it multiplies matrices and moves bytes."""
+"""The machine: its description, and its rates of multiplying matrices and copying bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import torch
 import fusedrnn
 from benchmarks.measure import seconds_of, synchronize, tf32
 
-MATMUL = {"cpu": 1024, "cuda": 8192}  # rows: enough to be about nothing else
-COPY = {"cpu": 2**26, "cuda": 2**30}  # bytes: more than the caches hold
+MATMUL = {"cpu": 1024, "cuda": 8192}  # rows, enough to reach the full rate
+COPY = {"cpu": 2**26, "cuda": 2**30}  # bytes, more than the caches hold
 
 
 class Matmul:
-    """A product of two square matrices: what torch gets out of this machine, as work."""
+    """Work: a product of two large square matrices, at torch's rate on this machine."""
 
     def __init__(
         self, dtype: torch.dtype, device: torch.device, tf32_permitted: bool = True
@@ -45,7 +45,7 @@ class Matmul:
 
 
 class Copy:
-    """A copy of more than the caches hold; a byte read and a byte written count as two."""
+    """Work: a copy that exceeds the caches; a byte read and a byte written count as two."""
 
     def __init__(self, device: torch.device) -> None:
         size = COPY[device.type]
@@ -59,10 +59,10 @@ class Copy:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """How much more memory there was in use during ``call`` than before it.
+    """The peak of memory during ``call`` minus the memory before it.
 
-    On a GPU of torch's allocator, on a CPU of the process, as far as it was touched; None where the
-    system does not tell.
+    On a GPU that of torch's allocator, on a CPU the resident memory of the process; None where the
+    system does not report it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -74,9 +74,9 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         del kept
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        # Memory that is free but still held would hide what is taken from it.
+        # Free memory that the process still holds would hide allocations.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # lets the peak start from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         kept = call()
         peak = _status("VmHWM") - before
@@ -93,10 +93,10 @@ def _status(key: str) -> int:
 
 @contextlib.contextmanager
 def kept_busy(cpus: int) -> Iterator[list[subprocess.Popen]]:
-    """Other processes compute on the last ``cpus`` of the CPUs meanwhile, one on each.
+    """Runs a busy process on each of the last ``cpus`` CPUs.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer CPUs.
     """
     there = sorted(os.sched_getaffinity(0))
     if not 0 <= cpus <= len(there):
@@ -114,7 +114,7 @@ def kept_busy(cpus: int) -> Iterator[list[subprocess.Popen]]:
 
 
 def environment(device: torch.device, busy: int = 0) -> dict[str, Any]:
-    """The machine and the versions; ``busy``: of its CPUs, see `kept_busy`."""
+    """The machine and the versions; ``busy`` CPUs are kept busy, see `kept_busy`."""
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
     return {
@@ -153,7 +153,7 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, None where it fails or does not exist."""
+    """The output of a command, None where it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
@@ -162,7 +162,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this clone, None where there is no clone or no git."""
+    """The commit of this clone, None without a clone or git."""
     git = ("git", "-C", str(Path(__file__).resolve().parent.parent))
     commit = _output(*git, "rev-parse", "--short=10", "HEAD")
     if commit is None:

@@ -1,8 +1,8 @@
-"""How long it takes, and how sure that is.
+"""Times and their uncertainty.
 
-Other processes, the clock rate and the caches change from second to second, and hit whatever runs
-just then. So everything that is to be compared takes turns in one process, the order of the turns
-alternates, and what is reported is the median over the rounds of the ratio within a round.
+Other processes, the clock rate and the caches change from second to second. Everything that is
+compared therefore takes turns in one process in alternating order, and the result is the median
+over the rounds of the ratio within a round.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch.nn.utils.rnn import PackedSequence
 
 from benchmarks.cases import Data
 
-Work = Callable[[int], float]  # does its work so many times, returns the seconds of one
+Work = Callable[[int], float]  # repeats its work n times; returns the seconds of one repetition
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much time a measurement may take."""
+    """Limits of a measurement."""
 
-    seconds: float = 4.0  # go on until so much has passed
-    rounds: int = 6  # but for no fewer than these
-    longest: float = 10.0  # times ``seconds``: after that three rounds will do
-    turn: float = 0.02  # short work is repeated for about so long within its turn
+    seconds: float = 4.0  # minimal duration
+    rounds: int = 6  # minimal number of rounds
+    longest: float = 10.0  # times ``seconds``: after that three rounds suffice
+    turn: float = 0.02  # seconds of a turn, in which short work is repeated
 
     def spent(self, rounds: int, seconds: float) -> bool:
-        """Whether to stop after so many rounds, which took so long."""
+        """Whether to stop after ``rounds`` rounds and ``seconds`` seconds."""
         late = seconds > self.longest * self.seconds
         enough = min(self.rounds, 3) if late else self.rounds
         return rounds >= enough and seconds >= self.seconds
@@ -46,7 +46,7 @@ QUICK = Budget(seconds=0.25, rounds=5, turn=0.003)
 
 @dataclass(frozen=True)
 class Summary:
-    """The median and the quartiles of some values; of few values, the extremes."""
+    """Median and quartiles; of fewer than five values, the extremes instead of quartiles."""
 
     median: float
     lower: float
@@ -62,24 +62,24 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """How far apart the quartiles are, as a ratio of at least 1."""
+        """The ratio of the quartiles, at least 1."""
         return self.upper / self.lower
 
 
 def speedup(reference: Sequence[float], other: Sequence[float]) -> Summary:
-    """How many times as fast as ``reference`` the other is: ratios of times of the same round."""
+    """Speed as a multiple of the reference's: ratios of times of the same round."""
     return Summary.of([a / b for a, b in zip(reference, other, strict=True)])
 
 
 def verdict(ratio: Summary, noise: Summary) -> str:
-    """ "faster" or "slower"; "tie" where the same thing measured twice gives such a ratio too."""
+    """ "faster" or "slower"; "tie" where the ratio is within the noise."""
     if noise.lower <= ratio.median <= noise.upper or ratio.lower <= 1 <= ratio.upper:
         return "tie"
     return "faster" if ratio.median > 1 else "slower"
 
 
 def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
-    """Seconds of each of ``works``, round by round; the order turns about from round to round."""
+    """Seconds of each of ``works`` in each round; the order is reversed from round to round."""
     repeats = []
     for work in works:
         once = work(1)  # the first call allocates, starts threads, fills caches
@@ -103,7 +103,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of one of ``repeats`` calls: the device's own clock on a GPU, else the wall's."""
+    """Mean seconds of ``repeats`` calls: by CUDA events on a GPU, else by the wall clock."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             start = torch.cuda.Event(enable_timing=True)
@@ -120,18 +120,18 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> f
         start_time = time.perf_counter()
         kept = call()
         total += time.perf_counter() - start_time
-        del kept  # freed outside of the time
+        del kept  # not timed
     return total / repeats
 
 
-Setting = Callable[[], AbstractContextManager[Any]]  # what holds while something is timed
+Setting = Callable[[], AbstractContextManager[Any]]  # a context for everything that is timed
 
 
 @contextlib.contextmanager
 def tf32(permitted: bool) -> Iterator[None]:
-    """Whether float32 may be computed in TF32, in recurrent layers and in matrix products.
+    """Permits or forbids TF32 in float32 recurrent layers and matrix products.
 
-    torch permits it to the former and not to the latter. On a CPU this says nothing.
+    torch's default permits it in the former only. It has no effect on a CPU.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
@@ -147,10 +147,10 @@ def no_tf32() -> AbstractContextManager[None]:
 
 
 class Unit:
-    """One repetition of a case by one module: what is checked, and, as work, what is timed.
+    """One repetition of a case by one module: checked by its results, timed as work.
 
-    Training is forward and backward from a given gradient of the output, forward the same without
-    the backward, and inference forward in eval mode without autograd.
+    Training is forward, and backward from a given gradient of the output. Forward is the forward
+    pass of training. Inference is forward in eval mode without autograd.
     """
 
     def __init__(
@@ -179,18 +179,18 @@ class Unit:
             return seconds_of(self.run, self.device, repeats)
 
     def results(self) -> dict[str, Tensor]:
-        """Everything that a repetition computes, by name."""
+        """All results of a repetition, by name."""
         with self.setting():
             found = self.run()
         if self.mode == "training":
             for name, leaf in self._leaves.items():
-                # Not computed is as wrong as anything: a NaN says so.
+                # A missing gradient is incorrect: NaN fails the check.
                 if name not in self._wanted:
                     found[f"grad {name}"] = torch.full_like(leaf, math.nan)
         return {name: t.detach() for name, t in found.items()}
 
     def run(self) -> dict[str, Tensor]:
-        """One repetition; does not wait for the device."""
+        """One repetition, without waiting for the device."""
         with torch.set_grad_enabled(self.mode != "inference"):
             output, state = self._module(self._input)
         values = output.data if isinstance(output, PackedSequence) else output
@@ -202,7 +202,7 @@ class Unit:
         return found
 
     def saved_bytes(self) -> int:
-        """What forward keeps for backward beside its input, its output and the weights."""
+        """Bytes that forward saves for backward besides its input, its output and the weights."""
         theirs = {_storage(leaf) for leaf in self._leaves.values()}
         x = self._input.data if isinstance(self._input, PackedSequence) else self._input
         theirs.add(_storage(x))
@@ -224,7 +224,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Replay:
-    """A unit's repetition as a CUDA graph, replayed: the kernels without the launching of them."""
+    """A unit's repetition as a CUDA graph: the kernels without their launches."""
 
     def __init__(self, unit: Unit) -> None:
         self.device = unit.device
@@ -233,7 +233,7 @@ class Replay:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(3):  # what is chosen or allocated once must not be captured
+                for _ in range(3):  # one-time choices and allocations must not be captured
                     unit.run()
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(self._graph):
@@ -244,7 +244,7 @@ class Replay:
 
     def results(self) -> dict[str, Tensor]:
         for t in self._kept.values():
-            t.detach().fill_(math.nan)  # what a replay does not write must not look written
+            t.detach().fill_(math.nan)  # detects what a replay does not write
         self._graph.replay()
         synchronize(self.device)
         return {name: t.detach() for name, t in self._kept.items()}

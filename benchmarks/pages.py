@@ -1,103 +1,195 @@
-"""Pages made of reports: results.md beside each, docs/results.md of all, the README's tables."""
+"""docs/results.md and parts of the README, generated from benchmarks/results/."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import report, tables
 from benchmarks.gpu import summary as gpu_summary
-from benchmarks.report import Report, caption
+from benchmarks.report import Report
 from benchmarks.suite import Row
+from benchmarks.tables import OURS, Table, filled
 
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-README_MODES = ("training", "inference")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
+README_MODES = ("training", "inference")
+BOOK = "book-"
 HEAD = """# Results
 
-Made by `python -m benchmarks --docs` of what lies in `benchmarks/results/`; not written by hand.
-[Benchmarks](benchmarks.md) says how it was measured and how to read it.
-"""
+Generated from `benchmarks/results/` by `python -m benchmarks --docs`.
+[benchmarks.md](benchmarks.md) describes how the figures are measured. The shapes of the cases are
+in [the last table](#cases)."""
+PACKED = "speech-lstm-256"
 
 
-def page(report: Report, figures: Sequence[str] = (), folder: str = ".") -> str:
-    """All of a report as Markdown; ``folder`` is where its figures are, seen from the page."""
-    parts = [_made(report)]
-    parts += [f"![{name}]({folder}/{name}.svg)" for name in figures]
-    if headlines := tables.headlines(report.rows):
-        parts += [*(table.markdown() for table in headlines), tables.NOTE]
-    parts += [table.markdown() for table in tables.grids(report.rows)]
-    if report.training:
-        parts += [table.markdown() for table in tables.training(report.training)]
-        parts.append(tables.TRAINING_NOTE)
-    if every := tables.details(report.rows):
-        parts += ["### Every implementation", *(table.markdown() for table in every)]
-        parts.append(tables.DETAILS_NOTE)
-    return "\n\n".join(parts) + "\n"
-
-
-def headline(report: Report) -> str:
-    """What the README has of a report: float32, at the number of threads with the most cases."""
-    rows = _readme_rows(report)
-    counts = Counter(r.threads for r in rows)
-    threads = max(counts, key=lambda n: (counts[n], n), default=0)
-    shown = tables.headlines([r for r in rows if r.threads == threads])
-    shown += tables.training(report.training)
-    parts = [_made(report), *(table.markdown() for table in shown), tables.NOTE]
-    return "\n\n".join(parts) + "\n"
-
-
-def _readme_rows(report: Report) -> list[Row]:
-    return [r for r in report.rows if r.mode in README_MODES and r.dtype == "float32"]
-
-
-def _made(report: Report) -> str:
-    return f"{caption(report.environment)}. Made by `{report.command}`."
+def page(run: Report) -> str:
+    """A run as Markdown."""
+    parts = [filled(f"Made by `{run.command}`.")]
+    shown = tables.headlines(run.rows, shapes=False) + tables.others(run.rows)
+    shown += (
+        tables.grids(run.rows)
+        + tables.training(run.training, shapes=False)
+        + tables.sweeps(run.sweeps)
+    )
+    return "\n\n".join([*parts, *(table.markdown() for table in shown)])
 
 
 def results(root: Path = ROOT) -> str:
-    """docs/results.md: of each folder of results the report, and what the GPU command left."""
-    parts = [HEAD.strip()]
-    for where in sorted(path for path in (root / RESULTS).iterdir() if path.is_dir()):
-        parts.append(f"## {where.name}")
-        if (where / "gpu.json").is_file():
-            parts.append(gpu_summary.markdown(where / "gpu.json").strip())
-        if (where / "results.json").is_file():
-            figures = sorted(path.stem for path in where.glob("*.svg"))
-            folder = f"../{where.relative_to(root)}"
-            parts.append(page(Report.load(where / "results.json"), figures, folder).strip())
+    """docs/results.md: a section for each file of results, with all of its runs."""
+    parts = [HEAD, filled(tables.NOTE), filled(tables.TRAINING_NOTE)]
+    rows: list[Row] = []
+    for path in sorted((root / RESULTS).glob("*.json")):
+        parts.append(f"## {path.stem}")
+        if gpu_summary.recognises(json.loads(path.read_text())):
+            parts.append(gpu_summary.markdown(path).strip())
+            continue
+        for run in report.load(path):
+            e = run.environment
+            parts += [f"### {report.versions(e)}", filled(f"{report.machine(e)}.")]
+            parts.append(page(run))
+            rows += run.rows
+    parts += ["## Cases", tables.cases(rows).markdown().partition("\n\n")[2]]
     return "\n\n".join(parts) + "\n"
 
 
-def readme_tables(root: Path = ROOT) -> str:
-    """The README's part: the headlines of the newest report of a CPU and of the newest of a GPU."""
-    found = [Report.load(path) for path in (root / RESULTS).glob("*/results.json")]
-    newest = {
-        bool(r.environment["gpu"]): r
-        for r in sorted(found, key=lambda r: str(r.environment["date"]))
-        if not r.environment.get("busy") and (tables.headlines(_readme_rows(r)) or r.training)
-    }
-    return "\n".join(headline(newest[gpu]) for gpu in sorted(newest))
+def figures(root: Path = ROOT) -> str:
+    """The README's reasons: three figures of the newest quiet run on a CPU, with their commands."""
+    runs = [r for r in _newest_first(root) if not r.busy and not r.environment["gpu"]]
+    run = next((r for r in runs if all(mode in _shown(r) for mode in README_MODES)), None)
+    if run is None:
+        return ""
+    modes = _shown(run)
+    training, inference = (modes[mode] for mode in README_MODES)
+    threads = training[0].threads
+    command = f"python -m benchmarks --threads {threads}"
+    found = [
+        (
+            f"**{_mean(training)} times as fast in training, {_mean(inference)} in inference**: "
+            f"geometric means of {len(training)} cases",
+            f"{command} --dtype float32",
+        )
+    ]
+    for row in training:
+        speedup = tables.of_peer(row, OURS).speedup
+        if row.case == PACKED and speedup:
+            text = (
+                f"**{speedup.median:.0f} times as fast in training on packed sequences** of 50 to "
+            )
+            found.append((f"{text}200 steps, LSTM of 256 units", f"{command} --case {PACKED}"))
+    loops = [t.speedup.median for t in run.training if t.threads == threads and not t.problem]
+    if loops:
+        text = f"**{min(loops):.1f} to {max(loops):.1f} times as fast over the training loops** of "
+        text += f"a textbook's {len(loops)} jobs, with loss, clipping and update"
+        found.append((text, f"{command} --part training"))
+    cpu = run.environment["cpu"]
+    head = f"Compared with torch.nn in float32 on {threads} threads of {cpu}:"
+    return "\n".join([f"{filled(head)}\n", *(f"{_item(text)}:\n  `{do}`" for text, do in found)])
+
+
+def _mean(rows: Sequence[Row]) -> str:
+    mean = tables.geometric_mean(rows)
+    return "" if mean is None else f"{mean:.1f}"
+
+
+def _item(text: str) -> str:
+    """An item of a Markdown list."""
+    return filled(f"- {text}").replace("\n", "\n  ")
+
+
+def _where(row: Row) -> str:
+    return f"{row.threads} CPU threads" if row.device == "cpu" else row.device
+
+
+def readme_table(root: Path = ROOT) -> str:
+    """The README's speeds: the newest quiet run of a CPU and that of a GPU."""
+    newest: dict[bool, Report] = {}
+    for run in _newest_first(root):
+        if not run.busy and _shown(run):
+            newest.setdefault(bool(run.environment["gpu"]), run)
+    return "\n\n".join(headline(newest[gpu]) for gpu in sorted(newest))
+
+
+def headline(run: Report) -> str:
+    """The book's jobs and the LSTM of every other source, and the mean and range of all cases."""
+    modes = _shown(run)
+    jobs: dict[str, dict[str, Row]] = {}
+    for mode, rows in modes.items():
+        for row in rows:
+            if row.case.startswith(BOOK) or row.shape.startswith("LSTM"):
+                jobs.setdefault(row.case, {})[mode] = row
+    rows = next(iter(modes.values()))
+    title = f"training speed in tokens/s, and {tables.TIMES}; {rows[0].dtype}, {_where(rows[0])}"
+    header = ["job", "layers, T steps, B rows", "torch.nn", OURS]
+    header += [f"faster, {mode}" for mode in modes]
+    lines = []
+    for case, found in jobs.items():
+        row = next(iter(found.values()))
+        ratios = [tables.ratio(found[mode]) if mode in found else "" for mode in modes]
+        lines.append([case, row.shape, *tables.speeds(row), *ratios])
+    parts = [filled(f"{report.caption(run.environment)}. Made by `{run.command}`.")]
+    parts.append(Table(title, header, lines).markdown())
+    means = filter(None, (_range(mode, rows) for mode, rows in modes.items()))
+    parts.append(filled(f"All {len(rows)} cases: geometric mean {', '.join(means)}."))
+    return "\n\n".join(parts)
+
+
+def _range(mode: str, rows: Sequence[Row]) -> str:
+    """The mean and the extremes of a mode."""
+    found = {r.case: s.median for r in rows if (s := tables.of_peer(r, OURS).speedup)}
+    mean = tables.geometric_mean(rows)
+    if mean is None:
+        return ""
+    low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    extremes = f"{found[low]:.2f} ({low}) to {found[high]:.2f} ({high})"
+    return f"{mean:.2f} in {mode}, from {extremes}"
+
+
+def _shown(run: Report) -> dict[str, list[Row]]:
+    """Rows in float32 by mode, at the number of threads with the most cases."""
+    rows = [r for r in run.rows if r.mode in README_MODES and r.dtype == "float32"]
+    rows = [r for r in rows if not tables.grid_point(r)]
+    counts = Counter(r.threads for r in rows)
+    threads = max(counts, key=lambda n: (counts[n], n), default=0)
+    modes: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.threads == threads:
+            modes.setdefault(row.mode, []).append(row)
+    return modes
+
+
+def _newest_first(root: Path) -> list[Report]:
+    found: list[Report] = []
+    for path in sorted((root / RESULTS).glob("*.json")):
+        if not gpu_summary.recognises(json.loads(path.read_text())):
+            found += report.load(path)
+    return sorted(found, key=lambda r: str(r.environment["date"]), reverse=True)
+
+
+def readme(text: str, root: Path = ROOT) -> str:
+    """The README's text with its generated parts made anew."""
+    return fill(fill(text, "figures", figures(root)), "benchmarks", readme_table(root))
 
 
 def write_docs(root: Path = ROOT) -> None:
-    """docs/results.md and the README's tables, of benchmarks/results/."""
-    readme = root / "README.md"
-    filled = fill(readme.read_text(), readme_tables(root))
+    """Writes docs/results.md and the README's generated parts."""
+    path = root / "README.md"
+    made = readme(path.read_text(), root)
     (root / "docs" / "results.md").write_text(results(root))
-    readme.write_text(filled)
+    path.write_text(made)
 
 
-def fill(text: str, content: str) -> str:
-    """``text`` with ``content`` in place of what stood between the two markers.
+def fill(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises:
-        ValueError: there is not one pair of markers, in that order.
+        ValueError: there is not exactly one such pair of marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    old, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in old + after or END in before + after:
-        raise ValueError(f"expected one '{BEGIN}' and, behind it, one '{END}'")
-    return f"{before}{BEGIN}\n\n{content.strip()}\n\n{END}{after}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, opened, rest = text.partition(begin)
+    old, closed, after = rest.partition(end)
+    if not opened or not closed or begin in old + after or end in before + after:
+        raise ValueError(f"expected one '{begin}' and, after it, one '{end}'")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"

@@ -1,4 +1,4 @@
-"""Who is measured."""
+"""The implementations that are measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.measure import Setting, no_tf32
 
 @dataclass(frozen=True)
 class Question:
-    """What a peer may have no answer to."""
+    """A measurement that a peer may not support."""
 
     case: Case
     mode: str
@@ -49,13 +49,13 @@ def _onnx_can(q: Question) -> bool:
 
 
 def _flashrnn_can(q: Question) -> bool:
-    # Its kernels for CPUs are for checking, and float64 is not among its dtypes.
+    # Its CPU kernels are for checks only, and it has no float64.
     plain = q.case.layers == 1 and not q.case.bidirectional and not q.case.shortest
     return q.device.type == "cuda" and q.dtype != torch.float64 and plain
 
 
 def _compile_can(q: Question) -> bool:
-    # It unrolls the steps: some thousands of them would be compiling for minutes.
+    # It unrolls the steps; thousands of them would compile for minutes.
     steps = q.case.steps * q.case.layers * q.case.directions
     return steps <= 128 and not q.case.shortest
 
@@ -68,11 +68,10 @@ def _loop_can(q: Question) -> bool:
 class Peer:
     """One implementation.
 
-    ``build`` makes of torch.nn's layer and an example of its input a module of the same weights
-    that is called in the same way, and has the same parameters if it can train. It must leave the
-    layer it is given alone. ``can`` says what it is asked at all. ``factor`` is how many times
-    torch.nn's own error it may have: fusedrnn promises 2, others never promised anything and are
-    held to being right. ``setting`` holds while it runs.
+    ``build`` takes torch.nn's layer and an example of its input and returns a module with the same
+    weights and call, and the same parameters if it can train. It must not change the layer.
+    ``can`` tells which measurements it supports. ``factor`` bounds its error as a multiple of
+    torch.nn's: 2 for fusedrnn, more for others. ``setting`` is a context for its calls.
     """
 
     name: str
@@ -83,7 +82,7 @@ class Peer:
     setting: Setting = nullcontext
 
     def missing(self) -> str | None:
-        """The package that is needed and not installed, if there is one."""
+        """A required package that is not installed, if any."""
         absent = (name for name in self.needs if importlib.util.find_spec(name) is None)
         return next(absent, None)
 
@@ -102,9 +101,9 @@ def _recompute(layer: nn.RNNBase, example: object) -> nn.Module:
     return module
 
 
-RIGHT = 50.0  # times torch.nn's error: approximations pass, mistakes do not
+RIGHT = 50.0  # times torch.nn's error: admits approximations, not mistakes
 
-# The first one is what the others are compared with.
+# The others are compared with the first.
 PEERS = (
     Peer("torch.nn", _torch),
     Peer("fusedrnn", _fused),
@@ -120,10 +119,10 @@ QUICK_PEERS = PEERS[:2]
 
 
 def choose(names: Sequence[str]) -> list[Peer]:
-    """The peers of these names, and always the first; all of them without names.
+    """The first peer and those of these names; without names all that are installed.
 
     Raises:
-        ValueError: there is no such peer, or what it needs is not installed.
+        ValueError: there is no such peer, or a package that it needs is missing.
     """
     for name in names:
         peer = next((p for p in PEERS if p.name == name), None)

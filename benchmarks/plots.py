@@ -1,4 +1,4 @@
-"""Figures of a report: how much faster, and how cost grows."""
+"""Plots of runs: ratios of speed, and time against size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.suite import Row
 from benchmarks.sweeps import Point
 from benchmarks.tables import grid_point
 
-COLORS = {"torch.nn": "#56b4e9", "fusedrnn": "#d55e00"}  # told apart by the colour-blind too
+COLORS = {"torch.nn": "#56b4e9", "fusedrnn": "#d55e00"}  # distinguishable for colour-blind readers
 FLOOR, PIPELINE = "#666666", "#009e73"
 FORMATS = ("png", "svg")
 LABELS = {
@@ -27,21 +27,23 @@ LABELS = {
 }
 
 
-def save(report: Report, folder: Path) -> list[str]:
-    """Draws what there is to draw; returns the names of the figures, without their endings."""
+def save(runs: Sequence[Report], folder: Path) -> list[str]:
+    """Draws ratios and sweeps; returns the names of the figures, without their extensions."""
     made: dict[str, Figure] = {}
     groups: dict[str, list[Row]] = {}
-    for row in (row for row in report.rows if not grid_point(row)):
-        where = f"{row.threads}-threads" if row.device == "cpu" else row.device.replace(":", "")
-        groups.setdefault(f"faster-{row.dtype}-{where}", []).append(row)
-    made.update((name, ratios(rows)) for name, rows in groups.items())
     curves: dict[str, list[Point]] = {}
-    for point in report.sweeps:
-        row = point.row
-        cell = row.shape.partition(" ")[0].lower()
-        curves.setdefault(f"sweep-{cell}-{row.mode}-{row.dtype}", []).append(point)
+    for run in runs:
+        busy = f"-busy{run.busy}" if run.busy else ""
+        for row in (row for row in run.rows if not grid_point(row)):
+            where = f"{row.threads}-threads" if row.device == "cpu" else row.device.replace(":", "")
+            groups.setdefault(f"faster-{row.dtype}-{where}{busy}", []).append(row)
+        for point in run.sweeps:
+            row = point.row
+            cell = row.shape.partition(" ")[0].lower()
+            curves.setdefault(f"sweep-{cell}-{row.mode}-{row.dtype}{busy}", []).append(point)
+    made.update((name, ratios(rows)) for name, rows in groups.items())
     made.update((name, growth(points)) for name, points in curves.items())
-    # Ids of its own and no date: the same figures make the same file.
+    # Fixed ids and no date: the same figures make the same file.
     with matplotlib.rc_context({"svg.hashsalt": "fusedrnn", "svg.fonttype": "path"}):
         for name, figure in made.items():
             for ending in FORMATS:
@@ -68,7 +70,7 @@ def ratios(rows: Sequence[Row]) -> Figure:
             axes.text(s.upper, y, f" {s.median:.2f}", va="center", fontsize=8)
         axes.axvline(1, color="black", lw=1)
         axes.set_yticks(range(len(cases)), cases)
-        room = 1.15 * axes.dataLim.x1  # for the figures
+        room = 1.15 * axes.dataLim.x1  # for the numbers
         axes.set(title=mode, xlabel="times as fast as torch.nn", xlim=(0, room))
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
@@ -101,7 +103,7 @@ def growth(points: Sequence[Point]) -> Figure:
 
 
 def _plain(value: float, position: int) -> str:
-    """Of a logarithmic axis the ticks at 1, 2 and 5."""
+    """Labels a logarithmic axis at 1, 2 and 5."""
     return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
@@ -120,7 +122,7 @@ def _curves(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _pipeline(axes: Axes, points: Sequence[Point]) -> None:
-    """What L layers would cost if they took T + L - 1 steps of fusedrnn's one layer."""
+    """The time of L layers if they took T + L - 1 steps of fusedrnn's single layer."""
     single = next((p for p in points if p.value == 1), points[0])
     ours = next((r for r in single.row.results if r.peer == "fusedrnn" and r.seconds), None)
     if ours is None or ours.seconds is None or ours.step_seconds is None:

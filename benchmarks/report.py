@@ -1,25 +1,29 @@
-"""A run as data: kept as JSON, and read back."""
+"""Runs as data: files of JSON, each with one run or several."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from benchmarks.measure import Summary, verdict
-from benchmarks.suite import Result, Row
+from benchmarks import compact
+from benchmarks.measure import Summary
+from benchmarks.suite import Row
 from benchmarks.sweeps import Point
 from benchmarks.training import Training
 
-SAME = ("cpu", "gpu", "torch", "commit", "busy")  # what reports that are put together agree in
+LEVELS = 4  # of the file that are spread over lines: the file, its runs, a run, its lists
+ITEMS = ("rows", "sweeps", "training")
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run: where, how, and what it found."""
+    """One run: the machine, the command and what was measured."""
 
     environment: dict[str, Any]
     command: str
@@ -27,50 +31,22 @@ class Report:
     sweeps: list[Point] = field(default_factory=list)
     training: list[Training] = field(default_factory=list)
 
-    @classmethod
-    def load(cls, path: Path) -> Report:
-        """Reads what ``save`` wrote.
+    @property
+    def busy(self) -> int:
+        """How many CPUs other processes kept busy meanwhile."""
+        return int(self.environment.get("busy") or 0)
 
-        Raises:
-            ValueError: it is not such a file.
-        """
-        try:
-            data = json.loads(path.read_text())
-            return cls(
-                data["environment"],
-                data["command"],
-                [_row(row) for row in data["rows"]],
-                [Point(p["axis"], p["value"], _row(p["row"])) for p in data.get("sweeps", ())],
-                [_revive(Training, t) for t in data.get("training", ())],
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a report of this program: {error}") from error
-
-    @classmethod
-    def join(cls, reports: Sequence[Report]) -> Report:
-        """Parts that were run one by one on one machine, as one.
-
-        Raises:
-            ValueError: they were not.
-        """
-        first = reports[0]
-        for other in reports[1:]:
-            for key in SAME:
-                if other.environment.get(key) != first.environment.get(key):
-                    raise ValueError(f"the reports differ in their {key} and stay apart")
-        return cls(
-            first.environment,
-            "; ".join(report.command for report in reports),
-            [row for report in reports for row in report.rows],
-            [point for report in reports for point in report.sweeps],
-            [job for report in reports for job in report.training],
-        )
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=True) + "\n")
+    def items(self) -> Iterator[tuple[str, int, Hashable]]:
+        """(list, index, key) of every item; items of two runs with the same key are comparable."""
+        for i, row in enumerate(self.rows):
+            yield "rows", i, (self.busy, row.key)
+        for i, point in enumerate(self.sweeps):
+            yield "sweeps", i, (self.busy, point.axis, point.value, point.row.key)
+        for i, job in enumerate(self.training):
+            yield "training", i, (self.busy, job.job, job.threads, job.device)
 
     def problems(self) -> list[str]:
-        """What was computed wrong by fusedrnn or by torch.nn; other peers' failures are theirs."""
+        """Incorrect results of fusedrnn and torch.nn; failures of other peers do not count."""
         found = [
             f"{row.case}, {row.mode}, {row.dtype}: {result.peer}: {result.problem}"
             for row in [*self.rows, *(point.row for point in self.sweeps)]
@@ -80,35 +56,89 @@ class Report:
         return found + [f"{t.job}: {t.problem}" for t in self.training if t.problem]
 
 
-Kind = TypeVar("Kind")
+def latest(reports: Sequence[Report]) -> list[Report]:
+    """The runs, each without the items that a later run measured again."""
+    seen: set[tuple[str, Hashable]] = set()
+    found = []
+    for report in reversed(reports):
+        kept: dict[str, list[Any]] = {name: [] for name in ITEMS}
+        here = set()
+        for name, i, key in report.items():
+            here.add((name, key))
+            if (name, key) not in seen:
+                kept[name].append(getattr(report, name)[i])
+        seen |= here
+        if any(kept.values()):
+            found.append(Report(report.environment, report.command, **kept))
+    return found[::-1]
 
 
-def _revive(kind: type[Kind], data: dict[str, Any]) -> Kind:
-    """An instance of a dataclass from its fields, the summaries among them made objects again."""
-    keys = {f.name for f in dataclasses.fields(Summary)}
-    return kind(
-        **{
-            name: Summary(**value) if isinstance(value, dict) and value.keys() == keys else value
-            for name, value in data.items()
-        }
-    )
+def save(reports: Sequence[Report], path: Path) -> None:
+    path.write_text(compact.dumps({"runs": [_plain(report) for report in reports]}, LEVELS))
 
 
-def _row(data: dict[str, Any]) -> Row:
-    row = _revive(Row, {**data, "results": [_revive(Result, r) for r in data["results"]]})
-    for i, r in enumerate(row.results):
-        if r.speedup is not None and r.verdict is None:  # written before there were verdicts
-            row.results[i] = dataclasses.replace(r, verdict=verdict(r.speedup, row.noise))
-    return row
+def load(path: Path) -> list[Report]:
+    """Reads what ``save`` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+        return [_revived(Report, run) for run in data.get("runs") or [data]]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no runs of this program: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as a dict without its Nones; a summary as [median, lower, upper, count]."""
+    if isinstance(value, Summary):
+        return list(dataclasses.astuple(value))
+    if dataclasses.is_dataclass(value):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(v) for name, v in items if v is not None}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _revived(kind: Any, value: Any) -> Any:
+    """The inverse of ``_plain``, for a value of type ``kind``."""
+    for option in typing.get_args(kind):  # Summary | None, list[Row]
+        if option is Summary or dataclasses.is_dataclass(option):
+            many = typing.get_origin(kind) is list
+            return [_revived(option, v) for v in value] if many else _revived(option, value)
+    if kind is Summary:  # an object in files of earlier versions
+        return Summary(**value) if isinstance(value, dict) else Summary(*value)
+    if dataclasses.is_dataclass(kind):
+        return _instance(kind, value)
+    return value
+
+
+def _instance(kind: Any, fields: dict[str, Any]) -> Any:
+    hints = _hints(kind)
+    return kind(**{k: _revived(hints[k], v) for k, v in fields.items() if v is not None})
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """The hardware that figures were measured on."""
+    e = environment
+    where = f"{e['gpu']} and {e['cpu']}" if e["gpu"] else e["cpu"]
+    busy = f", {e['busy']} of them kept busy by other processes" if e.get("busy") else ""
+    return f"{where}, {e['cpus']} CPUs{busy}"
+
+
+def versions(environment: dict[str, Any]) -> str:
+    """The software that figures were measured with, and the date."""
+    e = environment
+    words = [f"driver {e['gpu_driver']}, cuDNN {e['cudnn']}"] if e.get("gpu_driver") else []
+    commit = f" at {e['commit']}" if e["commit"] else ""
+    words += [f"torch {e['torch']}", f"fusedrnn {e['fusedrnn']}{commit}"]
+    return ", ".join([*words, f"{e['isa']} kernels", e["date"][:10]])
 
 
 def caption(environment: dict[str, Any]) -> str:
-    """One sentence on where figures come from."""
-    e = environment
-    where = f"{e['gpu']} and {e['cpu']}" if e["gpu"] else e["cpu"]
-    what = f"torch {e['torch']}, fusedrnn {e['fusedrnn']}"
-    if e["commit"]:
-        what += f" at {e['commit']}"
-    driver = f"driver {e['gpu_driver']}, cuDNN {e['cudnn']}, " if e.get("gpu_driver") else ""
-    busy = f", {e['busy']} of them kept busy by other processes" if e.get("busy") else ""
-    return f"{where}, {driver}{e['isa']} kernels, {e['cpus']} CPUs{busy}, {what}, {e['date'][:10]}"
+    return f"{machine(environment)}, {versions(environment)}"

@@ -1,4 +1,4 @@
-"""Rows of the result: a case in one mode, dtype and number of threads, checked and then timed."""
+"""Rows of the result: a case in one mode, dtype and number of threads, checked and timed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from benchmarks.peers import PEERS, Peer, Question
 
 @dataclass(frozen=True)
 class Result:
-    """One peer's part of a row; where ``problem`` says why, there is nothing else.
+    """One peer's part of a row; with a ``problem``, all other fields are None.
 
-    Fractions are of what the machine was measured to do in between: the layer's own operations by
-    the rate of a large matrix product, and its least bytes by the bandwidth of a large copy.
+    Fractions compare with rates measured in the same rounds: the layer's operations with the rate
+    of a large matrix product, and its minimal bytes with the bandwidth of a large copy.
     """
 
     peer: str
@@ -34,10 +34,10 @@ class Result:
     matmul_fraction: float | None = None
     bandwidth_fraction: float | None = None
     step_seconds: float | None = None
-    error: float | None = None  # the largest, as a multiple of torch.nn's
+    error: float | None = None  # the largest error, as a multiple of torch.nn's
     saved_bytes: int | None = None  # for backward
     peak_bytes: int | None = None
-    first_call_seconds: float | None = None  # building it included
+    first_call_seconds: float | None = None  # includes the build
     graph_seconds: Summary | None = None  # replays of a CUDA graph
     graph_speedup: Summary | None = None
     graph_problem: str | None = None
@@ -51,15 +51,15 @@ class Row:
     dtype: str
     threads: int
     device: str
-    matmul_flops: float  # a second; with TF32 where that is permitted
-    noise: Summary  # the first peer against itself
+    matmul_flops: float  # per second; with TF32 where permitted
+    noise: Summary  # the first peer's speed as a multiple of its own
     results: list[Result] = field(default_factory=list)
-    bandwidth: float | None = None  # bytes a second
+    bandwidth: float | None = None  # bytes per second
     floor_seconds: float | None = None  # operations or bytes, whichever takes longer
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes rows of two runs the same measurement."""
+        """Identifies the measurement: rows of two runs with the same key are comparable."""
         return (self.case, self.shape, self.mode, self.dtype, str(self.threads), self.device)
 
 
@@ -72,7 +72,7 @@ def rows(
     budget: Budget,
     peers: Sequence[Peer] = PEERS[:2],
 ) -> Iterator[Row]:
-    """Measures every combination, one by one as they are asked for."""
+    """Measures every combination lazily."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
@@ -95,7 +95,7 @@ def rows(
 
 @dataclass(frozen=True)
 class _Machine:
-    """The work that shows what the machine can do."""
+    """Work that measures the rates of the machine."""
 
     matmul: Matmul
     exact_matmul: Matmul  # without TF32
@@ -103,7 +103,7 @@ class _Machine:
 
 
 class _Expectations:
-    """What a case should give, computed once for all modes and for each setting."""
+    """The expected results of a case, computed once for each setting and used in all modes."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self._case = dtype, device, case
@@ -113,14 +113,14 @@ class _Expectations:
         exact = setting is measure.no_tf32
         if exact not in self._known:
             chosen = setting if exact else contextlib.nullcontext
-            # One thread: here time does not count, and no busy core can hold it up.
+            # One thread: this is not timed, and a busy core cannot delay it.
             with _threads(1):
                 self._known[exact] = check.expect(self._case, self.dtype, self.device, chosen)
         return self._known[exact]
 
 
 class _Measurement:
-    """One row in the making."""
+    """Checks and times one row."""
 
     def __init__(
         self,
@@ -143,10 +143,7 @@ class _Measurement:
         units: dict[str, Unit] = {}
         made: dict[str, Result] = {}
         matmuls, copying = {False: self._machine.matmul}, self._machine.copying
-        for work in (
-            matmuls[False],
-            copying,
-        ):  # or the first peer would be charged with torch's own
+        for work in (matmuls[False], copying):  # torch's first calls, not charged to a peer
             work(1)
         for peer in self._peers:
             made[peer.name], unit = self._checked(peer)
@@ -209,7 +206,7 @@ class _Measurement:
         )
 
     def _checked(self, peer: Peer) -> tuple[Result, Unit | None]:
-        """A peer's first call: how long that takes, and whether it is right."""
+        """A peer's first call: its time and its correctness."""
         try:
             start = time.perf_counter()
             module = peer.build(self._layer, self._data.input)
@@ -222,7 +219,7 @@ class _Measurement:
             if wrong is not None:
                 return Result(peer.name, wrong), None
             off = check.error(results, expected)
-        except Exception as error:  # whatever a peer raises is its row's content
+        except Exception as error:  # a peer's exception is reported in its row
             return Result(peer.name, _first_line(error)), None
         saved = _unless_it_fails(unit.saved_bytes) if self._mode != "inference" else None
         peak = _unless_it_fails(lambda: peak_bytes(unit.run, self._device))
@@ -238,7 +235,7 @@ class _Measurement:
         )
 
     def _replay(self, name: str, unit: Unit) -> tuple[Replay | None, str | None]:
-        """The unit as a CUDA graph, if that can be captured and computes the same."""
+        """The unit as a CUDA graph, if it can be captured and is correct; else the reason."""
         if self._device.type != "cuda":
             return None, None
         peer = next(p for p in self._peers if p.name == name)
@@ -263,7 +260,7 @@ def _timed(
     graph: list[float] | None,
     first_graph: list[float] | None,
 ) -> Result:
-    """``result`` with what follows from the times."""
+    """``result`` with the figures that follow from the times."""
     summary = Summary.of(seconds)
     ratio = measure.speedup(first, seconds) if first is not None else None
     return replace(
@@ -284,7 +281,7 @@ Value = TypeVar("Value")
 
 
 def _unless_it_fails(get: Callable[[], Value]) -> Value | None:
-    """A figure beside the times, which a peer need not be able to give."""
+    """An optional figure: None where the peer cannot provide it."""
     try:
         return get()
     except Exception:

@@ -1,4 +1,4 @@
-"""How cost grows with time steps, batch, hidden units, layers and threads."""
+"""Time against steps, batch, hidden units, layers and threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CUDA_VALUES = {
     "H": (128, 256, 512, 768, 1024),
     "L": (1, 2, 3, 4, 6, 8),
 }
-CPU_STEPS, CUDA_STEPS = 64, 512  # where T is not what grows
+CPU_STEPS, CUDA_STEPS = 64, 512  # unless T is varied
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Point:
 
 
 def thread_counts(cpus: int) -> list[int]:
-    """Powers of two up to the CPUs of this process, and all of these."""
+    """Powers of two up to the CPUs of this process, and their number."""
     return sorted({cpus, *(2**k for k in range(cpus.bit_length()))})
 
 
@@ -53,9 +53,9 @@ def points(
     budget: Budget,
     values: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[Point]:
-    """Measures one layer of 256 units and a batch of 32, with one of these changed.
+    """Measures one layer of 256 units and a batch of 32 with one size varied.
 
-    Threads matter on a CPU alone.
+    Threads are varied on a CPU only.
     """
     cuda = device.type == "cuda"
     chosen: Mapping[str, Sequence[int]] = values or (CUDA_VALUES if cuda else CPU_VALUES)

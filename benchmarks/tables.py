@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,29 +15,33 @@ from rich.markup import escape
 
 from benchmarks.measure import Summary
 from benchmarks.suite import Result, Row
+from benchmarks.sweeps import Point
 from benchmarks.training import REPORTED, Training
 
 WRONG = "wrong: "
 OURS = "fusedrnn"
 NOTE = (
-    "tokens/s: of the median repetition. us/step: microseconds of that for each time step. faster: "
-    "how many times as fast as torch.nn, median and quartiles over paired repetitions; a tie is "
-    "within the noise. graph: the same for replays of CUDA graphs. floor: what part of the time "
-    "the operations or the bytes alone would take at the measured rates. noise: quartiles of "
-    "torch.nn against itself."
+    "tokens/s: at the median time of a repetition. faster: fusedrnn's speed divided by torch.nn's, "
+    "the median and quartiles of paired repetitions; a tie is within the noise. us/step: "
+    "fusedrnn's median time divided by T. graph: faster, for replays of CUDA graphs. floor: the "
+    "time that the layer's matrix products would take at the rate of a large product, or its "
+    "bytes at the rate of a large copy, whichever is longer, as a part of fusedrnn's time. saved: "
+    "bytes that fusedrnn's forward saves for backward, divided by torch.nn's. noise: quartiles "
+    "of torch.nn's speed divided by its own, measured in the same rounds."
 )
 DETAILS_NOTE = (
-    "product, bandwidth: the part of the rate of a large matrix product that the layer's own "
-    "products reach, and of the bandwidth of a large copy that its inputs and results do. saved: "
-    "megabytes kept for backward beside input, output and weights. peak: megabytes more in use "
-    "during a repetition. first: seconds until the first result, building included. error: the "
-    "largest, by torch.nn's in the same dtype."
+    "product, bandwidth: the rate of the layer's matrix products as a part of that of a large "
+    "product, and the rate of its bytes as a part of that of a large copy. saved: megabytes saved "
+    "for backward besides input, output and weights. peak: additional megabytes in use during a "
+    "repetition. first: seconds until the first result, including the build. error: the largest "
+    "error, divided by torch.nn's in the same dtype."
 )
 TRAINING_NOTE = (
-    "Whole training: data, forward, loss, backward, clipping, update. reported: tokens/s that "
-    "readers of the book reported of its loop, on other machines with GPUs they did not name; they "
-    "say what people get, not how machines compare."
+    "The whole training loop: data, forward, loss, backward, clipping, update. reported: tokens/s "
+    "that readers of the book reported for its loop, measured on other machines with unnamed GPUs; "
+    "they show what people get and do not compare machines."
 )
+TIMES = "times as fast as torch.nn"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Table:
     header: list[str]
     cells: list[list[str]]
     left: int = 2
-    spare: int | None = None  # the column that a narrow terminal can do without, before the last
+    spare: int | None = None  # the column that a narrow terminal drops first
 
     def without_empty_columns(self) -> Table:
         kept = [i for i in range(len(self.header)) if any(line[i] for line in self.cells)]
@@ -56,7 +61,7 @@ class Table:
             [self.header[i] for i in kept],
             [[line[i] for i in kept] for line in self.cells],
             sum(i < self.left for i in kept),
-            None if self.spare is None else kept.index(self.spare),
+            kept.index(self.spare) if self.spare in kept else None,
         )
 
     def markdown(self) -> str:
@@ -65,11 +70,11 @@ class Table:
             ["---"] * self.left + ["---:"] * (len(self.header) - self.left),
             *([cell.replace("|", "\\|") for cell in cells] for cells in self.cells),
         ]
-        title = f"**{self.title[0].upper()}{self.title[1:]}**"
+        title = filled(f"**{self.title[0].upper()}{self.title[1:]}**")
         return title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def rich(self, width: int) -> rich.table.Table:
-        """For a terminal of so many characters; what does not fit goes."""
+        """For a terminal of ``width`` characters; columns that do not fit are dropped."""
         shown = list(range(len(self.header)))
         if self.spare is not None and self._width(shown) > width:
             shown.remove(self.spare)
@@ -89,40 +94,93 @@ class Table:
         return sum(self._width_of(i) + 1 for i in shown) + 2
 
     def _width_of(self, i: int) -> int:
-        """Headers may be broken between words, and what is wrong may take several lines."""
+        """Headers may break between words, and problems may take several lines."""
         cells = (line[i] for line in self.cells if not line[i].startswith(WRONG))
         wrong = any(line[i].startswith(WRONG) for line in self.cells)
         return max(2 * len(WRONG) * wrong, *map(len, (*self.header[i].split(), *cells)))
 
 
-def headlines(rows: Sequence[Row]) -> list[Table]:
-    """torch.nn and fusedrnn, a line for each case that is no point of the grid."""
+def filled(text: str) -> str:
+    """Text in lines of at most 100 columns."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def cases(rows: Sequence[Row]) -> Table:
+    """The shape of every case."""
+    shapes = {row.case: row.shape for row in rows if not grid_point(row)}
+    return Table("cases", ["case", "layers, T steps, B rows"], [[*item] for item in shapes.items()])
+
+
+def headlines(rows: Sequence[Row], shapes: bool = True) -> list[Table]:
+    """torch.nn and fusedrnn: a line for each case, except the points of the grid."""
     lines = [row for row in rows if not grid_point(row)]
-    return [_headline(title, group) for title, group in _groups(lines)]
+    return [_headline(title, group, shapes) for title, group in _groups(lines)]
 
 
 def grids(rows: Sequence[Row]) -> list[Table]:
-    """How many times as fast as torch.nn, a line for each hidden size, a column for each batch."""
+    """The speed as a multiple of torch.nn's: a line for each cell and size, a column for each B."""
     made = []
     for title, group in _groups([row for row in rows if grid_point(row)]):
-        found: dict[str, dict[tuple[int, int], str]] = {}
+        found: dict[tuple[str, int], dict[int, str]] = {}
         for row in group:
             cell, size, batch = grid_point(row)  # type: ignore[misc]
-            ours = next((r for r in row.results if r.peer == OURS), Result(OURS, "not measured"))
-            text = f"{WRONG}{ours.problem}"
-            if ours.speedup:
-                tie = "tie, " if ours.verdict == "tie" else ""
-                text = f"{tie}{ours.speedup.median:.2f}"
-            found.setdefault(cell, {})[size, batch] = text
-        for cell, of_cell in found.items():
-            sizes, batches = (sorted({key[i] for key in of_cell}) for i in (0, 1))
-            cells = [
-                [f"H={size}", *(of_cell.get((size, batch), "") for batch in batches)]
-                for size in sizes
-            ]
-            header = [cell.upper(), *(f"B={batch}" for batch in batches)]
-            made.append(Table(f"{title}, times as fast as torch.nn, T=20", header, cells, left=1))
+            found.setdefault((cell, size), {})[batch] = _short(of_peer(row, OURS))
+        batches = sorted({batch for line in found.values() for batch in line})
+        cells = [
+            [f"{cell.upper()} {size}", *(line.get(batch, "") for batch in batches)]
+            for (cell, size), line in sorted(found.items())
+        ]
+        header = ["cell, H", *(f"B={batch}" for batch in batches)]
+        made.append(Table(f"{title}; {TIMES}, T=20", header, cells, left=1))
     return made
+
+
+def others(rows: Sequence[Row]) -> list[Table]:
+    """The speed of every other implementation as a multiple of torch.nn's."""
+    made = []
+    for title, group in _groups([row for row in rows if not grid_point(row)]):
+        peers = list(dict.fromkeys(r.peer for row in group for r in row.results[1:]))
+        if set(peers) > {OURS}:
+            lines = [[row.case, *(_short(of_peer(row, peer)) for peer in peers)] for row in group]
+            made.append(Table(f"{title}; {TIMES}", ["case", *peers], lines, left=1))
+    return made
+
+
+def sweeps(points: Sequence[Point]) -> list[Table]:
+    """How time grows: a line for each value of what was varied."""
+    header = ["varied", "torch.nn ms", f"{OURS} ms", "floor ms", "faster", "noise"]
+    groups: dict[str, list[Point]] = {}
+    for p in points:
+        cell = p.row.shape.partition(" ")[0]
+        groups.setdefault(f"sweep of {cell}, {p.row.mode}, {p.row.dtype}", []).append(p)
+    made = []
+    for title, group in groups.items():
+        cells = []
+        for p in group:
+            first, ours = p.row.results[0], of_peer(p.row, OURS)
+            seconds = [r.seconds.median if r.seconds else None for r in (first, ours)]
+            times = [_number(s, _milliseconds) for s in (*seconds, p.row.floor_seconds)]
+            ratio = _ratio(ours.speedup, ours.verdict)
+            cells.append([f"{p.axis}={p.value}", *times, ratio, _noise(p.row)])
+        made.append(Table(title, header, cells, left=1))
+    return made
+
+
+def of_peer(row: Row, peer: str) -> Result:
+    """A peer's part of a row, empty where it has none."""
+    return next((r for r in row.results if r.peer == peer), Result(peer))
+
+
+def _short(result: Result) -> str:
+    if result.problem:
+        return f"{WRONG}{result.problem}"
+    if result.speedup is None:
+        return ""
+    return f"{'tie, ' if result.verdict == 'tie' else ''}{result.speedup.median:.2f}"
+
+
+def _noise(row: Row) -> str:
+    return f"{row.noise.lower:.2f}..{row.noise.upper:.2f}"
 
 
 def grid_point(row: Row) -> tuple[str, int, int] | None:
@@ -131,10 +189,10 @@ def grid_point(row: Row) -> tuple[str, int, int] | None:
     return (found[1], int(found[2]), int(found[3])) if found else None
 
 
-def _headline(title: str, rows: list[Row]) -> Table:
+def _headline(title: str, rows: list[Row], shapes: bool) -> Table:
     reference = rows[0].results[0].peer
     header = ["case", "layers, T steps, B rows", f"{reference} tokens/s", f"{OURS} tokens/s"]
-    header += ["faster", "us/step", "graph", "floor", "noise"]
+    header += ["faster", "us/step", "graph", "floor", "saved", "noise"]
     cells = []
     for row in rows:
         first = row.results[0]
@@ -142,25 +200,47 @@ def _headline(title: str, rows: list[Row]) -> Table:
         cells.append(
             [
                 row.case,
-                row.shape,
+                row.shape if shapes else "",
                 _speed(first),
                 _speed(ours),
                 _ratio(ours.speedup, ours.verdict),
                 _number(ours.step_seconds, lambda s: _significant(s * 1e6)),
                 _ratio(ours.graph_speedup, None),
                 _number(_floor(ours), "{:.0%}".format),
-                f"{row.noise.lower:.2f}..{row.noise.upper:.2f}",
+                _number(_saved(first, ours), "{:.2f}".format),
+                _noise(row),
             ]
         )
-    ratios = [r.speedup.median for row in rows for r in row.results if r.peer == OURS and r.speedup]
-    if len(ratios) > 1:
-        title = f"{title}, geometric mean {statistics.geometric_mean(ratios):.2f} times as fast"
-    # The name hints at the shape.
+    if mean := geometric_mean(rows):
+        title = f"{title}, geometric mean {mean:.2f} times as fast"
+    # The name of a case hints at its shape.
     return Table(title, header, cells, spare=1).without_empty_columns()
 
 
+def speeds(row: Row) -> list[str]:
+    """tokens/s of the first peer and of fusedrnn."""
+    return [_speed(row.results[0]), _speed(of_peer(row, OURS))]
+
+
+def ratio(row: Row) -> str:
+    """fusedrnn's speed as a multiple of the first peer's."""
+    return _short(of_peer(row, OURS))
+
+
+def geometric_mean(rows: Sequence[Row]) -> float | None:
+    """Of fusedrnn's speed as a multiple of torch.nn's, over two rows or more."""
+    ratios = [s.median for row in rows if (s := of_peer(row, OURS).speedup)]
+    return statistics.geometric_mean(ratios) if len(ratios) > 1 else None
+
+
+def _saved(first: Result, ours: Result) -> float | None:
+    if not first.saved_bytes or ours.saved_bytes is None:
+        return None
+    return ours.saved_bytes / first.saved_bytes
+
+
 def details(rows: Sequence[Row]) -> list[Table]:
-    """Everything that was measured, a line for each peer of each case."""
+    """All that was measured: a line for each peer of each case."""
     header = ["case", "peer", "tokens/s", "us/step", "faster", "graph us/step", "graph faster"]
     header += ["product", "bandwidth", "saved", "peak", "first", "error"]
     made = []
@@ -192,18 +272,18 @@ def details(rows: Sequence[Row]) -> list[Table]:
     return made
 
 
-def training(jobs: Sequence[Training]) -> list[Table]:
-    """The book's loop, with what was reported of it elsewhere."""
+def training(jobs: Sequence[Training], shapes: bool = True) -> list[Table]:
+    """The book's loop, beside the speeds that its readers reported."""
     groups: dict[str, list[Training]] = {}
     for job in jobs:
         where = _threads(job.threads) if job.device == "cpu" else job.device
         groups.setdefault(f"the book's training loop, float32, {where}", []).append(job)
-    return [_training(title, group) for title, group in groups.items()]
+    return [_training(title, group, shapes) for title, group in groups.items()]
 
 
-def _training(title: str, jobs: Sequence[Training]) -> Table:
+def _training(title: str, jobs: Sequence[Training], shapes: bool) -> Table:
     header = ["job", "layers, T steps, B rows", "torch.nn tokens/s", f"{OURS} tokens/s", "faster"]
-    header += ["reported (other machines)"]
+    header += ["reported"]
     cells = []
     for job in jobs:
         speeds = [f"{speed:,.0f}" for speed in job.tokens_per_second]
@@ -211,7 +291,7 @@ def _training(title: str, jobs: Sequence[Training]) -> Table:
             speeds[1] = f"{WRONG}{job.problem}"
         ratio = "" if job.problem else _ratio(job.speedup, job.verdict)
         reported = ", ".join(f"{n:,}" for n in REPORTED.get(job.job, ()))
-        cells.append([job.job, job.shape, *speeds, ratio, reported])
+        cells.append([job.job, job.shape if shapes else "", *speeds, ratio, reported])
     return Table(title, header, cells, spare=1).without_empty_columns()
 
 
@@ -220,7 +300,7 @@ def _threads(number: int) -> str:
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Rows of one mode, dtype, device and number of threads, and how to call them."""
+    """Rows of one mode, dtype, device and number of threads, with a title."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         where = _threads(row.threads) if row.device == "cpu" else row.device
@@ -261,6 +341,10 @@ def _number(value: Any, form: Callable[[Any], str]) -> str:
     return "" if value is None else form(value)
 
 
+def _milliseconds(seconds: float) -> str:
+    return _significant(seconds * 1e3)
+
+
 def _significant(value: float) -> str:
-    """Three digits that count, and no more before the point than there are."""
+    """Three significant digits, and all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

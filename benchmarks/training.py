@@ -1,7 +1,7 @@
-"""The book's training loop, all of it: data, forward, loss, backward, clipping, update.
+"""The book's whole training loop: data, forward, loss, backward, clipping, update.
 
-Both implementations train the same model from the same weights on the same batches, taking turns;
-the loop is the demo's (`fusedrnn.demo.train`).
+Both implementations train the same model from the same weights on the same batches in turns. The
+loop is the demo's (`fusedrnn.demo.train`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from fusedrnn.demo.text import Vocabulary, load
 from fusedrnn.demo.train import Learner, race
 
 JOBS = tuple(case for case in CASES if case.name.startswith("book-"))
-TOKENS = 10_000  # of the text, as in the book: an epoch is then a handful of batches
-# Tokens a second that readers of the book reported of their own runs of its loop, on GPUs that they
-# did not name: other machines', not to be compared by the digit.
+TOKENS = 10_000  # of the text, as in the book: an epoch has few batches
+# Tokens/s that readers of the book reported for its loop on unnamed GPUs; not comparable in detail.
 REPORTED = {
     "book-rnn-256": (404_414,),
     "book-gru-256": (230_591,),
@@ -40,7 +39,7 @@ SAME = 1e-3  # relative: how far perplexities may be apart after the first epoch
 
 @dataclass(frozen=True)
 class Training:
-    """One job. Speeds are in the order of torch.nn, fusedrnn."""
+    """One job; pairs are in the order torch.nn, fusedrnn."""
 
     job: str
     shape: str
@@ -55,9 +54,9 @@ class Training:
 
 
 def corpus_of(case: Case) -> Tensor:
-    """The text's first tokens as indices below ``case.input_size``, 0 for what is unknown.
+    """The text's first tokens as indices below ``case.input_size``; 0 is unknown.
 
-    Characters where their number fits, and words by frequency for more.
+    Characters where the vocabulary has that size, else words by frequency.
     """
     text = load(None)
     vocabulary = Vocabulary(text)
@@ -71,7 +70,7 @@ def corpus_of(case: Case) -> Tensor:
 def train(
     jobs: Sequence[Case], threads: Sequence[int], device: torch.device, budget: Budget
 ) -> Iterator[Training]:
-    """Trains each job within ``budget``, an epoch a round, in float32."""
+    """Trains each job in float32 within ``budget``; a round is an epoch."""
     for case in jobs:
         for number in threads:
             before = torch.get_num_threads()

@@ -31,3 +31,12 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch.nn's recurrent layers meet at a barrier each step: with a thread for every core they
     # take minutes as soon as anything else runs. Tests of threads set their own number.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine's rates takes the benchmarks long, and few tests need them."""
+    from benchmarks import machine
+
+    monkeypatch.setitem(machine.MATMUL, "cpu", 64)
+    monkeypatch.setitem(machine.COPY, "cpu", 4096)

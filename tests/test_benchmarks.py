@@ -29,18 +29,12 @@ from benchmarks.peers import PEERS, Peer
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Budget(seconds=0.01, rounds=2, turn=0.0)
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("small_machine")
 SMALL = [
     Case("gru", "GRU", 5, 24, layers=2, steps=6, batch=3, bidirectional=True),
     Case("lstm", "LSTM", 5, 24, layers=1, steps=9, batch=4, shortest=2),
     Case("rnn", "RNN", 5, 24, layers=1, steps=6, batch=3, input_grad=False),
 ]
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch):
-    """The rates that times are compared with are of no interest here, and take a while."""
-    monkeypatch.setitem(machine.MATMUL, "cpu", 64)
-    monkeypatch.setitem(machine.COPY, "cpu", 4096)
 
 
 def rows_of(others, cases=SMALL, modes=MODES, dtypes=(torch.float32,), threads=(1,)):

@@ -437,7 +437,7 @@ def test_the_whole_command_on_a_cpu(tmp_path, monkeypatch, capsys):
     for found in (data["latency"]["found"], data["targets"]["found"]):
         assert not summary.problems(found)
         assert all("seconds" in work for r in found.values() for work in r["works"])
-    assert "a dry run: no GPU" in text and "there is no compute-sanitizer" in text
+    assert "a dry run: no GPU" in text and "compute-sanitizer is not installed" in text
     lines = text.rstrip().splitlines()
     assert lines[-1].startswith("  bytes saved for backward") and lines[-1].endswith("dry run")
     assert "| bytes saved for backward |" in (tmp_path / "gpu.md").read_text()
@@ -453,7 +453,7 @@ def test_a_stage_that_breaks_off_leaves_the_others(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(checks, "find_sanitizer", lambda: None)
     assert main(["--out", str(tmp_path), "--device", "cpu"]) == 1
     data = json.loads((tmp_path / "gpu.json").read_text())
-    assert data["sanitizer"]["incomplete"] == "there is no compute-sanitizer on this machine"
+    assert data["sanitizer"]["incomplete"] == "compute-sanitizer is not installed"
     for stage in ("tests", "latency", "targets"):
         assert data[stage]["incomplete"] == "OSError: no space left on device"
     assert capsys.readouterr().out.count("no space left on device") == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,22 +14,16 @@ pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine, sweeps, training
+from benchmarks import sweeps, training
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.measure import Budget
-from benchmarks.report import Report
+from benchmarks.report import load
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Budget(seconds=0.01, rounds=2, turn=0.0)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch):
-    """The rates that times are compared with are of no interest here, and take a while."""
-    monkeypatch.setitem(machine.MATMUL, "cpu", 64)
-    monkeypatch.setitem(machine.COPY, "cpu", 4096)
+pytestmark = pytest.mark.usefixtures("small_machine")
 
 
 def test_sweeps_change_one_thing_at_a_time(monkeypatch):
@@ -88,11 +81,11 @@ def test_corpora_have_the_vocabulary_of_their_jobs():
 # From the command line
 
 
-def test_quick_run_writes_json_markdown_and_plots(tmp_path):
+def test_quick_run_writes_json_and_plots(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--quick", "--case", "streaming-lstm-256"]
     command += ["--cell=LSTM", "--threads=1", "--device=cpu", "--seconds=0.01"]
     run = subprocess.run(
-        [*command, f"--out={tmp_path / 'new' / 'out'}"],
+        [*command, f"--out={tmp_path / 'new/run.json'}", f"--plots={tmp_path / 'plots'}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -101,31 +94,31 @@ def test_quick_run_writes_json_markdown_and_plots(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "streaming-lstm-256x2" in run.stdout
 
-    data = json.loads((tmp_path / "new/out/results.json").read_text())
-    assert data["command"] == (
+    (made,) = load(tmp_path / "new/run.json")
+    assert made.command == (
         "python -m benchmarks --case streaming-lstm-256 --cell LSTM --threads 1 --device cpu "
         "--seconds 0.01 --quick"
     )
-    assert data["environment"]["torch"] == torch.__version__
-    assert data["environment"].keys() >= {"cpu", "isa", "date", "commit", "fusedrnn", "gpu"}
-    assert [row["mode"] for row in data["rows"]] == ["training", "inference"]
-    for row in data["rows"]:
-        assert (row["dtype"], row["threads"], row["device"]) == ("float32", 1, "cpu")
-        assert row["matmul_flops"] > 1e8 and row["bandwidth"] > 1e8
-        assert row["noise"]["lower"] <= row["noise"]["median"] <= row["noise"]["upper"]
-        assert [result["peer"] for result in row["results"]] == ["torch.nn", "fusedrnn"]
-        for result in row["results"]:
-            assert result["problem"] is None
-            assert result["seconds"]["count"] >= 2
-            assert result["tokens_per_second"] == pytest.approx(1 / result["seconds"]["median"])
-            assert 0 < result["matmul_fraction"] < 10 and 0 < result["bandwidth_fraction"] < 10
-            assert result["verdict"] in ("tie", "faster", "slower")
-        assert row["results"][0]["speedup"]["median"] == 1
+    assert made.environment["torch"] == torch.__version__
+    assert made.environment.keys() >= {"cpu", "isa", "date", "commit", "fusedrnn", "gpu"}
+    assert [row.mode for row in made.rows] == ["training", "inference"]
+    for row in made.rows:
+        assert (row.dtype, row.threads, row.device) == ("float32", 1, "cpu")
+        assert row.matmul_flops > 1e8 and row.bandwidth > 1e8
+        assert row.noise.lower <= row.noise.median <= row.noise.upper
+        assert [result.peer for result in row.results] == ["torch.nn", "fusedrnn"]
+        for result in row.results:
+            assert result.problem is None
+            assert result.seconds.count >= 2
+            speed = pytest.approx(1 / result.seconds.median, rel=1e-4)
+            assert result.tokens_per_second == speed
+            assert 0 < result.matmul_fraction < 10 and 0 < result.bandwidth_fraction < 10
+            assert result.verdict in ("tie", "faster", "slower")
+        assert row.results[0].speedup.median == 1
 
-    out = {path.name for path in (tmp_path / "new/out").iterdir()}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"run.json"}
     plots = {f"faster-float32-1-threads.{ending}" for ending in ("png", "svg")}
-    assert out == {"results.json", "results.md", *plots}
-    assert "![faster-float32-1-threads](" in (tmp_path / "new/out/results.md").read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == plots
 
 
 def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
@@ -134,12 +127,17 @@ def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sweeps.CPU_VALUES, "L", (1, 2))
     arguments = ["--case=streaming-rnn-256", "--cell=RNN", "--dtype=float32", "--mode=inference"]
     arguments += ["--threads=1", "--device=cpu", "--seconds=0.01", "--sweep=L"]
-    arguments += ["--part=cases,sweeps,training", "--peer=cell loop", f"--out={tmp_path}"]
+    arguments += [
+        "--part=cases,sweeps,training",
+        "--peer=cell loop",
+        f"--out={tmp_path / 'run.json'}",
+    ]
     assert main(arguments) == 0
-    report = Report.load(tmp_path / "results.json")
+    (report,) = load(tmp_path / "run.json")
     assert [r.peer for r in report.rows[0].results] == ["torch.nn", "cell loop"]
     assert [p.value for p in report.sweeps] == [1, 2]
     assert [t.job for t in report.training] == ["book-rnn-256"]
+    assert main([f"--from={tmp_path / 'run.json'}", f"--plots={tmp_path}"]) == 0
     assert (tmp_path / "sweep-rnn-inference-float32.svg").is_file()
 
 
@@ -157,6 +155,7 @@ def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
         "--cell=Elman",
         "--device=abacus",
         "--compare=/no/such/file.json",
+        "--out=results",
     ],
 )
 def test_unusable_arguments_are_refused(arguments, capsys):

@@ -1,8 +1,9 @@
-"""What the benchmarks say of a run: tables, pages, plots, and what moved since another run."""
+"""The output of the benchmarks: files, tables, pages, plots, and changes between runs."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -12,10 +13,10 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import compare, machine, pages, plots, tables
+from benchmarks import compact, compare, machine, pages, plots, tables
 from benchmarks.__main__ import main
 from benchmarks.measure import Summary
-from benchmarks.report import Report
+from benchmarks.report import Report, latest, load, save
 from benchmarks.suite import Result, Row
 from benchmarks.sweeps import Point
 from benchmarks.training import Training
@@ -65,10 +66,32 @@ def test_there_is_a_table_for_each_mode_and_number_of_threads():
         "**Inference, float32, 1 thread, product rate 5 GFLOP/s, bandwidth 7 GB/s**",
     ]
     assert "Made by `a command`." in text
-    good = "| a\\|b | GRU 1->2 | 1,000 | 2,000 | 2.00 (1.96..2.04) | 100 | 50% | 0.99..1.01 |"
+    good = "| a\\|b | 1,000 | 2,000 | 2.00 (1.96..2.04) | 100 | 50% | 0.99..1.01 |"
     assert good in text
-    assert "| a\\|b | GRU 1->2 | 1,000 | wrong: bad |  |  |  | 0.99..1.01 |" in text
-    assert "| a\\|b | fusedrnn | wrong: bad |" in text  # the table of every implementation
+    assert "| a\\|b | 1,000 | wrong: bad |  |  |  | 0.99..1.01 |" in text
+
+
+def test_the_ratio_of_saved_bytes_is_a_column_where_there_are_any():
+    assert "saved" not in tables.headlines([row()])[0].header
+    made = row()
+    made.results[0] = dataclasses.replace(made.results[0], saved_bytes=10_000)
+    table = tables.headlines([made])[0]
+    assert table.cells[0][table.header.index("saved")] == "0.40"
+
+
+def test_other_implementations_have_a_table_of_ratios():
+    made = row("b")
+    loop = dataclasses.replace(made.results[1], peer="cell loop", speedup=around(0.5))
+    made.results.extend([loop, Result("ONNX Runtime", problem="bad")])
+    assert "| case | fusedrnn | cell loop | ONNX Runtime |" in pages.page(report(made))
+    assert "| b | 2.00 | 0.50 | wrong: bad |" in pages.page(report(made))
+    assert tables.others([row()]) == []
+
+
+def test_no_line_of_text_on_a_page_is_long():
+    made = report(row(), row("b"), cpu="a very long name of a processor " * 5)
+    text = pages.page(dataclasses.replace(made, command="python -m benchmarks " + "--case x " * 30))
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 100
 
 
 def test_a_table_has_the_geometric_mean_of_what_was_measured():
@@ -101,17 +124,15 @@ def test_terminal_tables_keep_what_matters_and_fit(width, capsys):
         assert "2.00 (1.96..2.04)" in text and "stack-lstm-1024x4" in text
 
 
-def test_the_grid_is_one_table_for_each_cell():
+def test_the_grid_is_one_table_of_cells_and_sizes():
     points = [row(f"grid-gru-h{size}-b{batch}") for size, batch in ((8, 1), (8, 64), (32, 64))]
     wrong = row("grid-lstm-h8-b1", problem="y is off")
     text = pages.page(Report(ENVIRONMENT, "c", [row("book-gru-256"), *points, wrong], [], []))
     assert (
-        "| GRU | B=1 | B=64 |\n| --- | ---: | ---: |\n| H=8 | 2.00 | 2.00 |\n| H=32 |  | 2.00 |"
-        in text
-    )
-    assert "| LSTM | B=1 |\n| --- | ---: |\n| H=8 | wrong: y is off |" in text
-    assert "grid-" not in text and text.count("book-gru-256") == 3  # a line, and one for each peer
-    assert pages.headline(Report(ENVIRONMENT, "c", points, [], [])).count("GRU") == 0
+        "| cell, H | B=1 | B=64 |\n| --- | ---: | ---: |\n| GRU 8 | 2.00 | 2.00 |\n"
+        "| GRU 32 |  | 2.00 |\n| LSTM 8 | wrong: y is off |  |"
+    ) in text
+    assert "grid-" not in text and text.count("book-gru-256") == 1
 
 
 def test_training_stands_beside_what_others_reported():
@@ -120,39 +141,79 @@ def test_training_stands_beside_what_others_reported():
     )
     bad = dataclasses.replace(job, job="book-rnn-1027-256", problem="they part")
     text = tables.training([job, bad])[0].markdown()
-    assert "reported (other machines)" in text
+    assert "reported" in text
     assert "| 10 | 20 | 2.00 (1.96..2.04) | 224,250, 116,174 |" in text
     assert "wrong: they part" in text
-    assert "other machines" in pages.page(Report(ENVIRONMENT, "c", [], [], [job]))
+    page = pages.page(Report(ENVIRONMENT, "c", [], [], [job]))
+    assert "| book-lstm-256x2 | 10 | 20 | 2.00 (1.96..2.04) | 224,250, 116,174 |" in page
 
 
-def test_a_saved_report_is_read_back(tmp_path):
+def test_a_sweep_is_a_table_of_times():
+    points = [Point("T", n, row(shape="LSTM 1->2")) for n in (8, 32)]
+    (table,) = tables.sweeps(points)
+    assert table.title == "sweep of LSTM, training, float32"
+    assert table.cells[1] == ["T=32", "10", "5", "1", "2.00 (1.96..2.04)", "0.99..1.01"]
+
+
+# Files
+
+
+def test_saved_runs_are_read_back(tmp_path):
     job = Training("j", "LSTM", 2, "cpu", [10.0, 20.0], [5.0, 5.0], 3, around(2.0), "faster")
-    saved = Report(ENVIRONMENT, "c", [row(), row(problem="bad")], [Point("T", 8, row())], [job])
-    saved.save(tmp_path / "r.json")
-    assert Report.load(tmp_path / "r.json") == saved
+    rows = [row(), row(problem="bad"), row(noise=float("inf"))]
+    full = Report(ENVIRONMENT, "c", rows, [Point("T", 8, row())], [job])
+    save([full, report(row())], tmp_path / "r.json")
+    first, second = load(tmp_path / "r.json")
+    assert [pages.page(r) for r in (first, second)] == [pages.page(full), pages.page(report(row()))]
+    assert first.sweeps[0].row.results[1].speedup.median == 2.0
+    assert first.environment == json.loads(compact.dumps(ENVIRONMENT, 1))
+    save([first, second], tmp_path / "again.json")
+    assert load(tmp_path / "again.json") == [first, second]
     (tmp_path / "other.json").write_text('{"rows": 3}')
-    with pytest.raises(ValueError, match="not a report"):
-        Report.load(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="holds no runs"):
+        load(tmp_path / "other.json")
 
 
-def test_parts_of_one_run_are_put_together():
-    whole = Report.join([report(row()), report(row("c"))])
-    assert [r.case for r in whole.rows] == ["a|b", "c"]
-    assert whole.command == "a command; a command"
-    with pytest.raises(ValueError, match="differ in their torch"):
-        Report.join([report(row()), report(row(), torch="0.1")])
+def test_a_row_is_a_line_of_its_file(tmp_path):
+    save([report(row(), row("c")), report(row("d"))], tmp_path / "r.json")
+    lines = (tmp_path / "r.json").read_text().splitlines()
+    assert [sum(f'"case": "{case}"' in line for line in lines) for case in ("a|b", "c", "d")] == [
+        1,
+        1,
+        1,
+    ]
+    assert not any("null" in line for line in lines if '"case"' in line)
+
+
+def test_json_is_spread_to_a_depth_and_rounded():
+    text = compact.dumps({"a": [{"b": [1.23456789, 2]}], "c": {}, "d": (1,)}, 2)
+    assert text == '{\n "a": [\n  {"b": [1.23457, 2]}\n ],\n "c": {},\n "d": [\n  1\n ]\n}\n'
+    assert json.loads(text) == {"a": [{"b": [1.23457, 2]}], "c": {}, "d": [1]}
+
+
+def test_a_later_run_replaces_the_rows_that_it_measured_again(tmp_path):
+    old, new = report(row("a"), row("b")), report(row("b", speed=3.0))
+    kept = latest([old, new])
+    assert [[r.case for r in run.rows] for run in kept] == [["a"], ["b"]]
+    assert kept[1] == new
+    assert latest([report(row("b")), new]) == [new]
+    assert len(latest([old, report(row("b"), busy=1)])[0].rows) == 2  # not the same measurement
+    for name, run in (("old", old), ("new", new)):
+        save([run], tmp_path / f"{name}.json")
+    files = [f"--from={tmp_path / name}.json" for name in ("old", "new")]
+    assert main([*files, f"--out={tmp_path / 'both.json'}"]) == 0
+    assert [len(run.rows) for run in load(tmp_path / "both.json")] == [1, 1]
 
 
 def test_wrong_rows_are_the_exit_code(tmp_path, capsys):
     for problem, code in ((None, 0), ("bad", 1)):
-        report(row(problem=problem)).save(tmp_path / "r.json")
+        save([report(row(problem=problem))], tmp_path / "r.json")
         assert main(["--from", str(tmp_path / "r.json")]) == code
-    assert "WRONG: a|b, training, float32: fusedrnn: bad" in capsys.readouterr().out
-    # Another's failure is in its row, and nobody else's fault.
+    assert "INCORRECT: a|b, training, float32: fusedrnn: bad" in capsys.readouterr().out
+    # A failure of another implementation does not count.
     other = row()
     other.results.append(Result("torch.compile", problem="bad"))
-    report(other).save(tmp_path / "r.json")
+    save([report(other)], tmp_path / "r.json")
     assert main(["--from", str(tmp_path / "r.json")]) == 0
 
 
@@ -162,7 +223,7 @@ def test_figures_are_the_same_for_the_same_report(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         made = Report(ENVIRONMENT, "c", [row(), row("c", problem="bad")], points)
-        names = plots.save(made, tmp_path / folder)
+        names = plots.save([made], tmp_path / folder)
         assert names == ["faster-float32-1-threads", "sweep-lstm-training-float32"]
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
@@ -178,59 +239,75 @@ def test_figures_are_the_same_for_the_same_report(tmp_path):
 
 
 def test_pages_are_made_of_the_committed_results():
-    """What the tool would write is what is there: nobody edits figures by hand."""
+    """The pages hold what the tool would write: figures are not edited by hand."""
     if (pages.ROOT / "PKG-INFO").exists():
         pytest.skip("an sdist leaves the results out")
-    readme = (pages.ROOT / "README.md").read_text()
-    assert pages.fill(readme, pages.readme_tables()) == readme
+    text = (pages.ROOT / "README.md").read_text()
+    assert pages.readme(text) == text
     assert pages.results() == (pages.ROOT / "docs/results.md").read_text()
 
 
-def test_docs_are_written_from_a_folder_of_results(tmp_path):
-    folder = tmp_path / "benchmarks/results/cpu-mine"
-    folder.mkdir(parents=True)
+def folder_of(tmp_path, **files):
+    """A clone with these files of results, for `write_docs`."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
-    few = [row("few", threads=2), row(dtype="bfloat16"), row(mode="forward")]
-    report(row(), row("b"), *few).save(folder / "results.json")
-    (folder / "faster.svg").write_text("<svg/>")
+    (tmp_path / pages.RESULTS).mkdir(parents=True)
+    marks = ("figures", "benchmarks")
+    text = "".join(f"before\n<!-- {m} -->\nold\n<!-- /{m} -->\nafter\n" for m in marks)
+    (tmp_path / "README.md").write_text(text)
+    for name, runs in files.items():
+        save(runs, tmp_path / pages.RESULTS / f"{name}.json")
     pages.write_docs(tmp_path)
-    text = (tmp_path / "docs/results.md").read_text()
-    assert "## cpu-mine" in text and "](../benchmarks/results/cpu-mine/faster.svg)" in text
-    assert "**Forward, float32" in text
-    readme = (tmp_path / "README.md").read_text()
+    return [(tmp_path / page).read_text() for page in ("README.md", "docs/results.md")]
+
+
+def test_docs_are_written_from_files_of_results(tmp_path):
+    few = [row("few", threads=2), row(dtype="bfloat16"), row(mode="forward")]
+    lstm = {"shape": "LSTM 64->256", "mode": "inference"}
+    rows = [row("book-gru"), row("a-gru"), row("a-lstm", speed=0.5, shape="LSTM 1->2")]
+    rows += [row("speech-lstm-256", speed=14), row("book-gru", speed=4, **lstm), row("a", **lstm)]
+    job = Training("j", "LSTM", 1, "cpu", [10.0, 20.0], [5.0, 5.0], 3, around(2.4), "faster")
+    run = dataclasses.replace(report(*rows, *few), training=[job])
+    readme, results = folder_of(tmp_path, mine=[run, report(row("other"), date="1999")])
+    assert "## mine" in results and "**Forward, float32" in results
+    assert "other" in results and "| few | GRU 1->2 |" in results
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "**Training, float32, 1 thread" in readme
-    assert not any(word in readme for word in ("Forward", "bfloat16", "2 threads"))
+    assert "**2.3 times as fast in training, 2.8 in inference**: geometric means of 4" in readme
+    assert "**14 times as fast in training on packed sequences**" in readme
+    assert "**2.4 to 2.4 times as fast over the training loops**" in readme
+    assert "| book-gru | GRU 1->2 | 1,000 | 2,000 | 2.00 | 4.00 |" in readme
+    assert "| a-lstm | LSTM 1->2 | 1,000 | 500 | 0.50 |  |" in readme
+    assert "from 0.50 (a-lstm) to 14.00 (speech-lstm-256)" in " ".join(readme.split())
+    assert not any(word in readme for word in ("forward", "bfloat16", "few", "a-gru", "other"))
 
 
 def test_figures_of_a_busy_machine_say_so_and_stay_out_of_the_readme(tmp_path):
-    quiet = report(row("quiet"))
-    busy = dataclasses.replace(
-        report(row("busy")), environment={**ENVIRONMENT, "date": "9999", "busy": 1}
-    )
-    for name, made in (("quiet", quiet), ("busy", busy)):
-        (tmp_path / "benchmarks/results" / name).mkdir(parents=True)
-        made.save(tmp_path / "benchmarks/results" / name / "results.json")
-    assert "quiet" in pages.readme_tables(tmp_path)
-    assert "busy" not in pages.readme_tables(tmp_path)
-    assert "1 of them kept busy by other processes" in pages.results(tmp_path)
+    rows = [row("book-a"), row("book-b"), row("book-a", mode="inference")]
+    busy = report(*(dataclasses.replace(r, case="busy") for r in rows), date="9999", busy=1)
+    readme, results = folder_of(tmp_path, quiet=[report(*rows)], busy=[busy])
+    assert "book-a" in readme and "busy" not in readme
+    assert "1 of them kept busy by other processes" in results
 
 
-@pytest.mark.parametrize(
-    "text", ["", "<!-- benchmarks -->", "<!-- /benchmarks --> <!-- benchmarks -->"]
-)
-def test_a_readme_without_its_markers_is_refused(text):
-    with pytest.raises(ValueError, match="expected one '<!-- benchmarks -->'"):
-        pages.fill(text, "")
+def test_results_of_the_gpu_command_have_their_own_tables(tmp_path):
+    data = {"environment": {**ENVIRONMENT, "gpu": "a GPU"}, "minutes": 8, "command": "gpu it"}
+    (tmp_path / pages.RESULTS).mkdir(parents=True)
+    (tmp_path / pages.RESULTS / "gpu.json").write_text(compact.dumps(data, 3))
+    assert "Made by `gpu it`." in pages.results(tmp_path)
+    assert pages.readme_table(tmp_path) == "" == pages.figures(tmp_path)
 
 
-# What moved
+@pytest.mark.parametrize("text", ["", "<!-- here -->", "<!-- /here --> <!-- here -->"])
+def test_a_readme_without_its_marks_is_refused(text):
+    with pytest.raises(ValueError, match="expected one '<!-- here -->'"):
+        pages.fill(text, "here", "")
+
+
+# Changes
 
 
 def test_only_what_moves_beyond_the_noise_is_a_change():
     def moved(old, new):
-        return [(c.what.rpartition(", ")[2], c.regression) for c in compare.changes(old, new)]
+        return [(c.what.rpartition(", ")[2], c.regression) for c in compare.changes([old], [new])]
 
     assert moved(report(row(speed=2.0)), report(row(speed=2.04))) == []
     assert moved(report(row(speed=2.0)), report(row(speed=1.5))) == [("speed", True)]
@@ -246,31 +323,39 @@ def test_only_what_moves_beyond_the_noise_is_a_change():
 
 def test_wrong_results_and_more_memory_are_regressions():
     good, bad = report(row()), report(row(problem="bad"))
-    assert [(c.before, c.after, c.regression) for c in compare.changes(good, bad)] == [
-        ("right", "bad", True)
+    assert [(c.before, c.after, c.regression) for c in compare.changes([good], [bad])] == [
+        ("correct", "bad", True)
     ]
-    assert [c.regression for c in compare.changes(bad, good)] == [False]
-    assert compare.changes(bad, bad) == []
+    assert [c.regression for c in compare.changes([bad], [good])] == [False]
+    assert compare.changes([bad], [bad]) == []
     more = report(with_ours(row(), saved_bytes=5000))
-    assert [str(c) for c in compare.changes(good, more)] == [
+    assert [str(c) for c in compare.changes([good], [more])] == [
         "REGRESSION: a|b, training, float32, cpu, threads=1: fusedrnn, saved for backward: "
         "4,000 bytes -> 5,000 bytes"
     ]
-    assert [c.regression for c in compare.changes(more, good)] == [False]
+    assert [c.regression for c in compare.changes([more], [good])] == [False]
+
+
+def test_runs_are_compared_with_runs_of_the_same_load():
+    old = [report(row(speed=2.0)), report(row(speed=9.0), busy=1)]
+    assert compare.changes(old, [report(row(speed=2.0))]) == []
+    assert [c.after for c in compare.changes(old, [report(row(speed=3.0), busy=1)])] == ["3.00"]
+    assert compare.unmatched(old, [report(row())]) == 1
 
 
 def test_compare_exits_with_1_on_a_regression(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    report(row(speed=2.0), row("gone"), cpu="abacus").save(old)
+    save([report(row(speed=2.0), row("gone"), cpu="abacus")], old)
     for speed, code in ((2.0, 0), (3.0, 0), (1.0, 1)):
-        report(row(speed=speed)).save(new)
+        save([report(row(speed=speed))], new)
         assert main(["--from", str(new), "--compare", str(old)]) == code
     text = " ".join(capsys.readouterr().out.split())
-    assert "nothing moved beyond the noise" in text
+    assert "no change beyond the noise" in text
     assert "better: a|b, training, float32, cpu, threads=1: fusedrnn, speed: 2.00 -> 3.00" in text
     assert "REGRESSION: a|b" in text and "2.00 -> 1.00" in text
-    assert "not the same: cpu: abacus" in text and "1 rows of the old report" in text
-    report(row("another")).save(new)
+    assert "the runs differ in cpu: abacus" in text
+    assert "rows of the old runs that were not measured now: 1" in text
+    save([report(row("another"))], new)
     with pytest.raises(SystemExit) as exit:
         main(["--from", str(new), "--compare", str(old)])
     assert exit.value.code == 2 and "no row in common" in capsys.readouterr().err

@@ -20,6 +20,35 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile("\n" * before + block[1], str(ROOT / page), "exec"), names)
 
 
+def test_the_readme_is_short():
+    assert TEXTS["README.md"].count("\n") <= 120
+
+
+def test_lines_are_short():
+    """At most 100 columns; rows of generated tables may be longer."""
+    texts = TEXTS | {
+        name: (ROOT / name).read_text() for name in ("CHANGELOG.md", "CONTRIBUTING.md")
+    }
+    long = [
+        f"{name}:{number}"
+        for name, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > 100 and not (name == "docs/results.md" and line.startswith("|"))
+    ]
+    assert not long
+
+
+def test_links_lead_to_pages_and_their_headings():
+    for name, text in TEXTS.items():
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+        for page, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose):
+            target = (ROOT / name).parent / page if page else ROOT / name
+            assert target.exists(), f"{name} links to {page}"
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading else ()
+            anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert not heading or heading in anchors, f"{name} links to {page}#{heading}"
+
+
 def test_pages_are_listed():
     """docs/README.md links every page."""
     listed = TEXTS["docs/README.md"]

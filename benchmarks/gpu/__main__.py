@@ -16,24 +16,25 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import compact, machine
 from benchmarks.gpu import checks, points, summary, supervise
 from benchmarks.gpu.points import BACKENDS, Point, Sizes
+from fusedrnn.demo.options import positive_number
 
-# Stages in their order, and their shares of the time; what one leaves goes to those behind it.
+# Stages in order, with their shares of the time; later stages get what earlier ones leave.
 SHARES = {"tests": 3.0, "sanitizer": 1.5, "latency": 1.2, "targets": 2.3}
 SILENCE = 60.0  # seconds that a point may take
-RESERVE = 10.0  # for what comes last
+RESERVE = 10.0  # seconds for the summary
 
 
 class Command:
-    """One run: its folder, its device, its clock, and what it has found."""
+    """One run: its folder, device, clock and findings."""
 
     def __init__(self, folder: Path, device: str, stages: Sequence[str], minutes: float) -> None:
         self._folder, self._device, self._stages = folder, device, list(stages)
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
-        for old in self._logs.iterdir():  # an earlier run's, which this one would take for its own
+        for old in self._logs.iterdir():  # journals of an earlier run would be resumed
             old.unlink()
         self._end = time.monotonic() + minutes * 60 - RESERVE
         self._sizes: Sizes = points.TRY if device == "cpu" else points.CUDA
@@ -43,7 +44,7 @@ class Command:
         }
 
     def run(self) -> None:
-        """Runs the stages; whatever happens in one, the next begins, and what there is is kept."""
+        """Runs the stages; a stage that fails does not stop the next, and findings are saved."""
         stages: dict[str, Callable[[float], dict[str, Any]]] = {
             "tests": lambda deadline: checks.tests(self._logs, deadline),
             "sanitizer": lambda deadline: checks.sanitizer(self._logs, deadline, self._device),
@@ -58,14 +59,14 @@ class Command:
             print(f"{name}: up to {deadline - start:.0f} s", flush=True)
             try:
                 found = stages[name](deadline)
-            except Exception as error:  # of this command itself, too
+            except Exception as error:  # including errors of this command
                 found = {**summary.NOTHING, "incomplete": f"{type(error).__name__}: {error}"}
             self.data[name] = {**found, "wall_seconds": time.monotonic() - start}
             self.save()
 
     def save(self) -> None:
         path = self._folder / "gpu.json"
-        path.write_text(json.dumps(self.data, indent=1) + "\n")
+        path.write_text(compact.dumps(self.data, 3))
         (self._folder / "gpu.md").write_text(summary.markdown(path))
 
     def _latency(self, deadline: float) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Command:
             SILENCE,
             {**checks.python_path(), **({"FUSEDRNN_PLAN": backend} if backend else {})},
         )
-        if len(outcome.found) == len(todo):  # then it does not matter how the process ended
+        if len(outcome.found) == len(todo):  # complete, however the process ended
             outcome.incomplete = None
         return outcome
 
@@ -116,13 +117,13 @@ class Command:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="GPU tests, compute-sanitizer, the latency of a step, and the targets against "
-        "torch.nn: all that is worth running on a GPU, within minutes.",
+        description="Runs GPU tests, compute-sanitizer, latencies of a step, and targets against "
+        "torch.nn within minutes.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for gpu.json, gpu.md and logs/")
-    add("--device", default="cuda", help="default: cuda; cpu tries the command out on tiny sizes")
-    add("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
+    add("--device", default="cuda", help="default: cuda; cpu tries the command on tiny sizes")
+    add("--minutes", type=positive_number, default=8.0, help="total duration (default: 8)")
     add(
         "--only",
         default=",".join(SHARES),
@@ -133,16 +134,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if anything failed, was wrong or was left out, 2 for wrong usage."""
+    """Returns the exit code: 1 for failed, incorrect or omitted work, 2 for wrong usage."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     stages = options.only.split(",")
     if unknown := [name for name in stages if name not in SHARES]:
         parser.error(f"'{unknown[0]}' is none of {', '.join(SHARES)}")
-    if not 0 < options.minutes < float("inf"):
-        parser.error("--minutes must be a finite number above 0")
     if options.device != "cpu" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU; --device cpu tries the command out on tiny sizes")
+        parser.error("torch finds no GPU; --device cpu tries the command on tiny sizes")
     words = ["python", "-m", "benchmarks.gpu"]
     words += ["--device", options.device] if options.device != "cuda" else []
     words += ["--only", options.only] if options.only != ",".join(SHARES) else []
@@ -152,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command.run()
     except KeyboardInterrupt:
-        print("interrupted; what there is:", flush=True)
+        print("interrupted; findings so far:", flush=True)
     command.save()
     print(summary.text(command.data))
     return 0 if summary.good(command.data) else 1

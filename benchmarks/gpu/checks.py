@@ -1,4 +1,4 @@
-"""Correctness: the GPU tests, and small shapes under compute-sanitizer."""
+"""Correctness: GPU tests, and small shapes under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu import supervise
 from benchmarks.gpu.points import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
-JOURNAL = "FUSEDRNN_GPU_JOURNAL"  # where the recorder finds the path
+JOURNAL = "FUSEDRNN_GPU_JOURNAL"  # the variable with the path of the recorder's journal
 TOOLS = ("memcheck", "racecheck", "synccheck")
 NOTHING_COLLECTED = 5  # pytest's exit code
 TEST_FAILURES = 1
@@ -23,18 +23,18 @@ SILENCE = 150.0  # seconds that one test may take
 
 
 def python_path() -> dict[str, str]:
-    """The clone, for processes that may be started in another folder."""
+    """PYTHONPATH with the clone, for processes started in other folders."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def files_with_gpu_tests(folder: Path) -> list[str]:
-    """Only these are collected: what other files import need not be there."""
+    """The files to collect; others may import packages that are not installed."""
     files = sorted(folder.glob("test_*.py"))
     return [str(file) for file in files if re.search(r"mark\.gpu\b", file.read_text())]
 
 
 def tests(folder: Path, deadline: float, root: Path = ROOT) -> dict[str, Any]:
-    """``pytest -m gpu``, in as many processes as it takes."""
+    """Runs ``pytest -m gpu``, in a new process after each crash."""
     targets = files_with_gpu_tests(root / "tests")
     if not targets:
         return _no_tests(f"no test in {root / 'tests'} needs a GPU")
@@ -74,10 +74,10 @@ def _no_tests(why: str) -> dict[str, Any]:
 
 
 def sanitizer(folder: Path, deadline: float, device: str, seconds: float = 90.0) -> dict[str, Any]:
-    """Every tool on every backend, as far as the time goes: {"memcheck/cluster": {...}, ...}."""
+    """Every tool on every backend while time remains: {"memcheck/cluster": {...}, ...}."""
     program = find_sanitizer()
     if program is None:
-        return {"runs": {}, "incomplete": "there is no compute-sanitizer on this machine"}
+        return {"runs": {}, "incomplete": "compute-sanitizer is not installed"}
     runs: dict[str, Any] = {}
     for backend in BACKENDS:
         for tool in TOOLS:
@@ -100,11 +100,11 @@ def _sanitize(
     program: str, tool: str, backend: str, device: str, log: Path, limit: float
 ) -> dict[str, Any]:
     command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
-    command += ["--kernel-name", "kns=fusedrnn"]  # torch's kernels are others' business
+    command += ["--kernel-name", "kns=fusedrnn"]  # not torch's kernels
     command += [sys.executable, "-m", "benchmarks.gpu.smoke", "--device", device]
     environment = {
         "FUSEDRNN_PLAN": backend,
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that every tensor has bounds of its own
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # checks the bounds of every tensor
         **python_path(),
     }
     with log.open("wb") as output, supervise.started(command, output, environment) as process:
@@ -116,7 +116,7 @@ def _sanitize(
 
 
 def judge(code: int | None, text: str, limit: float) -> dict[str, Any]:
-    """What a run under compute-sanitizer says: "clean", "errors", or why it says nothing."""
+    """The result of compute-sanitizer: "clean", "errors", or why there is none."""
     calls = re.search(r"smoke: (\d+) calls", text)
     reports = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     errors = sum(int(a or b) for a, b in reports)

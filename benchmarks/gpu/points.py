@@ -1,6 +1,6 @@
-"""What is timed on a GPU, as data: each point a few implementations and cases that take turns.
+"""What is timed on a GPU, as data: each point has a few implementations and cases in turns.
 
-A point's times are all that its process returns; what they mean is said in ``summary``.
+A process returns the times of a point; ``summary`` interprets them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from benchmarks.cases import GATES, Case, select
 
 BACKENDS = ("cluster", "grid", "stepwise")  # as FUSEDRNN_PLAN names them
-UNFIT = "cannot run this shape on this device"  # says the plan of a backend that is forced
-CHECK_STEPS = 35  # of a case that is checked against float64 before it is timed
+UNFIT = "cannot run this shape on this device"  # in the error of a forced backend
+CHECK_STEPS = 35  # steps that are checked against float64 before a case is timed
 
 
 @dataclass(frozen=True)
 class Work:
-    """One that takes turns: an implementation, on a case."""
+    """An implementation on a case, as one of the turns."""
 
     peer: str  # torch.nn or fusedrnn
     case: Case
@@ -33,8 +33,8 @@ class Work:
 class Point:
     id: str
     works: list[Work]
-    backend: str | None = None  # forced; None: the plan's own choice
-    graph: bool = False  # replays of CUDA graphs too
+    backend: str | None = None  # forced; None: the plan's choice
+    graph: bool = False  # also as replays of CUDA graphs
     seconds: float = 0.3
     rounds: int = 5
 
@@ -49,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is: a GPU's, or small enough to try the command on a CPU."""
+    """Sizes of all points: for a GPU, or small ones to try the command on a CPU."""
 
     latency_hidden: tuple[int, ...] = (128, 256, 512, 768, 1024)
     latency_batch: tuple[int, ...] = (1, 16, 32, 64)
@@ -62,7 +62,7 @@ class Sizes:
     grid_batch: tuple[int, ...] = (1, 16, 64)
     grid_steps: tuple[int, ...] = (35, 512)
     grid_dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    named_scale: int = 1  # what the named cases' hidden size and steps are divided by
+    named_scale: int = 1  # divides the hidden size and steps of named cases
 
 
 CUDA = Sizes()
@@ -88,7 +88,7 @@ def pair(case: Case, mode: str, dtype: str, tf32_ours: bool = True) -> list[Work
 
 
 def latency(sizes: Sizes, backends: tuple[str | None, ...] = (None, *BACKENDS)) -> Iterator[Point]:
-    """Two lengths of the same forward: what a step more costs is free of all that a call costs."""
+    """Two lengths of the same forward: their difference excludes the cost of a call."""
     short, long = sizes.latency_steps
     for backend in backends:
         for dtype in sizes.latency_dtypes:
@@ -104,7 +104,7 @@ def latency(sizes: Sizes, backends: tuple[str | None, ...] = (None, *BACKENDS)) 
 
 
 def named(sizes: Sizes) -> Iterator[Point]:
-    """The cases that have a target of their own."""
+    """The cases with a target."""
     book, speech = select(["book-lstm-256x2"])[0], select(["speech-lstm-256"])[0]
     flash = select(["flashrnn-lstm-768"])[0]
     long = Case("step", "LSTM", 256, 256, 1, sizes.layers_steps, 32)
@@ -139,9 +139,9 @@ def _divided(case: Case, by: int) -> Case:
 
 
 def grid(sizes: Sizes) -> list[Point]:
-    """The cases over which the geometric mean is taken.
+    """The cases of the geometric mean, in a fixed random order.
 
-    In an order that is random and always the same: what a deadline leaves is a fair sample.
+    Cut off by a deadline, they are a fair sample.
     """
     found = []
     for cell in GATES:

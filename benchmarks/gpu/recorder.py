@@ -1,7 +1,7 @@
 """A pytest plugin (``-p benchmarks.gpu.recorder``) that keeps a journal for ``supervise``.
 
-Tests that the journal has are not run again. After a failure that took the GPU's context with it
-the process ends, for no later test could pass in it.
+Tests that are in the journal are not run again. After a failure that destroyed the GPU's context
+the process ends, because no later test could pass in it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Small calls of every cell and dtype, forward and backward: what compute-sanitizer watches.
+"""Small calls of every cell and dtype, forward and backward, for compute-sanitizer.
 
-Odd sizes, lengths, two directions and layers, one row and many; those that a forced backend does
-not take are left out. Prints how many calls it made.
+Odd sizes, lengths, two directions and layers, one row and many. Calls that a forced backend does
+not support are left out. Prints the number of calls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run on a GPU comes to: tables of its JSON, for the terminal and as Markdown."""
+"""Tables of a GPU run's JSON, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from benchmarks.gpu.points import BACKENDS
 from benchmarks.measure import Summary, speedup
 
-# What a stage that broke off has to show.
+# The findings of a stage that failed.
 NOTHING: dict[str, Any] = {
     **{"crashed": True, "found": {}, "planned": 0, "grid": 0, "runs": {}},
     **{"passed": 0, "failed": {}, "skipped": 0, "skip_reasons": []},
 }
-Record = dict[str, Any]  # of one point, as the worker wrote it
+Record = dict[str, Any]  # a point, as the worker wrote it
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is aimed at; ``met`` is None where nothing was measured."""
+    """A figure and its target; ``met`` is None where nothing was measured."""
 
     what: str
     measured: str
@@ -31,7 +31,7 @@ class Target:
 
     def cells(self, on_gpu: bool) -> list[str]:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[self.met]
-        # Tiny sizes on a CPU show that the command works, and nothing else.
+        # Tiny sizes on a CPU only show that the command works.
         return [self.what, self.measured, self.wanted, verdict if on_gpu else "dry run"]
 
 
@@ -39,7 +39,7 @@ class Target:
 
 
 def ratio(record: Record | None, key: str = "seconds") -> Summary | None:
-    """How many times as fast as torch.nn, the first work, fusedrnn is, the second."""
+    """The speed of the second work, fusedrnn, as a multiple of the first's, torch.nn."""
     if record is None or len(record.get("works", ())) < 2:
         return None
     theirs, ours = (work.get(key) for work in record["works"][:2])
@@ -47,7 +47,7 @@ def ratio(record: Record | None, key: str = "seconds") -> Summary | None:
 
 
 def step_seconds(record: Record | None, peer: str = "fusedrnn") -> float | None:
-    """What one more step costs: the difference of two lengths, of graph replays where there are."""
+    """The time of a step: the difference of two lengths, preferably of graph replays."""
     works = [w for w in (record or {}).get("works", ()) if w["peer"] == peer]
     for key in ("graph_seconds", "seconds"):
         times = [work.get(key) for work in works]
@@ -64,7 +64,7 @@ def median_of(record: Record | None, work: int, key: str = "seconds") -> float |
 
 
 def problems(found: dict[str, Record]) -> dict[str, str]:
-    """What went wrong at each point, if anything did."""
+    """The problems of each point that has any."""
     bad = {}
     for name, record in found.items():
         wrong = [w["problem"] for w in record.get("works", ()) if w.get("problem")]
@@ -74,7 +74,7 @@ def problems(found: dict[str, Record]) -> dict[str, str]:
 
 
 def targets(found: dict[str, Record], planned: int = 0) -> list[Target]:
-    """Every target beside what was measured; ``planned`` is how many points the means are over."""
+    """Every target and its figure; ``planned`` is the number of points of the means."""
     get = found.get
     made = [
         _at_least("LSTM 28->256 x2, T=35, B=32, float32, training", get("book"), 5),
@@ -136,8 +136,8 @@ def _mean(mode: str, records: dict[str, Record], planned: int) -> list[Target]:
 
 
 def _layers(mode: str, record: Record | None) -> Target:
-    """L layers by one, from the same rounds."""
-    what, wanted = f"4 layers by one, LSTM 256, T=512, {mode}", "<= 1.3x"
+    """The time of L layers divided by that of one, from the same rounds."""
+    what, wanted = f"4 layers / 1 layer, LSTM 256, T=512, {mode}", "<= 1.3x"
     for key in ("graph_seconds", "seconds"):
         times = {w["layers"]: w[key] for w in (record or {}).get("works", ()) if w.get(key)}
         if 1 in times and len(times) > 1:
@@ -148,7 +148,7 @@ def _layers(mode: str, record: Record | None) -> Target:
 
 
 def _saved(found: dict[str, Record]) -> Target:
-    """The worst case of ours against cuDNN's, over all that was trained side by side."""
+    """The largest ratio of fusedrnn's bytes to torch.nn's over all pairs in training."""
     ratios = {}
     for name, record in found.items():
         works = record.get("works", ())
@@ -172,7 +172,7 @@ def _why(record: Record | None) -> str:
 
 
 def latency_table(found: dict[str, Record]) -> list[list[str]]:
-    """Microseconds a step, a line for each size, a column for each backend, forced or chosen."""
+    """Microseconds a step: lines are sizes, columns the plan's choice and each backend."""
     kinds = ("plan", *BACKENDS)
     sizes: dict[tuple[str, ...], None] = {}
     for name in found:
@@ -187,7 +187,7 @@ def latency_table(found: dict[str, Record]) -> list[list[str]]:
 
 
 def checks(data: dict[str, Any]) -> list[list[str]]:
-    """A line for each kind of check."""
+    """A line for each check."""
     lines = [["check", "outcome"]]
     if tests := data.get("tests"):
         counts = (tests["passed"], len(tests["failed"]), tests["skipped"])
@@ -218,7 +218,7 @@ def _with(text: str, incomplete: str | None) -> str:
 
 
 def failures(data: dict[str, Any], most: int = 12) -> list[str]:
-    """What failed and how, and how many more did."""
+    """The first failures, and the number of the others."""
     found = dict(data.get("tests", {}).get("failed", {}))
     for part in ("latency", "targets"):
         found |= problems(data.get(part, {}).get("found", {}))
@@ -227,7 +227,7 @@ def failures(data: dict[str, Any], most: int = 12) -> list[str]:
 
 
 def good(data: dict[str, Any]) -> bool:
-    """Whether all that was asked for ran and was right. Targets and missing tools do not count."""
+    """Whether all requested work ran and was correct. Targets and missing tools do not count."""
     sanitizer = data.get("sanitizer", {})
     on_gpu = data.get("environment", {}).get("gpu") is not None
     return (
@@ -240,7 +240,7 @@ def good(data: dict[str, Any]) -> bool:
 
 
 def sections(data: dict[str, Any]) -> Iterable[tuple[str, list[list[str]]]]:
-    """All tables, the short one last."""
+    """All tables, the targets last."""
     if "latency" in data:
         yield (
             "microseconds a step, forward of one LSTM layer",
@@ -279,6 +279,11 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
         "  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def recognises(data: dict[str, Any]) -> bool:
+    """Whether a file of results is one of ``python -m benchmarks.gpu``."""
+    return "minutes" in data
 
 
 def markdown(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""Processes that are expected to die.
+"""Processes that may crash.
 
-An illegal access takes the CUDA context with it, and all that its process would have done next; a
-kernel may not return. So work goes on in a process of its own, which writes a line of JSON to a
-file when it starts an item and one when the item is done. A process that dies or falls silent loses
-the item it was at, and another one goes on with those that are left.
+An illegal access destroys the CUDA context of its process, and a kernel may never return. Work
+therefore runs in a separate process, which writes a line of JSON to a file when it starts an item
+and one when the item is done. A process that dies or stops answering loses its current item, and
+another process continues with the remaining items.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STARTS = 30  # of the process, at most
-LOST = 77  # exit code: the item is recorded, but its process is of no more use
+STARTS = 30  # the most starts of the process
+LOST = 77  # exit code: the item is recorded, but the process cannot continue
 
 
 class Journal:
-    """The file of JSON lines, as the working process sees it."""
+    """The file of JSON lines, for the working process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,7 +42,7 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a process may have died within its last one."""
+    """The complete lines of a journal; the last may be cut off by a crash."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -52,7 +52,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Outcome:
-    """What became of the items: ``found`` by id, and why there is no more, if there is not."""
+    """Results by id, and the reason if some are missing."""
 
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: str | None = None
@@ -69,7 +69,7 @@ def supervise(
 ) -> Outcome:
     """Starts ``command`` until it ends with one of the exit codes ``good``.
 
-    ``deadline`` is of time.monotonic(); ``silence`` how many seconds an item may take.
+    ``deadline`` is a time of time.monotonic(); ``silence`` is the limit of an item in seconds.
     """
     outcome = Outcome()
     for _ in range(STARTS):
@@ -86,7 +86,7 @@ def supervise(
         if at is not None:
             why = ending if isinstance(ending, str) else _how(ending)
             problem = f"{why}: {tail(log)}" if tail(log) else why
-            with journal.open("a") as file:  # a line of its own, whatever was cut off before it
+            with journal.open("a") as file:  # the previous line may be cut off
                 file.write("\n" + json.dumps({"id": at, "problem": problem, "died": True}) + "\n")
             outcome.found[at] = {"id": at, "problem": problem, "died": True}
         elif len(lines) == before:
@@ -106,7 +106,7 @@ def _run_once(
     silence: float,
     environment: Mapping[str, str] | None,
 ) -> int | str:
-    """The exit code, or why the process was ended."""
+    """The exit code, or why the process was killed."""
     with log.open("ab") as output, started(command, output, environment) as process:
         size, since = -1, time.monotonic()
         while process.poll() is None:
@@ -126,7 +126,7 @@ def _run_once(
 def started(
     command: Sequence[str], output: Any, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, which ends with the context, its children too."""
+    """A process in its own session, killed with its children at the end of the context."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -151,13 +151,13 @@ def _how(code: int) -> str:
 
 
 def tail(log: Path, characters: int = 300) -> str:
-    """The last words of a log on one line."""
+    """The end of a log on one line."""
     text = log.read_text(errors="replace") if log.exists() else ""
     return " ".join(text.split())[-characters:]
 
 
 def attempt(work: Callable[[], Any], lost: Callable[[], bool]) -> tuple[Any, str | None, bool]:
-    """(result, problem, whether the process is of no more use)."""
+    """(result, problem, whether the process cannot continue)."""
     try:
         return work(), None, False
     except Exception as error:

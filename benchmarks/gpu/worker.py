@@ -1,4 +1,4 @@
-"""Times points, one by one, and writes a journal: a process for ``supervise``.
+"""Times points and writes a journal: a process for ``supervise``.
 
 python -m benchmarks.gpu.worker POINTS.json JOURNAL --device cuda
 """
@@ -29,14 +29,14 @@ BUILD = {peer.name: peer.build for peer in PEERS}
 
 
 class Clerk:
-    """Measures points on one device, and remembers what has been checked."""
+    """Measures points on one device and checks each case once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._checked: dict[Work, tuple[float, str | None]] = {}
 
     def measure(self, point: Point) -> dict[str, Any]:
-        """Seconds of every work, round by round; what is wrong has a problem and no times."""
+        """Seconds of every work in each round; incorrect works have a problem and no times."""
         found: list[dict[str, Any]] = []
         timed: list[tuple[dict[str, Any], str, measure.Work]] = []
         inputs: dict[tuple[Case, str], tuple[nn.RNNBase, Data]] = {}
@@ -76,15 +76,15 @@ class Clerk:
         return {"works": found}
 
     def _not_ours(self, plan: str, backend: str | None) -> str | None:
-        """Why times would not be those of the kernels that the point is about."""
-        if self._device.type != "cuda":  # where the command is tried out, nothing is forced
+        """The reason if other kernels than those of the point would run."""
+        if self._device.type != "cuda":  # a dry run: nothing is forced
             return None
         if "torch.nn's own kernels" in plan or (backend is not None and backend not in plan):
             return f"something else would run: {plan}"
         return None
 
     def lost(self) -> bool:
-        """Whether the GPU no longer answers to this process."""
+        """Whether this process can no longer use the GPU."""
         try:
             measure.synchronize(self._device)
         except Exception:
@@ -101,10 +101,10 @@ class Clerk:
         return Unit(module, data, work.mode, work.case.input_grad, setting), module
 
     def _check(self, work: Work, backend: str | None) -> tuple[float, str | None]:
-        """The error of a case against float64, and what is wrong with it, if anything is.
+        """The error of a case against float64, and its problem, if any.
 
-        Long sequences are cut: the kernels are the same, and float64 would take the time that there
-        is. The tests check long ones.
+        Long sequences are shortened: the kernels are the same, and float64 would take too long. The
+        tests check long ones.
         """
         steps = min(work.case.steps, CHECK_STEPS)
         shortest = min(work.case.shortest, steps // 4)
@@ -113,8 +113,8 @@ class Clerk:
         if work not in self._checked:
             dtype = getattr(torch, work.dtype)
             expected = check.expect(case, dtype, self._device, _setting(work))
-            # All modes at once, as what is expected is the same and costs the most. A backend that
-            # is forced may be able to go forward and not back.
+            # All modes share the expected results, which cost the most. A forced backend may
+            # support forward only.
             for mode in (work.mode,) if backend else MODES:
                 asked = dataclasses.replace(work, mode=mode)
                 results = self._unit(asked, *self._inputs(case, work.dtype))[0].results()
@@ -130,14 +130,14 @@ def _setting(work: Work) -> measure.Setting:
 def _plan(module: nn.RNNBase, data: Data) -> str:
     try:
         return fusedrnn.explain(module, data.input)
-    except ValueError as error:  # what is forced does not fit forward or backward; the call tells
+    except ValueError as error:  # the forced backend does not support it; the call raises too
         return str(error)
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """What a replay computes otherwise than the same calls one by one, by more than a rounding."""
+    """A result of a replay that differs from the same call by more than rounding."""
     for name, t in expected.items():
-        if not (found[name] - t).norm() <= 1e-2 * t.norm():  # so that NaN is a difference
+        if not (found[name] - t).norm() <= 1e-2 * t.norm():  # unlike >, true for NaN
             return f"{name} of the replayed graph differs"
     return None
 
@@ -163,7 +163,7 @@ def main() -> int:
             continue
         journal.start(point.id)
         found, problem, lost = supervise.attempt(partial(clerk.measure, point), clerk.lost)
-        if problem is not None:  # a backend that takes no such shape is no failure of it
+        if problem is not None:  # an unsupported shape is not a failure
             found = {"unfit" if UNFIT in problem else "problem": problem}
         journal.finish(point.id, **found)
         if lost:

@@ -28,14 +28,23 @@ Shared& shared() {
 // Nobody waits for the lock: in a child of fork it may be held by a thread that is not there.
 Block take(int64_t bytes) {
   const std::unique_lock lock(shared().mutex, std::try_to_lock);
-  return lock ? shared().memory.take(bytes) : KeptMemory::fresh(bytes);
+  return lock ? shared().memory.take(bytes) : shared().memory.fresh(bytes);
 }
 void give(const Block& block) {
   const std::unique_lock lock(shared().mutex, std::try_to_lock);
-  return lock ? shared().memory.give(block) : KeptMemory::release(block);
+  return lock ? shared().memory.give(block) : shared().memory.release(block);
 }
 
 }  // namespace
+
+void ScratchPool::give(const Block& block) {
+  KeptMemory::give(block);
+  if (++returned_ % kWindow) return;
+  returned_ = 0;
+  age();
+  const std::unique_lock lock(shared().mutex, std::try_to_lock);
+  if (lock) shared().memory.age();
+}
 
 Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row) {
   const int64_t bytes = checked_product(rows, row);

@@ -24,7 +24,7 @@ def natural(text: str) -> int:
     return value
 
 
-def learning_rate(text: str) -> float:
+def positive_number(text: str) -> float:
     """An argparse type: a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, default=32, metavar="N", help="default: %(default)s")
     add("--steps", type=positive, default=35, metavar="N", help="default: %(default)s")
     add("--epochs", type=positive, default=100, metavar="N", help="default: %(default)s")
-    add("--lr", type=learning_rate, metavar="X", help="of SGD (default: one that suits the cell)")
+    add("--lr", type=positive_number, metavar="X", help="of SGD (default: one that suits the cell)")
     add("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
 
     machine = parser.add_argument_group("machine")
