@@ -267,7 +267,7 @@ def test_commands_run_from_the_root_of_the_sources(installed, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "-m", "fusedrnn")
     assert "saved" in run(interpreter, *torchrun, *tiny, cwd=root)
     benchmark = "--quick --case streaming-lstm-256 --mode inference --threads=1 --device=cpu"
-    options = [*benchmark.split(), "--seconds=0.01", f"--out={tmp_path / 'out'}"]
+    options = [*benchmark.split(), "--seconds=0.01", f"--out={tmp_path / 'out.json'}"]
     assert "streaming-lstm-256x2" in run(interpreter, "-m", "benchmarks", *options, cwd=root)
     pytest_script = tmp_path / "pytest"  # not `-m`, which would put the clone on the path
     pytest_script.write_text("import sys, pytest\nsys.exit(pytest.console_main())\n")
