@@ -1,5 +1,5 @@
 // Teams of threads as csrc/torch/cpu.cpp uses them, for ThreadSanitizer.
-#include "cpu/team.h"
+#include "cpu/run/team.h"
 
 #include <chrono>
 #include <cstdio>
@@ -29,7 +29,7 @@ struct Work {
     Member me;
     if (!team.join(places, all, &me)) return false;
     values[0][me.index] = 1;
-    me.meet();
+    me.barrier();
     long expected = 1;
     bool good = true;
     for (int step = 0; step < kSteps; step++) {
@@ -38,7 +38,7 @@ struct Work {
       expected = expected % 1000 * me.count;
       good = good && sum == expected;
       values[(step + 1) % 2][me.index] = sum;
-      if (!skip_meeting) me.meet();
+      if (!skip_meeting) me.barrier();
     }
     if (me.index == 0) wrong += !good, began = me.count;
     return true;

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 
-SOURCES = [ROOT / "tests/team.cpp", ROOT / "csrc/cpu/team.cpp"]
+SOURCES = [ROOT / "tests/team.cpp", ROOT / "csrc/cpu/run/team.cpp"]
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@
 //
 //   n(a) = (a - mean(a)) / sqrt(var(a) + 1e-5)
 //
-// over the units of all gates that one run of x_runs() has: an LSTM's i f g o together, a GRU's r z
-// and its n apart. So the products with W_ih and W_hh keep slots of their own, those of W_ih first.
-// What of it is element-wise is the cell's own mathematics.
+// over the units of all gates that one range of x_ranges() has: an LSTM's i f g o together, a GRU's
+// r z and its n apart. So the products with W_ih and W_hh keep slots of their own, those of W_ih
+// first. What of it is element-wise is the cell's own mathematics.
 #pragma once
 #include "cells/common.h"
 
@@ -19,14 +19,14 @@ template <class Cell>
 struct Normed : Cell {
   using Plain = Cell;
   static constexpr int kGates = Cell::kGates, kSlots = 2 * kGates;
-  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, kGates}}}; }
-  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, kGates, kGates}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, kGates}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, kGates, kGates}}}; }
 
   // Saved for backward: the cell's own slots, the normalised products, the normalised c;
   static constexpr int kSavedProducts = Cell::kSaved, kSavedCell = Cell::kSaved + kSlots;
   static constexpr int kSaved = kSavedCell + Cell::kHasCell;
-  // and 1 / sqrt(var + 1e-5): for each run those of x and of h, then that of c.
-  static constexpr int kScales = 2 * decltype(Cell::x_runs())::kCount + Cell::kHasCell;
+  // and 1 / sqrt(var + 1e-5): for each range those of x and of h, then that of c.
+  static constexpr int kScales = 2 * decltype(Cell::x_ranges())::kCount + Cell::kHasCell;
 };
 
 }  // namespace fusedrnn

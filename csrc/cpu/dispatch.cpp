@@ -61,12 +61,9 @@ bool may_use_tiles() {
 #endif
 }
 
-enum Computes { kAll, kBFloat16Only, kOnTiles };  // on tiles: bfloat16 and float32
-
 struct Installed {
   const Kernels* kernels;
   bool supported;
-  Computes computes;
 };
 
 // Best first.
@@ -78,22 +75,22 @@ const std::vector<Installed>& installed() {
 #endif
   static const std::vector<Installed> all = {
 #if FUSEDRNN_HAVE_amx
-      {&kernels_amx, avx512 && HAS("avx512bf16") && has_tiles(), kOnTiles},
+      {&kernels_amx, avx512 && HAS("avx512bf16") && has_tiles()},
 #endif
 #if FUSEDRNN_HAVE_avx512bf16
-      {&kernels_avx512bf16, avx512 && HAS("avx512bf16"), kBFloat16Only},
+      {&kernels_avx512bf16, avx512 && HAS("avx512bf16")},
 #endif
 #if FUSEDRNN_HAVE_avx512
-      {&kernels_avx512, avx512, kAll},
+      {&kernels_avx512, avx512},
 #endif
 #if FUSEDRNN_HAVE_avx2
-      {&kernels_avx2, HAS("avx2") && HAS("fma") && HAS("bmi2"), kAll},
+      {&kernels_avx2, HAS("avx2") && HAS("fma") && HAS("bmi2")},
 #endif
 #if FUSEDRNN_HAVE_neon
-      {&kernels_neon, true, kAll},
+      {&kernels_neon, true},
 #endif
 #if FUSEDRNN_HAVE_baseline
-      {&kernels_baseline, true, kAll},
+      {&kernels_baseline, true},
 #endif
   };
 #undef HAS
@@ -113,12 +110,7 @@ struct Candidates {
   void add(const Installed& one) {
     CpuVariant variant{};
     variant.name = one.kernels->name;
-    for (int i = 0; i < int(DType::kCount); i++) {
-      const DType dtype = DType(i);
-      variant.computes[i] = one.computes == kAll || dtype == DType::kBFloat16 ||
-                            (one.computes == kOnTiles && dtype == DType::kFloat32);
-      if (variant.computes[i]) variant.costs[i] = one.kernels->costs(dtype);
-    }
+    for (int i = 0; i < int(DType::kCount); i++) variant.costs[i] = one.kernels->costs(DType(i));
     kernels.push_back(one.kernels), variants.push_back(variant);
   }
 };
@@ -166,7 +158,7 @@ CpuMachine this_machine(int64_t threads) {
 
 CpuPlan plan_cpu_here(const Problem& p, const CpuRequest& r, CpuMachine* m) {
   const CpuPlan plan = plan_cpu(p, r, *m);
-  const bool tiled = m->variants[plan.variant].costs[int(p.dtype)].least_rows > 1;
+  const bool tiled = m->variants[plan.variant].costs[int(p.dtype)].tiled;
   if (!tiled || may_use_tiles()) return plan;
   m->tiles = false;
   return plan_cpu(p, r, *m);

@@ -1,6 +1,6 @@
 // The kernels in this binary, and those that a call gets on this processor.
 #pragma once
-#include "cpu/stack.h"
+#include "cpu/call.h"
 #include "plan/cpu_plan.h"
 
 namespace fusedrnn {

@@ -18,14 +18,11 @@ int64_t recurrent_weight_bytes(const Problem& p, const CpuCosts& costs) {
 
 bool takes(const CpuVariant& variant, const Problem& p, const CpuRequest& r, const CpuMachine& m,
            bool named) {
-  const int dtype = int(p.dtype);
-  if (!variant.computes[dtype]) return false;
-  const CpuCosts& costs = variant.costs[dtype];
-  const bool tiled = costs.least_rows > 1;
-  if (tiled && !m.tiles) return false;
+  const CpuCosts& costs = variant.costs[int(p.dtype)];
+  if (!costs.computes || (costs.tiled && !m.tiles)) return false;
   // On tiles a float32 is three bfloat16, which take time to make: only larger products pay for
   // that. Who names the variant gets it with all that is packed.
-  if (!tiled || p.dtype != DType::kFloat32) return true;
+  if (costs.planes == 1) return true;
   if (r.tokens <= kFewTokensBack) return false;
   constexpr int64_t kLeastRows = 16, kMostTokensWithout = 64;
   return named || (r.batch >= kLeastRows && r.tokens > kMostTokensWithout && p.hidden_size >= 64 &&
@@ -70,7 +67,7 @@ bool reads_hh_unpacked(const Problem& p, const CpuCosts& costs, const CpuRequest
   const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
   const int64_t most_steps = weights > kL2Bytes ? 64 : 32 / std::max<int64_t>(1, r.batch);
   return r.batch <= kDotRows && r.steps <= most_steps && weights >= kL2Bytes / 8 && !p.layer_norm &&
-         costs.loads_quickly && costs.least_rows == 1;
+         costs.loads_quickly && !costs.tiled;
 }
 
 // Weights that are more than L2 holds, but not by so much that little of them is found there the
@@ -83,6 +80,13 @@ bool alternates(const Problem& p, int64_t longest, int64_t threads) {
   }
   between = between * bytes(p.dtype) / threads;
   return between > kL2Bytes && between <= 5 * kL2Bytes;
+}
+
+// Cells are computed during the next product where that is long: with several planes, or with
+// weights from beyond L2, of which gates and states take a part.
+bool overlaps_cells(const Problem& p, const CpuCosts& costs) {
+  return costs.tiled && !p.layer_norm &&
+         (costs.planes > 1 || recurrent_weight_bytes(p, costs) > kL2Bytes / 2);
 }
 
 // ---- rows of the batch ----
@@ -154,15 +158,17 @@ CpuPlan plan_cpu(const Problem& p, const CpuRequest& r, const CpuMachine& m) {
   const int64_t unpacked = unpacked_threads(p, costs, r, m);
   plan.unpacked = unpacked > 0;
   divide_rows(p, costs, r, m, &plan);
+  plan.pass.alternates = true;
   if (r.backward) {
     plan.threads = std::max(plan.threads, unpacked);
   } else if (plan.unpacked) {
     plan.threads = unpacked;
-    plan.alternates = alternates(p, r.longest, unpacked);
+    plan.pass.alternates = alternates(p, r.longest, unpacked);
     // Of a single step all that W_hh is multiplied with is known at its beginning.
-    plan.recurrent_first = plan.alternates && r.longest == 1;
+    plan.recurrent_first = plan.pass.alternates && r.longest == 1;
   } else {
-    plan.unpacked_hh = reads_hh_unpacked(p, costs, r);
+    plan.pass.unpacked_hh = reads_hh_unpacked(p, costs, r);
+    plan.pass.overlaps_cells = overlaps_cells(p, costs);
   }
   return plan;
 }
@@ -184,11 +190,11 @@ std::string rows_in_words(const CpuPlan& plan, const CpuRequest& r) {
          " that divide the hidden units and synchronise at each step";
 }
 
-std::string weights_in_words(const CpuPlan& plan) {
-  if (plan.unpacked_hh) return "; W_hh read unpacked";
+std::string weights_in_words(const CpuPlan& plan, bool backward) {
+  if (plan.pass.unpacked_hh) return "; W_hh read unpacked";
   if (!plan.unpacked) return "";
   return std::string("; weights read unpacked") +
-         (plan.alternates ? ", in alternating directions" : "") +
+         (plan.pass.alternates && !backward ? ", in alternating directions" : "") +
          (plan.recurrent_first ? ", W_hh first" : "");
 }
 
@@ -204,12 +210,11 @@ std::string idle_in_words(const CpuPlan& plan, const CpuMachine& m) {
 }
 
 std::string products_in_words(const CpuPlan& plan, const Problem& p, const CpuCosts& costs) {
-  const bool tiled = costs.least_rows > 1;
   const bool narrow = bytes(p.dtype) == 2;  // stored in 16 bits, computed in 32
-  if (!plan.unpacked && tiled && !narrow)
+  if (!plan.unpacked && costs.planes > 1)
     return "; products on tiles, each float32 as three bfloat16";
   if (!plan.unpacked && narrow && costs.weight_bytes == 2)
-    return std::string("; products ") + (tiled ? "on tiles" : "of pairs") + " of " +
+    return std::string("; products ") + (costs.tiled ? "on tiles" : "of pairs") + " of " +
            traits(p.dtype).name + ", all else in float32";
   return narrow ? std::string("; ") + traits(p.dtype).name + " is computed in float32" : "";
 }
@@ -223,7 +228,7 @@ std::string describe(const CpuPlan& plan, const Problem& p, const CpuRequest& r,
   std::string text = std::string(variant.name) + ", " + std::to_string(plan.threads) + " of " +
                      count(m.threads, "thread") + ": ";
   text += by_units ? "hidden units divided among threads" : rows_in_words(plan, r);
-  text += weights_in_words(plan) + (by_units ? "" : idle_in_words(plan, m));
+  text += weights_in_words(plan, r.backward) + (by_units ? "" : idle_in_words(plan, m));
   return text + products_in_words(plan, p, variant.costs[int(p.dtype)]);
 }
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "plan/cpu_costs.h"
+#include "plan/cpu_pass.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {
@@ -12,8 +12,7 @@ namespace fusedrnn {
 // The kernels for one instruction set.
 struct CpuVariant {
   const char* name;
-  bool computes[int(DType::kCount)];
-  CpuCosts costs[int(DType::kCount)];  // of the dtypes that it computes
+  CpuCosts costs[int(DType::kCount)];
 };
 
 struct CpuMachine {
@@ -39,10 +38,8 @@ struct CpuPlan {
   // All weights are read unpacked: of few tokens packing them takes longer than multiplying.
   // Forward then divides hidden units among threads, all else rows of the batch.
   bool unpacked;
-  bool unpacked_hh;  // W_hh alone is, in forward
-  // Forward of all weights unpacked: whether consecutive steps, and calls, read them in opposite
-  // directions; whether the products with the initial states come before the first step.
-  bool alternates, recurrent_first;
+  bool recurrent_first;  // then: the products of all initial states come before the first step
+  CpuPass pass;          // what the kernels are told
   // Forward in general, and backward: a task takes so many rows of the batch through all layers
   // and steps. Its members, a team of threads if more than one, divide the hidden units.
   int64_t rows_per_task, tasks, members;

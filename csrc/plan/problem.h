@@ -91,7 +91,7 @@ struct Problem {
   }
 };
 
-// Of up to so many tokens a call may read its weights as they lie, in forward and in backward.
+// Of up to so many tokens a call may read its weights unpacked, in forward and in backward.
 constexpr int64_t kFewTokens = 48, kFewTokensBack = 16;
 // Rows of a batch that its dot products take at a time.
 constexpr int64_t kDotRows = 4;
@@ -104,7 +104,7 @@ struct WeightPointers {
 #include "plan/weights.inc"
 #undef WEIGHT
 
-  FUSEDRNN_HD constexpr Pointer& operator[](WeightKind wanted) {
+  FUSEDRNN_HD constexpr Pointer operator[](WeightKind wanted) const {
     switch (wanted) {
 #define WEIGHT(kind, name, torch_name, present, rows, columns) \
   case kind:                                                   \
@@ -112,7 +112,7 @@ struct WeightPointers {
 #include "plan/weights.inc"
 #undef WEIGHT
       default:
-        return w_ih;
+        return nullptr;
     }
   }
 };

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "torch/kept_memory.h"
+#include "torch/reserve.h"
 
 namespace fusedrnn {
 namespace {

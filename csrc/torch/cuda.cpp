@@ -48,12 +48,12 @@ void run_recurrence(const CudaCall& call, const std::vector<L>& layers, const ch
 // ---- gates and slots ----
 
 // Which rows of W_ih go with which slots.
-std::vector<Run> x_runs(Cell cell) {
+std::vector<GateRange> x_ranges(Cell cell) {
   switch (cell) {
-#define CELL(mode, type)                               \
-  case Cell::k##type: {                                \
-    constexpr auto runs = type::x_runs();              \
-    return {std::begin(runs.run), std::end(runs.run)}; \
+#define CELL(mode, type)                                       \
+  case Cell::k##type: {                                        \
+    constexpr auto ranges = type::x_ranges();                  \
+    return {std::begin(ranges.range), std::end(ranges.range)}; \
   }
 #include "cells/cells.inc"
 #undef CELL
@@ -87,9 +87,9 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
     return transpose(narrow(slots, 1, column, count), 0, 1);
   };
   if (wanted(kWeightIH))
-    for (const Run& run : x_runs(a.cell))
-      call.multiply(rows(run.slot * H, run.count * H), input,
-                    narrow(gradient(kWeightIH), 0, run.gate * H, run.count * H));
+    for (const GateRange& range : x_ranges(a.cell))
+      call.multiply(rows(range.slot * H, range.count * H), input,
+                    narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H));
   if (wanted(kWeightHH)) {
     const Tensor before = call.empty({call.tokens, a.out_size()}, call.type());
     call.check(
@@ -101,9 +101,9 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
     const int64_t dim = 0;
     Tensor sums = torch::stable::sum(d.dgates, {{&dim, 1}}, false, call.compute());
     if (wanted(kBiasIH))
-      for (const Run& run : x_runs(a.cell)) {
-        Tensor to = narrow(gradient(kBiasIH), 0, run.gate * H, run.count * H);
-        torch::stable::copy_(to, narrow(sums, 0, run.slot * H, run.count * H));
+      for (const GateRange& range : x_ranges(a.cell)) {
+        Tensor to = narrow(gradient(kBiasIH), 0, range.gate * H, range.count * H);
+        torch::stable::copy_(to, narrow(sums, 0, range.slot * H, range.count * H));
       }
     if (wanted(kBiasHH)) torch::stable::copy_(gradient(kBiasHH), narrow(sums, 0, S - G, G));
   }
@@ -114,12 +114,12 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
 void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Differentials& d,
                                 Tensor w_ih, const Tensor& out) {
   const int64_t H = a.hidden_size, G = a.gate_columns();
-  const std::vector<Run> runs = x_runs(a.cell);
-  if (runs.size() > 1) {
+  const std::vector<GateRange> ranges = x_ranges(a.cell);
+  if (ranges.size() > 1) {
     Tensor ordered = call.empty({G, w_ih.size(1)}, call.type());
-    for (const Run& run : runs) {
-      Tensor to = narrow(ordered, 0, run.slot * H, run.count * H);
-      torch::stable::copy_(to, narrow(w_ih, 0, run.gate * H, run.count * H));
+    for (const GateRange& range : ranges) {
+      Tensor to = narrow(ordered, 0, range.slot * H, range.count * H);
+      torch::stable::copy_(to, narrow(w_ih, 0, range.gate * H, range.count * H));
     }
     w_ih = ordered;
   }

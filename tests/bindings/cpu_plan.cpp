@@ -14,13 +14,12 @@ namespace {
 // CpuVariant and CpuMachine, but with what their pointers point to.
 struct Variant {
   std::string name;
-  std::map<DType, CpuCosts> costs;  // of the dtypes that it computes
+  std::map<DType, CpuCosts> costs;
 
   CpuVariant value() const {
     CpuVariant v{};
     v.name = name.c_str();
-    for (const auto& [dtype, cost] : costs)
-      v.computes[int(dtype)] = true, v.costs[int(dtype)] = cost;
+    for (const auto& [dtype, cost] : costs) v.costs[int(dtype)] = cost;
     return v;
   }
 };
@@ -52,7 +51,8 @@ std::string words(const CpuPlan& made, const Problem& p, const CpuRequest& r,
 void bind_costs(py::module_& m) {
   using T = CpuCosts;
   auto type = structure<T>(m, "CpuCosts");
-  fields(type, NAMED(least_rows), NAMED(weight_bytes), NAMED(loads_quickly));
+  fields(type, NAMED(computes), NAMED(tiled), NAMED(least_rows), NAMED(planes), NAMED(weight_bytes),
+         NAMED(loads_quickly));
 }
 
 void bind_variant(py::module_& m) {
@@ -74,12 +74,18 @@ void bind_request(py::module_& m) {
          NAMED(resets), NAMED(recurrent_dropout));
 }
 
+void bind_pass(py::module_& m) {
+  using T = CpuPass;
+  auto type = structure<T>(m, "CpuPass");
+  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(overlaps_cells));
+}
+
 void bind_plan(py::module_& m) {
   using T = CpuPlan;
   auto type = structure<T>(m, "CpuPlan");
-  fields(type, NAMED(variant), NAMED(threads), NAMED(unpacked), NAMED(unpacked_hh),
-         NAMED(alternates), NAMED(recurrent_first), NAMED(rows_per_task), NAMED(tasks),
-         NAMED(members));
+  fields(type, NAMED(variant), NAMED(threads), NAMED(unpacked), NAMED(recurrent_first),
+         NAMED(rows_per_task), NAMED(tasks), NAMED(members));
+  type.def_readwrite("pass_", &T::pass);  // `pass` is a keyword of Python
 }
 
 }  // namespace
@@ -89,6 +95,7 @@ void bind_cpu_plan(py::module_& m) {
   bind_variant(m);
   bind_machine(m);
   bind_request(m);
+  bind_pass(m);
   bind_plan(m);
   m.def("plan_cpu", plan, py::arg("problem"), py::arg("request"), py::arg("machine"));
   m.def("describe_cpu", words, py::arg("plan"), py::arg("problem"), py::arg("request"),

@@ -31,10 +31,8 @@ RUNTIME = "tests/emulator/simt.cpp"
 REPLAY = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu")
 OP = (
     "tests/emulator/op.cpp",
-    *(
-        f"csrc/torch/{name}.cpp"
-        for name in ("call", "cuda", "cuda_call", "kept_memory", "switches")
-    ),
+    "csrc/cpu/run/scratch.cpp",
+    *(f"csrc/torch/{name}.cpp" for name in ("call", "cuda", "cuda_call", "reserve", "switches")),
 )
 
 # Frames larger than a page are probed, so that none skips the guard below its stack.

@@ -43,8 +43,8 @@ CellLayout layout_of() {
   static_assert(Cell::kSlots <= kMostSlots);
   CellLayout l{Cell::kGates, Cell::kSlots, Cell::kSaved, Cell::kHasCell, Cell::kUsesHPrev, {}, {}};
   for (int k = 0; k < kMostSlots; k++) {
-    l.x_gate[k] = gate_of(Cell::x_runs(), k);
-    l.h_gate[k] = gate_of(Cell::h_runs(), k);
+    l.x_gate[k] = gate_of(Cell::x_ranges(), k);
+    l.h_gate[k] = gate_of(Cell::h_ranges(), k);
   }
   return l;
 }

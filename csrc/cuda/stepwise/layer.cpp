@@ -7,9 +7,9 @@ namespace fusedrnn {
 namespace {
 
 // The product with W_hh fills, and is differentiated through, the last slots in the order of gates.
-#define CELL(mode, type)                                                         \
-  static_assert(type::h_runs().kCount == 1 && type::h_runs().run[0].gate == 0 && \
-                type::h_runs().run[0].slot == type::kSlots - type::kGates);
+#define CELL(mode, type)                                                               \
+  static_assert(type::h_ranges().kCount == 1 && type::h_ranges().range[0].gate == 0 && \
+                type::h_ranges().range[0].slot == type::kSlots - type::kGates);
 #include "cells/cells.inc"
 #undef CELL
 
