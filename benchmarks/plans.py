@@ -2,34 +2,30 @@
 
     python -m benchmarks.plans > docs/plans.md
 
-Runs on any machine: a plan is a pure function of the shape and the GPU's properties.
+Runs on any machine: a plan is a pure function of the shape and the GPU's properties. It calls the
+planner through tests/bindings, which needs the packages of `[test]`.
 """
 
 from __future__ import annotations
 
+import sys
 import textwrap
-from typing import NamedTuple
+from pathlib import Path
 
-from fusedrnn import _C
+from fusedrnn.cuda import Spec
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-class Device(NamedTuple):
-    """What csrc/plan/cuda_plan.h's DeviceSpec holds."""
-
-    capability: int
-    processors: int
-    shared_bytes: int  # of a block
-    clusters: tuple[int, ...] = ()  # of 1, 2, ... 16 blocks: how many run at once
-
+import bindings
 
 # Clusters do not cross the groups of 16 or 18 processors of which an H200 has 8. We assume no other
 # limit here; the module asks the driver.
 _H200_CLUSTERS = (132, 66, *(8 * (16 // n) for n in range(3, 17)))
 DEVICES = {
-    "H200": Device(90, 132, 232448, _H200_CLUSTERS),
-    "A100": Device(80, 108, 166912),
-    "L4": Device(89, 58, 101376),
-    "RTX 4090": Device(89, 128, 101376),
+    "H200": Spec(capability=90, processors=132, shared_bytes=232448, clusters=_H200_CLUSTERS),
+    "A100": Spec(capability=80, processors=108, shared_bytes=166912, clusters=()),
+    "L4": Spec(capability=89, processors=58, shared_bytes=101376, clusters=()),
+    "RTX 4090": Spec(capability=89, processors=128, shared_bytes=101376, clusters=()),
 }
 
 # (cell, dtype, hidden_size, layers, bidirectional, steps, batch)
@@ -64,10 +60,17 @@ commas, any of `units=N`, `rows=N`, `layers=N`.
 """
 
 
-def plan(shape: tuple, backward: bool, device: Device, forced: str = "", tf32: bool = False) -> str:
+def plan(shape: tuple, backward: bool, device: Spec) -> str:
     mode, dtype, hidden, layers, bidirectional, steps, batch = shape
-    arguments = (mode, dtype, hidden, 0, layers, bidirectional, steps, batch, backward, tf32)
-    return _C.cuda_plan(*arguments, *device, forced)[-1]
+    problem = bindings.Problem(
+        cell=bindings.Cell[mode],
+        dtype=bindings.DType[dtype],
+        hidden_size=hidden,
+        num_layers=layers,
+        num_directions=2 if bidirectional else 1,
+    )
+    request = bindings.CudaRequest(steps=steps, batch=batch, backward=backward)
+    return str(bindings.plan_cuda(problem, request, bindings.DeviceSpec(**device)))
 
 
 def table() -> str:

@@ -175,7 +175,7 @@ def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
             tokens=data.shape[0] if packed else steps * batch,
             threads=torch.get_num_threads(),
             backward=backward,
-        )["text"]
+        )
         for backward in (False, True)
     }
     lines = [f"fused CPU kernels, forward {plans[False]}", f"backward {plans[True]}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulator import ROOT, setup_script
+from compiling import ROOT, setup_script
 
 from fusedrnn import _C
 

@@ -16,7 +16,8 @@ import test_numbers
 import test_ops
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
-from emulator import ROOT, build, setup_script
+from compiling import ROOT, setup_script
+from emulator import build
 from emulator import ops as emulated
 from emulator.ops import instead_of_cpu, load
 from torch.nn.utils.rnn import pack_padded_sequence

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
+import bindings
 import pytest
 import torch
 from emulator import run
-from emulator.cell_step import CELLS, DTYPES
-from emulator.persistent import ENGINES, PersistentBackward, PersistentForward, offset
-from test_cuda_cells import GATES, NAN, SAVED, assert_near, number_of_slots, slots
+from test_cuda_cells import CELLS, GATES, NAN, SAVED, assert_near, number_of_slots, slots
 from torch import Tensor
 
 from fusedrnn import reference
@@ -18,7 +17,7 @@ NAMES = ["w_ih", "w_hh", "b_ih", "b_hh"]
 # (engine, dtype) -> how far one product may be off, relative to its largest value
 KINDS = {
     ("ffma", torch.float32): 2e-6,
-    ("ffma narrow", torch.float32): 2e-6,
+    ("ffma_narrow", torch.float32): 2e-6,
     ("tf32", torch.float32): 2e-3,
     ("half", torch.bfloat16): 2e-2,
     ("half", torch.float16): 3e-3,
@@ -103,30 +102,33 @@ class Stack:
             return tokens.unflatten(0, (self.T, self.B))
         return tokens.new_zeros(self.T, self.B, *tokens.shape[1:]).index_put((self.valid,), tokens)
 
-    def launch(self, kind, stages: list[dict]) -> None:
-        params = kind(
-            cell=CELLS.index(self.mode),
-            dtype=DTYPES.index(self.dtype),
-            engine=ENGINES.index(self.engine),
-            cluster=self.cluster,
-            chained=not self.bidirectional and self.stages > 1,
+    def launch(self, direction: str, stages: list[dict]) -> None:
+        division = {
+            "cell": bindings.Cell[self.mode],
+            "engine": bindings.Engine[self.engine],
+            "cluster": self.cluster,
+            "hidden_size": self.H,
+            "chained": not self.bidirectional and self.stages > 1,
+        }
+        shape = getattr(bindings, f"{direction}_shape")
+        params = getattr(bindings, f"Persistent{direction.title()}")(
+            **division,
+            shape=shape(**division, units=self.units, rows=self.rows),
+            dtype=bindings.DType[str(self.dtype).removeprefix("torch.")],
             stages=self.stages,
             batch=self.B,
-            hidden_size=self.H,
             steps=self.T,
             mask_scale=1 / (1 - self.dropout),
             slices=-(-self.B // self.rows),
         )
-        params.shape.units, params.shape.rows = self.units, self.rows
-        arrays: dict[str | int, Tensor | None] = {"lengths": self.lengths, "offsets": self.offsets}
+        arrays: dict = {"lengths": self.lengths, "offsets": self.offsets}
         for i, fields in enumerate(stages):
             for name, value in fields.items():
                 if isinstance(value, Tensor):
-                    arrays[offset(kind, i, name)] = value
+                    arrays[i, name] = value
                 elif value is not None:
                     setattr(params.stage[i], name, value)
-        name = "planned_forward" if kind is PersistentForward else "planned_backward"
-        result = run(name, params, arrays, self.emulation, self.seed)
+        result = run(f"planned_{direction}", params, arrays, self.emulation, self.seed)
         result.check()
         self.ways.append(result.way)
 
@@ -165,7 +167,7 @@ class Stack:
                     "y_stride": width + 3, "reverse": self.reverse(i),
                 }
             )  # fmt: skip
-        self.launch(PersistentForward, stages)
+        self.launch("forward", stages)
 
     def backward(self, dy: list[Tensor | None], dhn: list[Tensor], dcn: list[Tensor]) -> list[dict]:
         H, n = self.H, len(self.tokens(self.x))
@@ -192,7 +194,7 @@ class Stack:
                     "y_stride": self.y[i].stride(0), "dy_stride": H, "reverse": self.reverse(i),
                 }
             )  # fmt: skip
-        self.launch(PersistentBackward, stages)
+        self.launch("backward", stages)
         self.dgates = dgates
         x_slots, h_slots = map(list, slots(self.mode))
         grads = []
@@ -274,7 +276,7 @@ TEAMS = pytest.mark.parametrize("team", ["cluster", "grid", "alone"])
 @pytest.mark.parametrize("mode", CELLS)
 def test_a_layer(mode, engine, dtype, team):
     """Units that are no multiple of a block's, rows of the batch that are not of a tile."""
-    check(mode, engine, dtype, team, (3, 5, 21), 8, 8 if engine != "ffma narrow" else 2, seed=1)
+    check(mode, engine, dtype, team, (3, 5, 21), 8, 8 if engine != "ffma_narrow" else 2, seed=1)
 
 
 @TEAMS
@@ -289,7 +291,7 @@ def test_layers_in_a_chain(mode, team):
 def test_both_directions(mode, rows, team):
     lengths = {"full": None, "lengths": [2, 0, 4, 1, 3], "packed": [4, 4, 3, 2, 1]}[rows]
     check(
-        mode, "ffma narrow", torch.float32, team, (5, 5, 6), 4, 2, stages=2, bidirectional=True,
+        mode, "ffma_narrow", torch.float32, team, (5, 5, 6), 4, 2, stages=2, bidirectional=True,
         lengths=lengths, packed=rows == "packed", states=rows != "full", seed=3,
     )  # fmt: skip
 
@@ -328,7 +330,7 @@ def test_layers_overlap(layers, team):
     "mode", [m if m == "GRU" else pytest.param(m, marks=pytest.mark.slow) for m in CELLS]
 )
 def test_no_overrun_and_no_race(mode, engine, dtype, team, emulation):
-    rows = 2 if engine == "ffma narrow" else 8
+    rows = 2 if engine == "ffma_narrow" else 8
     check(
         mode, engine, dtype, team, (3, 3, 10), 8, rows, stages=2, dropout=0.5,
         lengths=[1, 3, 2], emulation=emulation, seed=5,

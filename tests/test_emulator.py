@@ -6,11 +6,12 @@ The programs are in emulator/programs.cu; each has a variant with a fault plante
 from __future__ import annotations
 
 import re
-from ctypes import Structure, c_bool, c_int64, c_void_p
 
+import bindings
 import pytest
 import torch
-from emulator import ROOT, Result, run
+from compiling import ROOT
+from emulator import Result, run
 from torch import Tensor
 
 NAN = float("nan")
@@ -19,21 +20,11 @@ SOURCE = (ROOT / "tests/emulator/programs.cu").read_text().splitlines()
 FAULTS = re.findall(r"^  k(\w+),$", (ROOT / "tests/emulator/programs.h").read_text(), re.M)
 
 
-class Program(Structure):
-    _fields_ = (
-        ("name", c_void_p),
-        *((name, c_int64) for name in "blocks threads cluster shared_bytes".split()),
-        ("cooperative", c_bool),
-        ("bug", c_int64),
-        *((name, c_void_p) for name in "a b out".split()),
-    )
-
-
 def launch(
     name: str, out: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None,
     mode: str = "plain", seed: int = -1, **fields,
 ) -> Result:  # fmt: skip
-    params = Program(**{"blocks": 1, "threads": 32, "cluster": 1, **fields})
+    params = bindings.Program(**{"blocks": 1, "threads": 32, "cluster": 1, **fields})
     text = torch.tensor([*name.encode(), 0], dtype=torch.uint8)
     return run("program", params, {"name": text, "a": a, "b": b, "out": out}, mode, seed)
 
@@ -388,10 +379,7 @@ def test_stack_overflow():
 
 
 def test_a_wrong_structure_is_refused():
-    class Short(Structure):
-        _fields_ = (("name", c_void_p),)
-
-    result = run("program", Short(), {})
+    result = run("program", bindings.CellForward(), {})
     assert result.status == 2 and "another size" in result.log
-    result = run("none", Short(), {})
+    result = run("none", bindings.Program(), {})
     assert result.status == 2 and "no such launch" in result.log

@@ -6,9 +6,6 @@ import re
 
 import pytest
 import torch
-from cases import cpu_plan
-from hypothesis import given
-from hypothesis import strategies as st
 from tolerances import assert_as_exact_as_torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -387,40 +384,6 @@ def test_explain_counts_rows(x, batch_first, batch):
     assert f" in 1 task of up to {rows}, each" in fusedrnn.explain(layer, x)
 
 
-@given(
-    hidden=st.integers(1, 600),
-    layers=st.integers(1, 4),
-    batch=st.integers(0, 300),
-    steps=st.integers(0, 100),
-    threads=st.integers(1, 64),
-    backward=st.booleans(),
-)
-def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads, backward):
-    size = {"steps": steps, "batch": batch, "tokens": batch * steps, "backward": backward}
-    with pytest.MonkeyPatch.context() as context:
-        context.delenv("FUSEDRNN_THREADS")
-        plan = cpu_plan("GRU", 5, hidden, layers, threads=threads, **size)
-        few = cpu_plan("GRU", 5, hidden, layers, threads=max(1, threads - 1), **size)
-    used, rows, tasks, members = (
-        plan[name] for name in ("threads", "rows_per_task", "tasks", "members")
-    )
-    variant, fewer = plan["variant"], few["threads"]
-    assert 1 <= fewer <= used <= threads
-    assert (tasks - 1) * rows < batch <= tasks * rows if batch else tasks == 0
-    if plan["unpacked"]:
-        return
-    # As it is packed; backward leaves room for the gradients of the gates.
-    size = 6 if variant == "amx" else 4
-    large = 3 * hidden * hidden * size > 2 << 20
-    room = not backward or 64 * 3 * hidden * size <= 1 << 20
-    assert rows <= (64 if large and room else 32)
-    work = batch * steps * 3 * hidden * (5 + hidden + (layers - 1) * 2 * hidden + 8 * layers)
-    assert used == 1 or used * 2**20 <= work
-    assert members <= used and (members == 1 or large or (rows == 1 and tasks * members <= used))
-    few = large and batch <= 16 * used and tasks * members <= used
-    assert members == 1 or few or members**2 * 2**12 <= 3 * hidden * hidden
-
-
 def test_explain_says_what_is_slow(monkeypatch):
     monkeypatch.delenv("FUSEDRNN_THREADS")
     layer = fusedrnn.LSTM(3, 4)
@@ -447,40 +410,6 @@ def test_explain_says_what_is_slow(monkeypatch):
     found = fusedrnn.explain(layer.bfloat16(), half.bfloat16())
     assert ("products of pairs" in found) == (_C.cpu_variant() == "avx512bf16")
     assert ("products on tiles" in found) == (_C.cpu_variant() == "amx")
-
-
-# Which calls read weights unpacked: an LSTM of 256 units has 2 MB of weights, of 512 units 8 MB.
-@pytest.mark.parametrize(
-    ("hidden", "steps", "batch", "more", "expected"),
-    [
-        (256, 1, 1, {}, {"unpacked": True, "alternates": False}),
-        (256, 8, 2, {}, {"unpacked": True}),
-        (256, 9, 2, {}, {"unpacked": False}),
-        (256, 3, 16, {}, {"unpacked": True}),
-        (256, 3, 17, {}, {"unpacked": False}),
-        (256, 3, 16, {"backward": True}, {"unpacked": False}),
-        (256, 1, 16, {"backward": True}, {"unpacked": True}),
-        (512, 8, 2, {}, {"unpacked": False, "unpacked_hh": True}),
-        (512, 1, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": True}),
-        (512, 2, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": False}),
-        (512, 1, 1, {"resets": True}, {"unpacked": False}),
-        (512, 1, 1, {"recurrent_dropout": True}, {"unpacked": False}),
-        (512, 1, 1, {"recurrent_dropout": True, "backward": True}, {"unpacked": True}),
-        (512, 1, 1, {"zoneout": True}, {"unpacked": False}),
-        (512, 1, 1, {"return_all": True}, {"unpacked": False}),
-        (512, 1, 1, {"layer_norm": True}, {"unpacked": False, "unpacked_hh": False}),
-        (512, 1, 1, {"one_hot": True}, {"unpacked": False}),
-        (256, 8, 4, {}, {"unpacked_hh": True}),
-        (256, 9, 4, {}, {"unpacked_hh": False}),
-        (256, 64, 1, {}, {"unpacked_hh": False}),
-        (1024, 64, 1, {}, {"unpacked_hh": True}),
-        (1024, 64, 5, {}, {"unpacked_hh": False}),
-    ],
-)
-def test_the_plan_of_few_tokens(hidden, steps, batch, more, expected):
-    size = {"steps": steps, "batch": batch, "tokens": steps * batch, "threads": 1, **more}
-    plan = cpu_plan("LSTM", hidden, hidden, **size)
-    assert {name: plan[name] for name in expected} == expected, plan
 
 
 def test_explain_says_why_not_ours():
