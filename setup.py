@@ -232,7 +232,7 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
             continue
         version = [f'-DFUSEDRNN_VERSION="{VERSION}"'] if source == MODULE else []
         steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines, *version)} {system}"))
-    for source in sources("plan/*.cpp") + sources("cpu/*.cpp") + cuda_host:
+    for source in sources("plan/*.cpp") + sources("cpu/**/*.cpp") + cuda_host:
         if source != KERNELS:
             steps.append(("cxx", source, "", words(*defines)))
     for source in cuda:

@@ -1,6 +1,9 @@
 # The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
 
+from fusedrnn.cuda import Spec
+
 def reserve_bytes(
+    *,
     mode: str,
     dtype: str,
     hidden_size: int,
@@ -14,6 +17,7 @@ def reserve_bytes(
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
 def cpu_plan(
+    *,
     mode: str,
     dtype: str,
     input_size: int,
@@ -23,14 +27,19 @@ def cpu_plan(
     num_layers: int,
     bidirectional: bool,
     layer_norm: bool,
-    batch: int,
+    zoneout: bool,
+    recurrent_dropout: bool,
+    resets: bool,
+    return_all: bool,
     steps: int,
+    batch: int,
     tokens: int,
     threads: int,
-    /,
-) -> tuple[str, int, int, int, int, int]: ...
-def cuda_device() -> tuple[int, int, int, tuple[int, ...]]: ...
+    backward: bool,
+) -> str: ...
+def cuda_device() -> Spec: ...
 def cuda_plan(
+    *,
     mode: str,
     dtype: str,
     hidden_size: int,
@@ -41,11 +50,7 @@ def cuda_plan(
     batch: int,
     backward: bool,
     tf32: bool,
-    capability: int,
-    processors: int,
-    shared_bytes: int,
-    clusters: tuple[int, ...],
+    device: Spec,
     forced: str,
-    /,
-) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
+) -> str: ...
 def cuda_archs() -> str: ...

@@ -154,50 +154,33 @@ def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
             cuda.plan(config, stored, steps, batch, backward, spec) for backward in (False, True)
         )
         return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
-    dtype = str(module.weight_ih_l0.dtype if one_hot else data.dtype)
-    tokens = data.shape[0] if isinstance(input, PackedSequence) else steps * batch
-    allowed = torch.get_num_threads()
-    variant, direct, threads, rows, tasks, members = _C.cpu_plan(
-        module.mode,
-        dtype.removeprefix("torch."),
-        module.input_size,
-        one_hot,
-        module.hidden_size,
-        module.proj_size,
-        module.num_layers,
-        module.bidirectional,
-        module.layer_norm,
-        batch,
-        steps,
-        tokens,
-        allowed,
-    )
-    if direct and not regularisers:
-        how = f"weights read without packing, units divided among {direct} of {allowed} threads"
-    else:
-        direct = 0
-        together = f", {members} threads to a task, which divide the units and meet at each step"
-        how = (
-            f"{batch} rows of the batch as {tasks} tasks of up to {rows} rows on {threads} "
-            f"threads, each through all layers and steps{together if members > 1 else ' alone'}"
+    plans = {
+        backward: _C.cpu_plan(
+            mode=module.mode,
+            dtype=str(module.weight_ih_l0.dtype if one_hot else data.dtype).removeprefix("torch."),
+            input_size=module.input_size,
+            one_hot=one_hot,
+            hidden_size=module.hidden_size,
+            proj_size=module.proj_size,
+            num_layers=module.num_layers,
+            bidirectional=module.bidirectional,
+            layer_norm=module.layer_norm,
+            zoneout=any(module._zoneout_rates()),
+            # Drawn in training only, as dropout is.
+            recurrent_dropout=module.training and module.recurrent_dropout > 0,
+            resets=False,
+            return_all=False,
+            steps=steps,
+            batch=batch,
+            tokens=data.shape[0] if packed else steps * batch,
+            threads=torch.get_num_threads(),
+            backward=backward,
         )
-    lines = [f"fused CPU kernels for {_C.cpu_variant()}", how]
+        for backward in (False, True)
+    }
+    lines = [f"fused CPU kernels, forward {plans[False]}", f"backward {plans[True]}"]
     if regularisers:
         lines.append(f"{regularisers} in the kernels")
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
-    if not direct and threads < allowed:
-        lines.append(f"{allowed - threads} threads idle: there is too little work to wake them for")
-    if not direct and tasks * members < threads:
-        idle = threads - tasks * members
-        lines.append(f"{idle} threads idle: the batch has too few rows to divide")
-    products = {"amx": "on tiles", "avx512bf16": "of pairs"}.get(variant)
-    if direct or not products:
-        products = ""
-    if dtype == "torch.float32" and products:
-        lines.append(f"products {products}: of three bfloat16, which make a float32")
-    elif dtype == "torch.bfloat16" and products:
-        lines.append(f"products {products} of {data.dtype}, all else in float32")
-    elif dtype in ("torch.bfloat16", "torch.float16"):
-        lines.append(f"{dtype} is computed in float32: half the memory, not twice the speed")
     return "\n  ".join([head, *lines])

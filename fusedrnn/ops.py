@@ -109,15 +109,15 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     hn = like.new_empty((states, batch, config.out_size))
     cn = like.new_empty((states, batch, config.hidden_size) if config.mode == "LSTM" else (0,))
     row = _C.reserve_bytes(
-        config.mode,
-        str(like.dtype).removeprefix("torch."),
-        config.hidden_size,
-        config.proj_size,
-        config.num_layers,
-        config.bidirectional,
-        config.zoneout_h > 0 or config.zoneout_c > 0,
-        config.all_states,
-        config.layer_norm,
+        mode=config.mode,
+        dtype=str(like.dtype).removeprefix("torch."),
+        hidden_size=config.hidden_size,
+        proj_size=config.proj_size,
+        num_layers=config.num_layers,
+        bidirectional=config.bidirectional,
+        zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
+        all_states=config.all_states,
+        layer_norm=config.layer_norm,
     )
     reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
     return y, hn, cn, reserve, *_fake_states(y, config)

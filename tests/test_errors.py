@@ -517,3 +517,28 @@ def test_the_error_of_a_hook_on_saved_tensors():
     with hooks, pytest.raises(RuntimeError, match="disk full"):
         layer(zeros(T, B, INPUT))
     assert len(packed) == 2
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        (("LSTM",), {}, "expected keyword arguments only"),
+        ((), {}, "missing argument 'mode'"),
+        ((), {"mode": "LSTM", "dtype": "float32"}, "missing argument 'hidden_size'"),
+        ((), {"mode": "LSTM", "dtype": "float32", "hidden_size": "5"}, "integer"),
+        ((), {"mode": 5}, "argument"),
+    ],
+)
+def test_functions_of_the_binary_take_named_arguments(positional, named, message):
+    with pytest.raises(TypeError, match=message):
+        fusedrnn._C.reserve_bytes(*positional, **named)
+
+
+def test_names_that_the_binary_does_not_know():
+    config = {"hidden_size": 5, "proj_size": 0, "num_layers": 1, "bidirectional": False}
+    config |= {"zoneout": False, "all_states": False, "layer_norm": False}
+    assert fusedrnn._C.reserve_bytes(mode="LSTM", dtype="float32", **config) > 0
+    with pytest.raises(RuntimeError, match="int8"):
+        fusedrnn._C.reserve_bytes(mode="LSTM", dtype="int8", **config)
+    with pytest.raises(RuntimeError, match="LSTN"):
+        fusedrnn._C.reserve_bytes(mode="LSTN", dtype="float32", **config)

@@ -14,18 +14,18 @@ enum class Cell : int {
   kCount
 };
 
-// Runs<N> for code that is not a template over cells.
-struct RunList {
+// GateRanges<N> for code that is not a template over cells.
+struct GateRangeList {
   int count;
-  Run run[2];  // the second may be empty
+  GateRange range[2];  // the second may be empty
 
   template <int N>
-  FUSEDRNN_HD constexpr RunList(const Runs<N>& runs) : count(N), run{} {
-    static_assert(N <= 2, "a cell has at most two runs");
-    for (int i = 0; i < N; i++) run[i] = runs.run[i];
+  FUSEDRNN_HD constexpr GateRangeList(const GateRanges<N>& ranges) : count(N), range{} {
+    static_assert(N <= 2, "a cell has at most two ranges");
+    for (int i = 0; i < N; i++) range[i] = ranges.range[i];
   }
-  FUSEDRNN_HD constexpr const Run* begin() const { return run; }
-  FUSEDRNN_HD constexpr const Run* end() const { return run + count; }
+  FUSEDRNN_HD constexpr const GateRange* begin() const { return range; }
+  FUSEDRNN_HD constexpr const GateRange* end() const { return range + count; }
 };
 
 // The constants of a cell, for the same.
@@ -54,19 +54,19 @@ FUSEDRNN_HD constexpr CellTraits traits(Cell cell, bool layer_norm = false) {
   }
 }
 
-struct CellRuns {
-  RunList x, h;
+struct CellGateRanges {
+  GateRangeList x, h;
 };
-constexpr CellRuns cell_runs(Cell cell, bool layer_norm) {
+constexpr CellGateRanges gate_ranges(Cell cell, bool layer_norm) {
   switch (cell) {
-#define CELL(mode, type)                                                     \
-  case Cell::k##type:                                                        \
-    if (layer_norm) return {Normed<type>::x_runs(), Normed<type>::h_runs()}; \
-    return {type::x_runs(), type::h_runs()};
+#define CELL(mode, type)                                                         \
+  case Cell::k##type:                                                            \
+    if (layer_norm) return {Normed<type>::x_ranges(), Normed<type>::h_ranges()}; \
+    return {type::x_ranges(), type::h_ranges()};
 #include "cells/cells.inc"
 #undef CELL
     default:
-      return {Runs<1>{}, Runs<1>{}};
+      return {GateRanges<1>{}, GateRanges<1>{}};
   }
 }
 

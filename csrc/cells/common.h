@@ -10,7 +10,7 @@
 //   kHasCell whether there is a cell state c beside h
 //            (and functions for the two halves of forward and backward, before and behind c)
 //   kUsesHPrev whether the element-wise functions read h_{t-1} itself
-//   x_runs(), h_runs()  into which slots the rows of W_ih and W_hh are accumulated: each fills
+//   x_ranges(), h_ranges()  into which slots the rows of W_ih and W_hh are accumulated: each fills
 //            kGates slots in a row, those of W_ih from slot 0 and those of W_hh up to the last
 //
 //   forward:  slots hold pre-activations on entry, what is saved on return; c is updated; returns h
@@ -30,28 +30,30 @@
 namespace fusedrnn {
 
 // `count` gates starting at weight row `gate * H` are accumulated into slots starting at `slot`.
-struct Run {
+struct GateRange {
   int gate, slot, count;
 };
 
 template <int N>
-struct Runs {
+struct GateRanges {
   static constexpr int kCount = N;
-  Run run[N];
+  GateRange range[N];
 };
 
-// The gate whose weight rows are accumulated into `slot`. R: Runs, or a list of them.
+// The gate whose weight rows are accumulated into `slot`. R: GateRanges, or a list of them.
 template <class R>
-FUSEDRNN_HD constexpr int gate_of(const R& runs, int slot) {
-  for (const Run& run : runs.run)
-    if (slot >= run.slot && slot < run.slot + run.count) return run.gate + slot - run.slot;
+FUSEDRNN_HD constexpr int gate_of(const R& ranges, int slot) {
+  for (const GateRange& range : ranges.range)
+    if (slot >= range.slot && slot < range.slot + range.count)
+      return range.gate + slot - range.slot;
   return -1;
 }
 // The slot into which the weight rows of `gate` are accumulated.
 template <int N>
-FUSEDRNN_HD constexpr int slot_of(const Runs<N>& runs, int gate) {
-  for (const Run& run : runs.run)
-    if (gate >= run.gate && gate < run.gate + run.count) return run.slot + gate - run.gate;
+FUSEDRNN_HD constexpr int slot_of(const GateRanges<N>& ranges, int gate) {
+  for (const GateRange& range : ranges.range)
+    if (gate >= range.gate && gate < range.gate + range.count)
+      return range.slot + gate - range.gate;
   return -1;
 }
 

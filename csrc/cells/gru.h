@@ -16,8 +16,8 @@ namespace fusedrnn {
 struct Gru {
   static constexpr int kGates = 3, kSlots = 4, kSaved = 4;
   static constexpr bool kHasCell = false, kUsesHPrev = true;
-  static FUSEDRNN_HD constexpr Runs<2> x_runs() { return {{{2, 0, 1}, {0, 1, 2}}}; }
-  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 1, 3}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<2> x_ranges() { return {{{2, 0, 1}, {0, 1, 2}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, 1, 3}}}; }
 
   template <class M, class V>
   static FUSEDRNN_HD V forward(V (&s)[4], V h_prev, V&) {

@@ -13,8 +13,8 @@ namespace fusedrnn {
 struct Lstm {
   static constexpr int kGates = 4, kSlots = 4, kSaved = 4;
   static constexpr bool kHasCell = true, kUsesHPrev = false;
-  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 4}}}; }
-  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 4}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, 4}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, 0, 4}}}; }
 
   // c of the activated gates
   template <class V>

@@ -12,8 +12,8 @@ namespace fusedrnn {
 struct RnnBase {
   static constexpr int kGates = 1, kSlots = 1, kSaved = 0;
   static constexpr bool kHasCell = false, kUsesHPrev = false;
-  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 1}}}; }
-  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 1}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, 1}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, 0, 1}}}; }
 };
 
 struct RnnTanh : RnnBase {

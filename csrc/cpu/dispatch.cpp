@@ -1,7 +1,7 @@
-// Chooses the variant of the kernels for the processor that runs, once.
-//
-// The question is asked here and not in kernels.cpp: that is compiled with instructions that the
-// processor may lack.
+// Asks the processor which kernels it runs. Not in kernels.cpp, which is compiled with instructions
+// that the processor may lack.
+#include "cpu/dispatch.h"
+
 #if FUSEDRNN_HAVE_amx
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -12,8 +12,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-
-#include "cpu/stack.h"
+#include <vector>
 
 namespace fusedrnn {
 
@@ -51,21 +50,30 @@ bool has_tiles() {
   uint64_t supported = 0;
   return syscall(SYS_arch_prctl, kGetSupported, &supported) == 0 && supported >> kTileData & 1;
 }
+#endif
 bool may_use_tiles() {
+#if FUSEDRNN_HAVE_amx
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   static const bool given = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return given;
-}
+#else
+  return false;
 #endif
-}  // namespace
+}
 
-const Variant* variants(int* count) {
+struct Installed {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Best first.
+const std::vector<Installed>& installed() {
 #define HAS(feature) bool(__builtin_cpu_supports(feature))
 #if FUSEDRNN_HAVE_avx512
   const bool avx512 = HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") &&
                       HAS("avx512vl") && HAS("fma") && HAS("bmi2");
 #endif
-  static const Variant all[] = {
+  static const std::vector<Installed> all = {
 #if FUSEDRNN_HAVE_amx
       {&kernels_amx, avx512 && HAS("avx512bf16") && has_tiles()},
 #endif
@@ -86,55 +94,76 @@ const Variant* variants(int* count) {
 #endif
   };
 #undef HAS
-  *count = int(sizeof all / sizeof *all);
   return all;
 }
 
-namespace {
-const Kernels& choose() {
-  const char* wanted = std::getenv("FUSEDRNN_CPU");
-  std::string names;
-  int count;
-  const Variant* all = variants(&count);
-  for (int i = 0; i < count; i++) {
-    if (!all[i].supported) continue;
-    const char* name = all[i].kernels->name;
-    if (!wanted || !*wanted || std::strcmp(wanted, name) == 0) return *all[i].kernels;
-    names += std::string(names.empty() ? "" : ", ") + name;
-  }
-  throw std::runtime_error(std::string("FUSEDRNN_CPU is ") + wanted +
-                           ", which this build or this processor lacks; choose from: " + names);
+const char* named_variant() {
+  const char* name = std::getenv("FUSEDRNN_CPU");
+  return name && *name ? name : nullptr;
 }
+
+// What may run, from the best or the one that is named on.
+struct Candidates {
+  std::vector<const Kernels*> kernels;
+  std::vector<CpuVariant> variants;
+
+  void add(const Installed& one) {
+    CpuVariant variant{};
+    variant.name = one.kernels->name;
+    for (int i = 0; i < int(DType::kCount); i++) variant.costs[i] = one.kernels->costs(DType(i));
+    kernels.push_back(one.kernels), variants.push_back(variant);
+  }
+};
+
+Candidates find_candidates() {
+  const char* const named = named_variant();
+  Candidates found;
+  std::string names;
+  for (const Installed& one : installed()) {
+    if (!one.supported) continue;
+    names += (names.empty() ? "" : ", ") + std::string(one.kernels->name);
+    if (named && found.kernels.empty() && std::strcmp(named, one.kernels->name)) continue;
+    found.add(one);
+  }
+  if (found.kernels.empty())
+    throw std::runtime_error(std::string("FUSEDRNN_CPU is ") + named +
+                             ", which this build or this processor lacks; choose from: " + names);
+  return found;
+}
+
+const Candidates& candidates() {
+  static const Candidates found = find_candidates();
+  return found;
+}
+
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+const InstalledVariant* installed_variants(int* count) {
+  static const std::vector<InstalledVariant> all = [] {
+    std::vector<InstalledVariant> found;
+    for (const Installed& one : installed()) found.push_back({one.kernels->name, one.supported});
+    return found;
+  }();
+  *count = int(all.size());
+  return all.data();
 }
 
-constexpr int64_t kTokensForTiles = 64;  // of no more float32 is better off without
-
-const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens) {
-  const Kernels& chosen = kernels();
-  (void)p, (void)batch, (void)tokens;
-#if FUSEDRNN_HAVE_amx
-  if (&chosen == &kernels_amx) {
-    // A float32 is three times the bfloat16 for tiles, and takes making: what is small is better
-    // off without. Tests ask for tiles by name, to see them with everything that is packed, as it
-    // is in backward of more than a few tokens.
-    static const bool named = std::getenv("FUSEDRNN_CPU") && *std::getenv("FUSEDRNN_CPU");
-    const bool pays = named || (batch >= 16 && tokens > kTokensForTiles && p.hidden_size >= 64 &&
-                                p.gate_rows() >= 128);
-    const bool tiles = p.dtype == DType::kBFloat16 ||
-                       (p.dtype == DType::kFloat32 && pays && tokens > kFewTokensBack);
-    if (tiles && may_use_tiles()) return kernels_amx;
-    return p.dtype == DType::kBFloat16 ? kernels_avx512bf16 : kernels_avx512;
-  }
-#endif
-#if FUSEDRNN_HAVE_avx512bf16
-  if (&chosen == &kernels_avx512bf16 && p.dtype != DType::kBFloat16) return kernels_avx512;
-#endif
-  return chosen;
+CpuMachine this_machine(int64_t threads) {
+  const Candidates& c = candidates();
+  static const bool named = named_variant();
+  const char* const wanted = std::getenv("FUSEDRNN_THREADS");
+  const bool all_threads = wanted && !std::strcmp(wanted, "all");
+  return {c.variants.data(), int(c.variants.size()), named, true, threads, all_threads};
 }
+
+CpuPlan plan_cpu_here(const Problem& p, const CpuRequest& r, CpuMachine* m) {
+  const CpuPlan plan = plan_cpu(p, r, *m);
+  const bool tiled = m->variants[plan.variant].costs[int(p.dtype)].tiled;
+  if (!tiled || may_use_tiles()) return plan;
+  m->tiles = false;
+  return plan_cpu(p, r, *m);
+}
+
+const Kernels& kernels_of(const CpuPlan& plan) { return *candidates().kernels[plan.variant]; }
 
 }  // namespace fusedrnn

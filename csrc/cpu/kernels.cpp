@@ -1,7 +1,8 @@
 // The kernels of one instruction set: FUSEDRNN_ISA names it, and the build compiles this file once
 // for each with that set's compiler flags.
 //
-// Every function has internal linkage (see simd.h). The table at the end is all that leaves.
+// Every function has internal linkage (vector/indices.h says why), and the table at the end is all
+// that others see.
 #include "cpu/pass/backward.h"
 #include "cpu/pass/forward.h"
 #include "cpu/pass/forward_unpacked.h"
@@ -14,11 +15,26 @@
 
 namespace {
 
+using Float64 = double;
+using Float32 = float;
+
+// Kernels with products of bfloat16 compute nothing else, those on tiles also float32: the rest
+// would be as without.
+constexpr bool computes(DType dtype) {
+  (void)dtype;
+#if defined(__AMX_BF16__)
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat32;
+#elif defined(__AVX512BF16__)
+  return dtype == DType::kBFloat16;
+#else
+  return true;
+#endif
+}
+
 // Calls f with a value of the problem's storage type, and with its cell.
 template <class F>
 FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
   (void)dtype;
-  // dispatch.cpp asks variants with bfloat16 for nothing else, but one with tiles for float32 too.
 #if defined(__AMX_BF16__)
   if (dtype == DType::kFloat32) return f(float{});
 #endif
@@ -26,14 +42,13 @@ FUSEDRNN_INLINE auto with_dtype(DType dtype, F f) {
   return f(BFloat16{});
 #else
   switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
+  case DType::k##name:                                             \
+    return f(name{});
+#include "plan/dtypes.inc"
+#undef DTYPE
     default:
-      return f(Float16{});
+      __builtin_unreachable();
   }
 #endif
 }
@@ -63,9 +78,14 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
 }
 
 CpuCosts costs_of(DType dtype) {
+  if (!computes(dtype)) return {};
   return with_dtype(dtype, [](auto s) {
     using X = Operand<decltype(s)>;
-    return CpuCosts{kTiled<X> ? 8 : 1, kPlanes<X> * int64_t(sizeof(Element<X>)),
+    return CpuCosts{true,
+                    kTiled<X>,
+                    kTiled<X> ? 8 : 1,
+                    kPlanes<X>,
+                    kPlanes<X> * int64_t(sizeof(Element<X>)),
                     kLoadsQuickly<decltype(s)>};
   });
 }
@@ -77,34 +97,35 @@ PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
                     [&](auto s) { return backward_offsets<Operand<decltype(s)>>(p, layer); });
 }
-void pack_forward_of(const Forward& a, int64_t which, void* to, int64_t part, int64_t parts) {
+void pack_forward_of(const Forward& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   with_dtype(a.problem.dtype,
-             [&](auto s) { pack_forward<decltype(s)>(a, which, to, part, parts); });
+             [&](auto s) { ForwardPacking<decltype(s)>(a, which, packed, part, parts).run(); });
 }
-void pack_backward_of(const Backward& a, int64_t which, void* to, int64_t part, int64_t parts) {
+void pack_backward_of(const Backward& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   with_dtype(a.problem.dtype,
-             [&](auto s) { pack_backward<decltype(s)>(a, which, to, part, parts); });
+             [&](auto s) { pack_backward<decltype(s)>(a, which, packed, part, parts); });
 }
 RowsScratch rows_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {
     Scratch common[2]{}, own[2]{};
     ForwardBuffers<decltype(s)>(p, rows, common[0], own[0]);
     BackwardBuffers<decltype(s)>(p, rows, common[1], own[1]);
-    own[0].take<ForwardRow<decltype(s)>>(rows);
     return RowsScratch{max(common[0].used, common[1].used), max(own[0].used, own[1].used)};
   });
 }
 void forward_of(const Forward& a, const Rows& rows, Member& me) {
   const TileSetup tiles;
-  with_both(a.problem,
-            [&](auto cell, auto s) { forward_rows<decltype(cell), decltype(s)>(a, rows, me); });
+  with_both(a.problem, [&](auto cell, auto s) {
+    ForwardPass<decltype(cell), decltype(s)>(a, rows, me).run();
+  });
 }
 void backward_of(const Backward& a, const Rows& rows, Member& me) {
   const TileSetup tiles;
-  with_both(a.problem,
-            [&](auto cell, auto s) { backward_rows<decltype(cell), decltype(s)>(a, rows, me); });
+  with_both(a.problem, [&](auto cell, auto s) {
+    BackwardPass<decltype(cell), decltype(s)>(a, rows, me).run();
+  });
 }
-RowsScratch direct_scratch_of(const Problem& p, int64_t rows) {
+RowsScratch unpacked_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {
     using C = Compute<decltype(s)>;
     Scratch common{}, own{};
@@ -113,7 +134,7 @@ RowsScratch direct_scratch_of(const Problem& p, int64_t rows) {
     return RowsScratch{common.used, own.used};
   });
 }
-void direct_begin_of(const Forward& a, const DirectStep& step) {
+void unpacked_begin_of(const Forward& a, const UnpackedStep& step) {
   with_dtype(a.problem.dtype, [&](auto s) {
     using S = decltype(s);
     using C = Compute<S>;
@@ -121,18 +142,19 @@ void direct_begin_of(const Forward& a, const DirectStep& step) {
                    a.problem.hidden_size, static_cast<C*>(step.c));
   });
 }
-void direct_recurrent_of(const Forward& a, const DirectStep& step, int64_t part, int64_t parts) {
+void unpacked_recurrent_of(const Forward& a, const UnpackedStep& step, int64_t part,
+                           int64_t parts) {
   with_plain(a.problem, [&](auto cell, auto s) {
-    direct_recurrent<decltype(cell), decltype(s)>(a, step, part, parts);
+    UnpackedPass<decltype(cell), decltype(s)>(a, step).recurrent_products(part, parts);
   });
 }
-void direct_step_of(const Forward& a, const DirectStep& step, int64_t part, int64_t parts,
-                    void* scratch) {
+void unpacked_step_of(const Forward& a, const UnpackedStep& step, int64_t part, int64_t parts,
+                      void* scratch) {
   with_plain(a.problem, [&](auto cell, auto s) {
-    direct_step<decltype(cell), decltype(s)>(a, step, part, parts, scratch);
+    UnpackedPass<decltype(cell), decltype(s)>(a, step).run(part, parts, scratch);
   });
 }
-void direct_end_of(const Forward& a, const DirectStep& step) {
+void unpacked_end_of(const Forward& a, const UnpackedStep& step) {
   with_dtype(a.problem.dtype, [&](auto s) {
     using S = decltype(s);
     using C = Compute<S>;
@@ -151,7 +173,8 @@ int64_t weight_scratch_of(const Problem& p, int64_t layer) {
 }
 void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
   const TileSetup tiles;
-  with_dtype(a.problem.dtype, [&](auto s) { weight_grad<decltype(s)>(a, task, threads, scratch); });
+  with_dtype(a.problem.dtype,
+             [&](auto s) { WeightGradTask<decltype(s)>(a, task, threads, scratch).run(); });
 }
 
 }  // namespace
@@ -169,11 +192,11 @@ const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
     rows_scratch_of,
     forward_of,
     backward_of,
-    direct_scratch_of,
-    direct_begin_of,
-    direct_recurrent_of,
-    direct_step_of,
-    direct_end_of,
+    unpacked_scratch_of,
+    unpacked_begin_of,
+    unpacked_recurrent_of,
+    unpacked_step_of,
+    unpacked_end_of,
     weight_tasks_of,
     weight_scratch_of,
     weight_grad_of,

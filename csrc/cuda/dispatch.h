@@ -9,16 +9,14 @@ namespace fusedrnn {
 template <class F>
 int with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
+  case DType::k##name:                                             \
+    return f(name{});
+#include "plan/dtypes.inc"
+#undef DTYPE
+    default:
+      return kInvalidValue;
   }
-  return kInvalidValue;
 }
 
 // Calls f with a value of the cell's struct.

@@ -7,13 +7,39 @@
 
 namespace fusedrnn {
 
-enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+enum class DType : int {
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) k##name,
+#include "plan/dtypes.inc"
+#undef DTYPE
+  kCount
+};
 
-FUSEDRNN_HD constexpr int64_t bytes(DType t) {
-  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+struct DTypeTraits {
+  const char* name;  // torch's
+  // Sums, cell states and carried gradients are kept in the compute type.
+  int64_t bytes, compute_bytes;
+};
+FUSEDRNN_HD constexpr DTypeTraits traits(DType dtype) {
+  switch (dtype) {
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
+  case DType::k##name:                                             \
+    return {torch_name, bytes, compute_bytes};
+#include "plan/dtypes.inc"
+#undef DTYPE
+    default:
+      return {};
+  }
 }
-// Sums, cell states and carried gradients are kept in float64 for float64 and float32 for the rest.
-FUSEDRNN_HD constexpr int64_t compute_bytes(DType t) { return t == DType::kFloat64 ? 8 : 4; }
+FUSEDRNN_HD constexpr int64_t bytes(DType t) { return traits(t).bytes; }
+FUSEDRNN_HD constexpr int64_t compute_bytes(DType t) { return traits(t).compute_bytes; }
+
+// A weight of a layer and direction.
+enum WeightKind : int {
+#define WEIGHT(kind, name, torch_name, present, rows, columns) kind,
+#include "plan/weights.inc"
+#undef WEIGHT
+  kWeightKinds
+};
 
 struct Problem {
   Cell cell;
@@ -45,22 +71,53 @@ struct Problem {
   FUSEDRNN_HD constexpr int64_t normed_columns() const {
     return layer_norm ? (traits(cell).slots + traits(cell).has_cell) * hidden_size : 0;
   }
-  FUSEDRNN_HD constexpr int weights_per_direction() const {
-    const int gains = layer_norm ? 2 + (traits(cell).has_cell ? 2 : 0) : 0;
-    return 2 + (bias ? 2 : 0) + (proj_size ? 1 : 0) + gains;
+  FUSEDRNN_HD constexpr int weights_per_direction() const { return weight_place(kWeightKinds); }
+  // How many weights come before that of a kind, within a layer and direction.
+  FUSEDRNN_HD constexpr int weight_place(WeightKind wanted) const {
+    const Problem& p = *this;
+    int place = 0;
+#define WEIGHT(kind, name, torch_name, present, rows, columns) place += kind < wanted && (present);
+#include "plan/weights.inc"
+#undef WEIGHT
+    return place;
+  }
+  // Whether there is one of a kind.
+  FUSEDRNN_HD constexpr bool has_weight(WeightKind kind) const {
+    return weight_place(WeightKind(kind + 1)) > weight_place(kind);
+  }
+  // The same among the weights of all layers and directions.
+  FUSEDRNN_HD constexpr int64_t weight_index(int64_t layer, int64_t dir, WeightKind wanted) const {
+    return (layer * num_directions + dir) * weights_per_direction() + weight_place(wanted);
   }
 };
 
-// Of up to so many tokens a call may read its weights as they lie, in forward and in backward.
+// Of up to so many tokens a call may read its weights unpacked, in forward and in backward.
 constexpr int64_t kFewTokens = 48, kFewTokensBack = 16;
 // Rows of a batch that its dot products take at a time.
 constexpr int64_t kDotRows = 4;
 
-// Of one layer and direction, in torch.nn's layout. Null where there are none: biases, w_hr, and
-// what layer normalisation multiplies and adds.
-struct Weights {
-  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gain_ih, *gain_hh, *gain_c, *shift_c;
+// A pointer to each weight of a layer and direction, or to its gradient, in torch.nn's layout; null
+// where there is none.
+template <class Pointer>
+struct WeightPointers {
+#define WEIGHT(kind, name, torch_name, present, rows, columns) Pointer name;
+#include "plan/weights.inc"
+#undef WEIGHT
+
+  FUSEDRNN_HD constexpr Pointer operator[](WeightKind wanted) const {
+    switch (wanted) {
+#define WEIGHT(kind, name, torch_name, present, rows, columns) \
+  case kind:                                                   \
+    return name;
+#include "plan/weights.inc"
+#undef WEIGHT
+      default:
+        return nullptr;
+    }
+  }
 };
+using Weights = WeightPointers<const void*>;
+using WeightGradients = WeightPointers<void*>;
 
 // The reserve holds, for every layer and direction, one row per token (a row of the batch at a
 // step): first all cell states (compute type), then the scales of layer normalisation (compute

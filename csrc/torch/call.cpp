@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "torch/kept_memory.h"
+#include "torch/reserve.h"
 
 namespace fusedrnn {
 namespace {
@@ -32,12 +32,14 @@ Tensor as_int64(const Tensor& t, torch::stable::Device device) {
 std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
   check_integers(name, t);
   const Tensor host = as_int64(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  const int64_t* at = static_cast<const int64_t*>(host.const_data_ptr());
-  return std::vector<int64_t>(at, at + host.numel());
+  const int64_t* values = static_cast<const int64_t*>(host.const_data_ptr());
+  return std::vector<int64_t>(values, values + host.numel());
 }
 
 Call::Call(const Inputs& in, const Config& config)
-    : problem(problem_of(config, in.x, in.weights)), x(in.x), like(typed(in.x, in.weights)) {
+    : problem(problem_of(config, in.regularisers, in.x, in.weights)),
+      x(in.x),
+      like(typed(in.x, in.weights)) {
   const Problem& p = problem;
   const bool one_hot = p.one_hot;
   if (one_hot) {
@@ -63,28 +65,30 @@ Call::Call(const Inputs& in, const Config& config)
     }
   }
 
-  hx = as_contiguous(in.hx), cx = as_contiguous(in.cx), mask = as_contiguous(in.mask);
+  hx = as_contiguous(in.hx), cx = as_contiguous(in.cx), resets = as_contiguous(in.resets);
   if (hx) check_like("hx", *hx, like), check_shape("hx", *hx, {directions(), batch, p.out_size()});
   if (cx) {
     FUSEDRNN_EXPECT(traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
     check_like("cx", *cx, like), check_shape("cx", *cx, {directions(), batch, p.hidden_size});
   }
-  if (mask) {
-    FUSEDRNN_EXPECT(mask->scalar_type() == ScalarType::Byte && mask->device() == x.device(),
-                    "fusedrnn: expected the dropout mask as uint8 on the device of the input");
-    check_shape("the dropout mask", *mask, {p.num_layers - 1, tokens, out_width()});
-  }
-  FUSEDRNN_EXPECT(in.dropout >= 0 && in.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
-  mask_scale = in.dropout < 1 ? 1 / (1 - in.dropout) : 0;
   weights.reserve(in.weights.size());
   for (const Tensor& w : in.weights) weights.push_back(as_contiguous(w));
-  resets = as_contiguous(in.resets), h_mask = as_contiguous(in.h_mask);
-  zone_h = as_contiguous(in.zone_h), zone_c = as_contiguous(in.zone_c);
-  check_regularisers(config);
+  regularisers = in.regularisers;
+  for (OptionalTensor* mask :
+       {&regularisers.mask, &regularisers.h_mask, &regularisers.zone_h, &regularisers.zone_c})
+    *mask = as_contiguous(*mask);
+  check_regularisers();
 }
 
-void Call::check_regularisers(const Config& config) {
+void Call::check_regularisers() const {
   const Problem& p = problem;
+  const RegulariserTensors& r = regularisers;
+  if (r.mask) {
+    FUSEDRNN_EXPECT(r.mask->scalar_type() == ScalarType::Byte && r.mask->device() == x.device(),
+                    "fusedrnn: expected the dropout mask as uint8 on the device of the input");
+    check_shape("the dropout mask", *r.mask, {p.num_layers - 1, tokens, out_width()});
+  }
+  FUSEDRNN_EXPECT(r.dropout >= 0 && r.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
   auto check_mask = [&](const char* name, const OptionalTensor& t, ScalarType type,
                         const std::vector<int64_t>& sizes) {
     if (!t) return;
@@ -95,11 +99,10 @@ void Call::check_regularisers(const Config& config) {
   };
   check_mask("resets", resets, ScalarType::Bool,
              packed() ? std::vector<int64_t>{tokens} : std::vector<int64_t>{steps, batch});
-  check_mask("h_mask", h_mask, compute(), {directions(), batch, p.out_size()});
-  check_mask("zone_h", zone_h, ScalarType::Byte, {directions(), tokens, p.out_size()});
-  check_mask("zone_c", zone_c, ScalarType::Byte, {directions(), tokens, p.hidden_size});
-  zoneout_h = config.zoneout_h, zoneout_c = config.zoneout_c;
-  FUSEDRNN_EXPECT((!zone_h || zoneout_h > 0) && (!zone_c || zoneout_c > 0),
+  check_mask("h_mask", r.h_mask, compute(), {directions(), batch, p.out_size()});
+  check_mask("zone_h", r.zone_h, ScalarType::Byte, {directions(), tokens, p.out_size()});
+  check_mask("zone_c", r.zone_c, ScalarType::Byte, {directions(), tokens, p.hidden_size});
+  FUSEDRNN_EXPECT((!r.zone_h || r.zoneout_h > 0) && (!r.zone_c || r.zoneout_c > 0),
                   "fusedrnn: zoneout's masks need zoneout above 0");
 }
 
@@ -140,17 +143,13 @@ std::vector<int64_t> Call::cs_sizes() const {
 }
 
 Weights Call::weights_of(int64_t layer, int64_t dir) const {
-  auto next =
-      weights.begin() + (layer * problem.num_directions + dir) * problem.weights_per_direction();
+  const Problem& p = problem;
+  auto next = weights.begin() + p.weight_index(layer, dir, WeightKind(0));
   Weights w{};
-  w.w_ih = next++->const_data_ptr(), w.w_hh = next++->const_data_ptr();
-  if (problem.bias) w.b_ih = next++->const_data_ptr(), w.b_hh = next++->const_data_ptr();
-  if (problem.proj_size) w.w_hr = next++->const_data_ptr();
-  if (problem.layer_norm) {
-    w.gain_ih = next++->const_data_ptr(), w.gain_hh = next++->const_data_ptr();
-    if (traits(problem.cell).has_cell)
-      w.gain_c = next++->const_data_ptr(), w.shift_c = next++->const_data_ptr();
-  }
+#define WEIGHT(kind, name, torch_name, present, rows, columns) \
+  if (present) w.name = next++->const_data_ptr();
+#include "plan/weights.inc"
+#undef WEIGHT
   return w;
 }
 
@@ -194,8 +193,8 @@ ForwardOutputs Call::outputs(Save save) const {
           cs};
 }
 
-GradientTensors::GradientTensors(const Call& call, const OutputGradients& given, const Kept& kept,
-                                 const std::vector<bool>& needs) {
+GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
+                                 const SavedForBackward& saved, const std::vector<bool>& needs) {
   const Problem& p = call.problem;
   const bool has_cell = traits(p.cell).has_cell;
   const std::vector<int64_t> hidden{call.directions(), call.batch, p.out_size()},
@@ -203,18 +202,18 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
       outputs = call.token_sizes(call.out_width());
   FUSEDRNN_EXPECT(needs.size() == 3 + call.weights.size(), "fusedrnn: expected ",
                   3 + call.weights.size(), " needs, got ", needs.size());
-  auto check_kept = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
-                        ScalarType type) {
+  auto check_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                         ScalarType type) {
     check_shape(name, t, sizes);
     FUSEDRNN_EXPECT(t.is_contiguous() && t.device() == call.x.device() && t.scalar_type() == type,
                     "fusedrnn: expected ", name, " as forward made it");
   };
-  check_like("the output", kept.y, call.like);
-  check_kept("the output", kept.y, outputs, call.type());
-  check_kept("the reserve", kept.reserve, {call.tokens, Reserve(p).bytes_per_token()},
-             ScalarType::Byte);
-  check_kept("hs", kept.hs, call.hs_sizes(), call.type());
-  check_kept("cs", kept.cs, call.cs_sizes(), call.compute());
+  check_like("the output", saved.y, call.like);
+  check_saved("the output", saved.y, outputs, call.type());
+  check_saved("the reserve", saved.reserve, {call.tokens, Reserve(p).bytes_per_token()},
+              ScalarType::Byte);
+  check_saved("hs", saved.hs, call.hs_sizes(), call.type());
+  check_saved("cs", saved.cs, call.cs_sizes(), call.compute());
   auto gradient = [&](const char* name, const OptionalTensor& g,
                       const std::vector<int64_t>& sizes) -> OptionalTensor {
     if (!g) return std::nullopt;

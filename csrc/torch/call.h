@@ -10,11 +10,11 @@ struct Call {
   Problem problem;
   Tensor x;     // rows of which the elements follow each other; integers as int64
   Tensor like;  // what is computed has its dtype
-  OptionalTensor hx, cx, mask, lengths, resets, h_mask, zone_h, zone_c;
+  OptionalTensor hx, cx, lengths, resets;
+  RegulariserTensors regularisers;
   std::vector<Tensor> weights;
   int64_t steps, batch, tokens;
   std::vector<int64_t> batch_sizes;  // of packed input: rows at each step
-  double mask_scale, zoneout_h, zoneout_c;
 
   Call(const Inputs&, const Config&);
 
@@ -26,6 +26,10 @@ struct Call {
   std::vector<int64_t> token_sizes(int64_t width) const;
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType) const;
   Weights weights_of(int64_t layer, int64_t dir) const;
+  // What dropout multiplies with where it keeps a value.
+  double mask_scale() const {
+    return regularisers.dropout < 1 ? 1 / (1 - regularisers.dropout) : 0;
+  }
 
   // The sizes of the states of all layers and steps; nothing where they are not asked for.
   std::vector<int64_t> hs_sizes() const, cs_sizes() const;
@@ -34,7 +38,7 @@ struct Call {
 
  private:
   void read_batch_sizes(const Tensor&);
-  void check_regularisers(const Config&);
+  void check_regularisers() const;
 };
 
 // The tensors of a backward call beside those of its forward, all in the compute type.
@@ -46,7 +50,8 @@ struct GradientTensors {
   // The lowest layer that anything asked for depends on; below it nothing is done.
   int64_t lowest;
 
-  GradientTensors(const Call&, const OutputGradients&, const Kept&, const std::vector<bool>& needs);
+  GradientTensors(const Call&, const OutputGradients&, const SavedForBackward&,
+                  const std::vector<bool>& needs);
 
   // Whether the gradient of a layer's input is needed, for the layer below or for itself.
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && need_x); }

@@ -22,8 +22,16 @@ struct Config {
   std::string mode;
   int64_t hidden_size, proj_size, num_layers;
   bool bias, bidirectional;
-  double zoneout_h = 0, zoneout_c = 0;  // how much of the old h and c stays
   bool all_states = false, layer_norm = false;
+};
+
+// What a call is regularised with; a mask that is absent is not applied.
+struct RegulariserTensors {
+  OptionalTensor mask;                  // of the dropout between layers, uint8: 1 keeps
+  double dropout = 0;                   // the probability that it was drawn with
+  OptionalTensor h_mask;                // recurrent dropout, compute type
+  OptionalTensor zone_h, zone_c;        // zoneout, uint8: 1 keeps the old value
+  double zoneout_h = 0, zoneout_c = 0;  // without a mask: how much of the old h and c stays
 };
 
 inline std::string show(const Tensor& t) {
@@ -63,14 +71,11 @@ inline bool is_integer(ScalarType t) {
 
 inline DType dtype_of(ScalarType t) {
   switch (t) {
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
+#define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
+  case ScalarType::scalar_type:                                    \
+    return DType::k##name;
+#include "plan/dtypes.inc"
+#undef DTYPE
     default:
       FUSEDRNN_EXPECT(
           false, "fusedrnn: expected float64, float32, bfloat16 or float16, got another dtype");
@@ -78,7 +83,7 @@ inline DType dtype_of(ScalarType t) {
   return DType::kFloat32;
 }
 inline ScalarType compute_type(DType t) {
-  return t == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  return compute_bytes(t) == 8 ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Cell cell_of(const std::string& mode) {
@@ -95,13 +100,9 @@ inline const Tensor& typed(const Tensor& x, const std::vector<Tensor>& weights) 
   return weights[0];
 }
 
-// Weights in torch.nn's order: per layer and direction w_ih, w_hh, [b_ih, b_hh], [w_hr],
-// [gain_ih, gain_hh, [gain_c, shift_c]].
-inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Tensor>& weights) {
-  Problem p{};
-  p.cell = cell_of(c.mode);
+// The problem's fields that the input's shape gives: its width, and whether it is integers.
+inline void read_input(Problem& p, const Tensor& x, const Tensor& like) {
   p.one_hot = is_integer(x.scalar_type());
-  const Tensor& like = typed(x, weights);
   p.dtype = dtype_of(like.scalar_type());
   if (p.one_hot) {
     FUSEDRNN_EXPECT(x.dim() == 1 || x.dim() == 2,
@@ -117,14 +118,47 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
                     "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
     p.input_size = x.size(x.dim() - 1);
   }
+}
+
+// All weights, per layer and direction in the order of plan/weights.inc.
+inline void check_weights(const Problem& p, const std::vector<Tensor>& weights,
+                          const Tensor& like) {
+  const size_t each = p.weights_per_direction();
+  const int64_t directions = checked_product(p.num_layers, p.num_directions);
+  FUSEDRNN_EXPECT(int64_t(weights.size()) == checked_product(directions, each),
+                  "fusedrnn: expected ", directions, " x ", each, " weights, got ", weights.size());
+  checked_product(traits(p.cell).gates, p.hidden_size);
+  size_t i = 0;
+  auto check = [&](const char* name, int64_t rows, int64_t columns) {
+    check_like(name, weights[i], like);
+    if (columns >= 0)
+      check_shape(name, weights[i++], {rows, columns});
+    else
+      check_shape(name, weights[i++], {rows});
+  };
+  for (int64_t layer = 0; layer < p.num_layers; layer++)
+    for (int64_t dir = 0; dir < p.num_directions; dir++) {
+#define WEIGHT(kind, name, torch_name, present, rows, columns) \
+  if (present) check(torch_name, rows, columns);
+#include "plan/weights.inc"
+#undef WEIGHT
+    }
+}
+
+inline Problem problem_of(const Config& c, const RegulariserTensors& r, const Tensor& x,
+                          const std::vector<Tensor>& weights) {
+  Problem p{};
+  p.cell = cell_of(c.mode);
+  const Tensor& like = typed(x, weights);
+  read_input(p, x, like);
   p.hidden_size = c.hidden_size;
   p.proj_size = c.proj_size;
   p.num_layers = c.num_layers;
   p.num_directions = c.bidirectional ? 2 : 1;
   p.bias = c.bias;
-  FUSEDRNN_EXPECT(c.zoneout_h >= 0 && c.zoneout_h <= 1 && c.zoneout_c >= 0 && c.zoneout_c <= 1,
+  FUSEDRNN_EXPECT(r.zoneout_h >= 0 && r.zoneout_h <= 1 && r.zoneout_c >= 0 && r.zoneout_c <= 1,
                   "fusedrnn: zoneout must lie in [0, 1]");
-  p.zoneout = c.zoneout_h > 0 || c.zoneout_c > 0;
+  p.zoneout = r.zoneout_h > 0 || r.zoneout_c > 0;
   p.all_states = c.all_states;
   p.layer_norm = c.layer_norm;
   FUSEDRNN_EXPECT(p.hidden_size > 0 && p.num_layers > 0,
@@ -132,31 +166,10 @@ inline Problem problem_of(const Config& c, const Tensor& x, const std::vector<Te
   FUSEDRNN_EXPECT(p.proj_size >= 0 && p.proj_size < p.hidden_size,
                   "fusedrnn: proj_size must lie in [0, hidden_size)");
   FUSEDRNN_EXPECT(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
-  FUSEDRNN_EXPECT(!c.zoneout_c || traits(p.cell).has_cell, "fusedrnn: only LSTM takes zoneout_c");
+  FUSEDRNN_EXPECT(!r.zoneout_c || traits(p.cell).has_cell, "fusedrnn: only LSTM takes zoneout_c");
   FUSEDRNN_EXPECT(!p.layer_norm || p.cell == Cell::kGru || p.cell == Cell::kLstm,
                   "fusedrnn: only LSTM and GRU take layer_norm");
-
-  const size_t each = p.weights_per_direction();
-  const int64_t directions = checked_product(p.num_layers, p.num_directions);
-  FUSEDRNN_EXPECT(int64_t(weights.size()) == checked_product(directions, each),
-                  "fusedrnn: expected ", directions, " x ", each, " weights, got ", weights.size());
-  const int64_t gate_rows = checked_product(traits(p.cell).gates, p.hidden_size);
-  size_t i = 0;
-  for (int64_t layer = 0; layer < p.num_layers; layer++)
-    for (int64_t dir = 0; dir < p.num_directions; dir++) {
-      auto next = [&](const char* name, std::initializer_list<int64_t> sizes) {
-        check_like(name, weights[i], like);
-        check_shape(name, weights[i++], sizes);
-      };
-      next("weight_ih", {gate_rows, p.layer_input(layer)});
-      next("weight_hh", {gate_rows, p.out_size()});
-      if (p.bias) next("bias_ih", {gate_rows}), next("bias_hh", {gate_rows});
-      if (p.proj_size) next("weight_hr", {p.proj_size, p.hidden_size});
-      if (!p.layer_norm) continue;
-      next("gain_ih", {gate_rows}), next("gain_hh", {gate_rows});
-      if (traits(p.cell).has_cell)
-        next("gain_c", {p.hidden_size}), next("shift_c", {p.hidden_size});
-    }
+  check_weights(p, weights, like);
   return p;
 }
 

@@ -48,12 +48,12 @@ void run_recurrence(const CudaCall& call, const std::vector<L>& layers, const ch
 // ---- gates and slots ----
 
 // Which rows of W_ih go with which slots.
-std::vector<Run> x_runs(Cell cell) {
+std::vector<GateRange> x_ranges(Cell cell) {
   switch (cell) {
-#define CELL(mode, type)                               \
-  case Cell::k##type: {                                \
-    constexpr auto runs = type::x_runs();              \
-    return {std::begin(runs.run), std::end(runs.run)}; \
+#define CELL(mode, type)                                       \
+  case Cell::k##type: {                                        \
+    constexpr auto ranges = type::x_ranges();                  \
+    return {std::begin(ranges.range), std::end(ranges.range)}; \
   }
 #include "cells/cells.inc"
 #undef CELL
@@ -74,49 +74,52 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
                       const Tensor& input, const Tensor& output, const std::vector<bool>& needs,
                       int64_t index, GradientTensors& g) {
   const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
-  auto wanted = [&](int64_t place) { return needs[3 + index + place]; };
+  const Problem& p = call.problem;
+  auto wanted = [&](WeightKind kind) {
+    return p.has_weight(kind) && needs[3 + index + p.weight_place(kind)];
+  };
+  auto gradient = [&](WeightKind kind) -> Tensor& {
+    return g.weights[index + p.weight_place(kind)];
+  };
   // Gradients of the pre-activations as rows of a weight's gradient.
   auto rows = [&](int64_t column, int64_t count) -> Tensor {
     Tensor slots = d.dgates;
     return transpose(narrow(slots, 1, column, count), 0, 1);
   };
-  if (wanted(0))
-    for (const Run& run : x_runs(a.cell))
-      call.multiply(rows(run.slot * H, run.count * H), input,
-                    narrow(g.weights[index], 0, run.gate * H, run.count * H));
-  if (wanted(1)) {
+  if (wanted(kWeightIH))
+    for (const GateRange& range : x_ranges(a.cell))
+      call.multiply(rows(range.slot * H, range.count * H), input,
+                    narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H));
+  if (wanted(kWeightHH)) {
     const Tensor before = call.empty({call.tokens, a.out_size()}, call.type());
     call.check(
         previous_states(a, output.const_data_ptr(), before.mutable_data_ptr(), call.stream()),
         "gathering states");
-    call.multiply(rows(S - G, G), before, g.weights[index + 1]);
+    call.multiply(rows(S - G, G), before, gradient(kWeightHH));
   }
-  const bool bias = call.problem.bias;
-  if (bias && (wanted(2) || wanted(3))) {
+  if (wanted(kBiasIH) || wanted(kBiasHH)) {
     const int64_t dim = 0;
     Tensor sums = torch::stable::sum(d.dgates, {{&dim, 1}}, false, call.compute());
-    if (wanted(2))
-      for (const Run& run : x_runs(a.cell)) {
-        Tensor to = narrow(g.weights[index + 2], 0, run.gate * H, run.count * H);
-        torch::stable::copy_(to, narrow(sums, 0, run.slot * H, run.count * H));
+    if (wanted(kBiasIH))
+      for (const GateRange& range : x_ranges(a.cell)) {
+        Tensor to = narrow(gradient(kBiasIH), 0, range.gate * H, range.count * H);
+        torch::stable::copy_(to, narrow(sums, 0, range.slot * H, range.count * H));
       }
-    if (wanted(3)) torch::stable::copy_(g.weights[index + 3], narrow(sums, 0, S - G, G));
+    if (wanted(kBiasHH)) torch::stable::copy_(gradient(kBiasHH), narrow(sums, 0, S - G, G));
   }
-  const int64_t w_hr = bias ? 4 : 2;
-  if (a.proj_size && wanted(w_hr))
-    call.multiply(transpose(d.dproj, 0, 1), d.hidden, g.weights[index + w_hr]);
+  if (wanted(kWeightHR)) call.multiply(transpose(d.dproj, 0, 1), d.hidden, gradient(kWeightHR));
 }
 
 // dgates W_ih: the rows of W_ih brought into the order of slots, which are the first.
 void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Differentials& d,
                                 Tensor w_ih, const Tensor& out) {
   const int64_t H = a.hidden_size, G = a.gate_columns();
-  const std::vector<Run> runs = x_runs(a.cell);
-  if (runs.size() > 1) {
+  const std::vector<GateRange> ranges = x_ranges(a.cell);
+  if (ranges.size() > 1) {
     Tensor ordered = call.empty({G, w_ih.size(1)}, call.type());
-    for (const Run& run : runs) {
-      Tensor to = narrow(ordered, 0, run.slot * H, run.count * H);
-      torch::stable::copy_(to, narrow(w_ih, 0, run.gate * H, run.count * H));
+    for (const GateRange& range : ranges) {
+      Tensor to = narrow(ordered, 0, range.slot * H, range.count * H);
+      torch::stable::copy_(to, narrow(w_ih, 0, range.gate * H, range.count * H));
     }
     w_ih = ordered;
   }
@@ -145,7 +148,7 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
     const Tensor input = call.input_of(first, below, false);
     for (int64_t dir = 0; dir < D; dir++) {
       gates_x.push_back(call.empty({call.tokens, p.gate_rows()}, call.compute()));
-      Tensor w_ih = call.weights[call.weight_index(first, dir, 0)];
+      Tensor w_ih = call.weights[p.weight_index(first, dir, kWeightIH)];
       call.multiply(input, transpose(w_ih, 0, 1), gates_x.back());
     }
     std::vector<LayerForward> layers;
@@ -175,14 +178,14 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
 }
 
 BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
-                              const Kept& kept, const std::vector<bool>& needs) {
+                              const SavedForBackward& saved, const std::vector<bool>& needs) {
   CudaCall call(in, config, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size();
   const int64_t size = bytes(p.dtype), wide = compute_bytes(p.dtype);
-  const Tensor &y = kept.y, &reserve = kept.reserve;
-  GradientTensors g(call, given, kept, needs);
+  const Tensor &y = saved.y, &reserve = saved.reserve;
+  GradientTensors g(call, given, saved, needs);
   if (B == 0) return g.in_type(call.type());
 
   auto output_of = [&](int64_t layer) {
@@ -238,7 +241,8 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
       std::optional<Tensor> below, input;
       if (layer) below = output_of(layer - 1);
       for (int64_t dir = 0; dir < D; dir++) {
-        const int64_t index = call.weight_index(layer, dir, 0), at = (layer - first) * D + dir;
+        const int64_t index = p.weight_index(layer, dir, WeightKind(0)),
+                      at = (layer - first) * D + dir;
         const auto begin = needs.begin() + 3 + index;
         if (std::find(begin, begin + p.weights_per_direction(), true) ==
             begin + p.weights_per_direction())
@@ -257,13 +261,13 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
     Tensor other = call.empty({D == 2 ? tokens : 0, width}, call.compute());
     for (int64_t dir = 0; dir < D; dir++)
       multiply_with_input_weight(call, layers[dir], differentials[dir],
-                                 call.weights[call.weight_index(first, dir, 0)],
+                                 call.weights[p.weight_index(first, dir, kWeightIH)],
                                  dir == 0 ? grad_in : other);
     const uint8_t* mask = call.mask_of(first);
     if (D == 2 || mask)
       call.check(input_gradient(
                      {p.dtype, grad_in.const_data_ptr(), D == 2 ? other.const_data_ptr() : nullptr,
-                      mask, call.mask_scale, tokens * width, grad_in.mutable_data_ptr()},
+                      mask, call.mask_scale(), tokens * width, grad_in.mutable_data_ptr()},
                      call.stream()),
                  "the gradient of a layer's input");
     grad_out = grad_in;

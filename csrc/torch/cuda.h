@@ -27,10 +27,6 @@ class CudaCall : public Call {
   Tensor bytes(int64_t count) const { return empty({count}, ScalarType::Byte); }
 
   Layer layer_of(int64_t layer, int64_t dir) const;
-  // The weight of a layer and direction that comes at `place` in torch.nn's order.
-  size_t weight_index(int64_t layer, int64_t dir, int64_t place) const {
-    return (layer * problem.num_directions + dir) * problem.weights_per_direction() + place;
-  }
   // The reserve's cell states, slots and, of an inner layer, outputs; null where there are none.
   char* cells_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
   char* slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const;

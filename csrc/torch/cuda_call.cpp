@@ -37,7 +37,8 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     : Call(in, config), device_(x), through_float64_(false), tokens_{} {
   // The modules leave these to the plain PyTorch implementation.
   FUSEDRNN_EXPECT(
-      !resets && !h_mask && !problem.zoneout && !problem.all_states && !problem.layer_norm,
+      !resets && !regularisers.h_mask && !problem.zoneout && !problem.all_states &&
+          !problem.layer_norm,
       "fusedrnn: no CUDA kernel has resets, recurrent dropout, zoneout, all states or layer_norm");
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
   bool tf32 = false;
@@ -122,7 +123,7 @@ Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
   a.tokens = tokens_;
   a.weights = weights_of(layer, dir);
   a.y_stride = out_width();
-  a.input_mask = mask_of(layer), a.mask_scale = mask_scale;
+  a.input_mask = mask_of(layer), a.mask_scale = mask_scale();
   const int64_t row = (layer * p.num_directions + dir) * batch * fusedrnn::bytes(p.dtype);
   auto state = [&](const OptionalTensor& all, int64_t width) -> const void* {
     return all ? static_cast<const char*>(all->const_data_ptr()) + row * width : nullptr;
@@ -145,8 +146,9 @@ Tensor CudaCall::output_in(const Tensor& reserve, int64_t layer) const {
 }
 
 const uint8_t* CudaCall::mask_of(int64_t layer) const {
-  if (layer == 0 || !mask) return nullptr;
-  return static_cast<const uint8_t*>(mask->const_data_ptr()) + (layer - 1) * tokens * out_width();
+  if (layer == 0 || !regularisers.mask) return nullptr;
+  return static_cast<const uint8_t*>(regularisers.mask->const_data_ptr()) +
+         (layer - 1) * tokens * out_width();
 }
 
 Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const {
@@ -163,8 +165,8 @@ Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, boo
   const uint8_t* keep = mask_of(layer);
   if (!keep && !(exact && layer == 0 && lengths)) return in;
   const Tensor out = empty({tokens, width}, type());
-  check(fusedrnn::layer_input({problem.dtype, tokens_, in.const_data_ptr(), keep, mask_scale, width,
-                               out.mutable_data_ptr()},
+  check(fusedrnn::layer_input({problem.dtype, tokens_, in.const_data_ptr(), keep, mask_scale(),
+                               width, out.mutable_data_ptr()},
                               stream()),
         "reading a layer's input");
   return out;

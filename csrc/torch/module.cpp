@@ -5,11 +5,11 @@
 #include <exception>
 #include <stdexcept>
 
-#include "cpu/stack.h"
+#include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
-#include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
+#include "torch/named_arguments.h"
 #include "torch/ops.h"
 #include "torch/switches.h"
 
@@ -22,67 +22,74 @@ template <class F>
 PyObject* guarded(F f) {
   try {
     return f();
+  } catch (const PythonError&) {
+    return nullptr;
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
     return nullptr;
   }
 }
 
-Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden, int64_t proj,
-                      int64_t layers, bool bidirectional) {
+// A function of keyword arguments as the method table has it.
+template <PyObject* (*function)(const NamedArguments&)>
+PyObject* call_by_name(PyObject*, PyObject* positional, PyObject* named) {
+  if (PyTuple_Size(positional)) {
+    PyErr_SetString(PyExc_TypeError, "expected keyword arguments only");
+    return nullptr;
+  }
+  return guarded([&] { return function(NamedArguments(named)); });
+}
+template <PyObject* (*function)(const NamedArguments&)>
+PyMethodDef by_name(const char* name, const char* doc) {
+  const auto pointer = reinterpret_cast<void (*)()>(call_by_name<function>);
+  return {name, reinterpret_cast<PyCFunction>(pointer), METH_VARARGS | METH_KEYWORDS, doc};
+}
+
+DType dtype_of(const std::string& name) {
+  for (int i = 0; i < int(DType::kCount); i++)
+    if (name == traits(DType(i)).name) return DType(i);
+  throw std::runtime_error("fusedrnn: unknown dtype " + name);
+}
+
+// Of `mode`, `dtype`, `hidden_size`, `proj_size`, `num_layers` and `bidirectional`.
+Problem problem_of(const NamedArguments& a) {
   Problem p{};
-  p.cell = cell_of(mode);
-  p.dtype = dtype == "float64"    ? DType::kFloat64
-            : dtype == "float32"  ? DType::kFloat32
-            : dtype == "bfloat16" ? DType::kBFloat16
-                                  : DType::kFloat16;
-  p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
-  p.num_directions = bidirectional ? 2 : 1;
+  p.cell = cell_of(a.text("mode"));
+  p.dtype = dtype_of(a.text("dtype"));
+  p.hidden_size = a.integer("hidden_size"), p.proj_size = a.integer("proj_size");
+  p.num_layers = a.integer("num_layers"), p.num_directions = a.flag("bidirectional") ? 2 : 1;
   return p;
 }
 
-PyObject* reserve_bytes(PyObject*, PyObject* args) {
-  const char *mode, *dtype;
-  long long hidden, proj, layers;
-  int bidirectional, zoneout, all_states, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLLLpppp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional,
-                        &zoneout, &all_states, &layer_norm))
-    return nullptr;
-  return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.zoneout = zoneout, p.all_states = all_states, p.layer_norm = layer_norm;
-    return PyLong_FromLongLong(Reserve(p).bytes_per_token());
-  });
+PyObject* reserve_bytes(const NamedArguments& a) {
+  Problem p = problem_of(a);
+  p.zoneout = a.flag("zoneout"), p.all_states = a.flag("all_states");
+  p.layer_norm = a.flag("layer_norm");
+  return PyLong_FromLongLong(Reserve(p).bytes_per_token());
 }
 
-PyObject* cuda_plan(PyObject*, PyObject* args) {
-  const char *mode, *dtype, *forced;
-  long long hidden, proj, layers, steps, batch;
-  int bidirectional, backward, tf32;
+DeviceSpec device_of(const NamedArguments& a) {
   DeviceSpec device{};
-  PyObject* clusters;
-  if (!PyArg_ParseTuple(args, "ssLLLpLLppiiiO!s", &mode, &dtype, &hidden, &proj, &layers,
-                        &bidirectional, &steps, &batch, &backward, &tf32, &device.capability,
-                        &device.processors, &device.shared_bytes, &PyTuple_Type, &clusters,
-                        &forced))
-    return nullptr;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(clusters) && i < kLargestCluster; i++) {
-    device.clusters[i + 1] = int(PyLong_AsLong(PyTuple_GetItem(clusters, i)));
-    if (PyErr_Occurred()) return nullptr;
+  device.capability = int(a.integer("capability"));
+  device.processors = int(a.integer("processors"));
+  device.shared_bytes = int(a.integer("shared_bytes"));
+  const std::vector<int64_t> clusters = a.integers("clusters");
+  for (size_t i = 0; i < clusters.size() && i < kLargestCluster; i++)
+    device.clusters[i + 1] = int(clusters[i]);
+  return device;
+}
+
+PyObject* cuda_plan(const NamedArguments& a) {
+  const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
+                            a.flag("tf32")};
+  CudaPlan plan;
+  std::string reason;
+  if (!plan_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
+                 &plan, &reason)) {
+    PyErr_SetString(PyExc_ValueError, reason.c_str());
+    throw PythonError();
   }
-  return guarded([&] {
-    const Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    CudaPlan plan;
-    std::string reason;
-    if (!plan_cuda(p, {steps, batch, backward != 0, tf32 != 0}, device, forced, &plan, &reason)) {
-      PyErr_SetString(PyExc_ValueError, reason.c_str());
-      return static_cast<PyObject*>(nullptr);
-    }
-    return Py_BuildValue("(siiiiiiids)", kCudaBackendNames[int(plan.backend)], plan.layers,
-                         plan.shape.team, plan.shape.units, plan.shape.rows, plan.slices,
-                         plan.at_once, plan.shape.shared_bytes, plan.microseconds,
-                         describe(plan).c_str());
-  });
+  return PyUnicode_FromString(describe(plan).c_str());
 }
 
 PyObject* cuda_device(PyObject*, PyObject*) {
@@ -96,7 +103,8 @@ PyObject* cuda_device(PyObject*, PyObject*) {
     PyObject* clusters = PyTuple_New(kLargestCluster);
     for (int i = 0; clusters && i < kLargestCluster; i++)
       PyTuple_SetItem(clusters, i, PyLong_FromLong(device.clusters[i + 1]));
-    return Py_BuildValue("(iiiN)", device.capability, device.processors, device.shared_bytes,
+    return Py_BuildValue("{sisisisN}", "capability", device.capability, "processors",
+                         device.processors, "shared_bytes", device.shared_bytes, "clusters",
                          clusters);
   });
 }
@@ -104,10 +112,9 @@ PyObject* cuda_device(PyObject*, PyObject*) {
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
-  const Variant* all = variants(&count);
+  const InstalledVariant* all = installed_variants(&count);
   for (int i = 0; list && i < count; i++) {
-    PyObject* entry =
-        Py_BuildValue("(sO)", all[i].kernels->name, all[i].supported ? Py_True : Py_False);
+    PyObject* entry = Py_BuildValue("(sO)", all[i].name, all[i].supported ? Py_True : Py_False);
     if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
     Py_XDECREF(entry);
   }
@@ -115,27 +122,22 @@ PyObject* cpu_variants(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_variant(PyObject*, PyObject*) {
-  return guarded([] { return PyUnicode_FromString(kernels().name); });
+  return guarded([] { return PyUnicode_FromString(this_machine(1).variants[0].name); });
 }
 
-PyObject* cpu_plan(PyObject*, PyObject* args) {
-  const char *mode, *dtype;
-  long long input, hidden, proj, layers, batch, steps, tokens, threads;
-  int one_hot, bidirectional, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLpLLLppLLLL", &mode, &dtype, &input, &one_hot, &hidden, &proj,
-                        &layers, &bidirectional, &layer_norm, &batch, &steps, &tokens, &threads))
-    return nullptr;
-  return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.input_size = input, p.one_hot = one_hot, p.layer_norm = layer_norm;
-    const Kernels& k = kernels(p, batch, tokens);
-    const CpuPlan plan =
-        plan_cpu(p, k.costs(p.dtype), false, batch, tokens, threads, all_threads(), true);
-    return Py_BuildValue("(sLLLLL)", k.name,
-                         (long long)plan_direct(p, k.costs(p.dtype), steps, tokens, threads),
-                         (long long)plan.threads, (long long)plan.rows_per_task,
-                         (long long)plan.tasks, (long long)plan.members);
-  });
+PyObject* cpu_plan(const NamedArguments& a) {
+  Problem p = problem_of(a);
+  p.input_size = a.integer("input_size"), p.one_hot = a.flag("one_hot");
+  p.zoneout = a.flag("zoneout"), p.layer_norm = a.flag("layer_norm");
+  p.all_states = a.flag("return_all");
+  CpuRequest request{};
+  request.backward = a.flag("backward");
+  request.steps = request.longest = a.integer("steps");
+  request.batch = a.integer("batch"), request.tokens = a.integer("tokens");
+  request.resets = a.flag("resets"), request.recurrent_dropout = a.flag("recurrent_dropout");
+  CpuMachine machine = this_machine(a.integer("threads"));
+  const CpuPlan plan = plan_cpu_here(p, request, &machine);
+  return PyUnicode_FromString(describe(plan, p, request, machine).c_str());
 }
 
 PyObject* cuda_archs(PyObject*, PyObject*) {
@@ -146,25 +148,15 @@ PyObject* cuda_archs(PyObject*, PyObject*) {
 #endif
 }
 
+// fusedrnn/_C.pyi has their arguments and results.
 PyMethodDef methods[] = {
-    {"reserve_bytes", reserve_bytes, METH_VARARGS,
-     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, zoneout, "
-     "all_states, layer_norm) -> bytes per token"},
+    by_name<reserve_bytes>("reserve_bytes", "bytes per token that forward leaves for backward"),
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
-    {"cpu_plan", cpu_plan, METH_VARARGS,
-     "cpu_plan(mode, dtype, input_size, one_hot, hidden_size, proj_size, num_layers, "
-     "bidirectional, "
-     "layer_norm, batch, steps, tokens, threads) -> (instruction set, threads without packing or "
-     "0, "
-     "threads, rows a task, tasks, threads a task)"},
-    {"cuda_device", cuda_device, METH_NOARGS,
-     "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
-    {"cuda_plan", cuda_plan, METH_VARARGS,
-     "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
-     "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "
-     "team, units, rows, slices, at_once, shared_bytes, microseconds, text)"},
+    by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
+    {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
+    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words"),
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -178,16 +170,16 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cpu>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cpu>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cpu>));
+  m.impl("forward", forward<forward_cpu>);
+  m.impl("infer", infer<forward_cpu>);
+  m.impl("backward", backward<backward_cpu>);
 }
 
 #ifdef FUSEDRNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cuda>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
+  m.impl("forward", forward<forward_cuda>);
+  m.impl("infer", infer<forward_cuda>);
+  m.impl("backward", backward<backward_cuda>);
 }
 #endif
 

@@ -1,5 +1,7 @@
 // What the ops are called with and return, their schemas, and what is registered for each backend.
 #pragma once
+#include <torch/csrc/stable/library.h>
+
 #include <tuple>
 
 #include "torch/checks.h"
@@ -9,15 +11,12 @@ namespace fusedrnn {
 struct Inputs {
   Tensor x;  // (T, B, input) with any strides over T and B, or packed (tokens, input); or integers
              // (T, B), (tokens) that mean one-hot vectors
-  OptionalTensor hx, cx;
-  std::vector<Tensor> weights;
-  OptionalTensor batch_sizes{};       // of packed input
-  OptionalTensor lengths{};           // of padded input
-  OptionalTensor mask{};              // of the dropout between layers, uint8
-  OptionalTensor resets{};            // where a new sequence begins, bool
-  OptionalTensor h_mask{};            // recurrent dropout, compute type
-  OptionalTensor zone_h{}, zone_c{};  // zoneout, uint8
-  double dropout = 0;
+  OptionalTensor hx{}, cx{};
+  std::vector<Tensor> weights{};
+  OptionalTensor batch_sizes{};  // of packed input
+  OptionalTensor lengths{};      // of padded input
+  OptionalTensor resets{};       // where a new sequence begins, bool
+  RegulariserTensors regularisers{};
 };
 
 struct OutputGradients {
@@ -26,7 +25,7 @@ struct OutputGradients {
 
 // What forward leaves for backward. hs and cs, the states of all layers and steps, are empty unless
 // asked for.
-struct Kept {
+struct SavedForBackward {
   Tensor y, reserve, hs, cs;
 };
 
@@ -46,71 +45,104 @@ enum class Save {
 // needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
 using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Save);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
-                                         const Kept&, const std::vector<bool>& needs);
+                                         const SavedForBackward&, const std::vector<bool>& needs);
 
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
 
-// fusedrnn/ops.py documents the arguments.
-#define FUSEDRNN_INPUTS                                                                        \
-  "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, " \
-  "Tensor? mask, Tensor? resets, Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout"
+// The arguments of an op, in the order of its schema.
+class Arguments {
+ public:
+  Arguments(StableIValue* stack, uint64_t count) : next_(stack), end_(stack + count) {}
+
+  template <class T>
+  T take() {
+    FUSEDRNN_EXPECT(next_ < end_, "fusedrnn: the schema has fewer arguments");
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  template <class T>
+  Arguments& operator>>(T& to) {
+    to = take<T>();
+    return *this;
+  }
+  void end() const { FUSEDRNN_EXPECT(next_ == end_, "fusedrnn: the schema has more arguments"); }
+
+ private:
+  StableIValue* next_;
+  StableIValue* const end_;
+};
+
+// The arguments that several ops have, and below them what reads them; fusedrnn/ops.py documents
+// each.
+#define FUSEDRNN_TENSORS "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights"
 #define FUSEDRNN_STACK \
   "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
-#define FUSEDRNN_CONFIG \
-  FUSEDRNN_STACK ", float zoneout_h, float zoneout_c, bool all_states, bool layer_norm"
+#define FUSEDRNN_CALL                                                              \
+  FUSEDRNN_TENSORS                                                                 \
+  ", Tensor? batch_sizes, Tensor? lengths, Tensor? mask, Tensor? resets, "         \
+  "Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout, " FUSEDRNN_STACK \
+  ", float zoneout_h, float zoneout_c, bool all_states, bool layer_norm"
+
+inline Inputs take_tensors(Arguments& args) {
+  Inputs in{args.take<Tensor>()};  // a Tensor without a value costs an allocation
+  args >> in.hx >> in.cx >> in.weights;
+  return in;
+}
+inline Config take_stack(Arguments& args) {
+  Config c;
+  args >> c.mode >> c.hidden_size >> c.proj_size >> c.num_layers >> c.bias >> c.bidirectional;
+  return c;
+}
+inline std::pair<Inputs, Config> take_call(Arguments& args) {
+  Inputs in = take_tensors(args);
+  RegulariserTensors& r = in.regularisers;
+  args >> in.batch_sizes >> in.lengths >> r.mask >> in.resets >> r.h_mask >> r.zone_h >> r.zone_c >>
+      r.dropout;
+  Config c = take_stack(args);
+  args >> r.zoneout_h >> r.zoneout_c >> c.all_states >> c.layer_norm;
+  return {std::move(in), std::move(c)};
+}
 
 inline constexpr const char* kForwardSchema =
-    "forward(" FUSEDRNN_INPUTS ", " FUSEDRNN_CONFIG
-    ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+    "forward(" FUSEDRNN_CALL ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+template <ForwardFunction& implementation>
+void forward(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count);
+  const auto [in, config] = take_call(args);
+  const bool save = args.take<bool>();
+  args.end();
+  torch::stable::detail::box_from_tuple(
+      stack, implementation(in, config, save ? Save::kReserve : Save::kEmpty));
+}
+
 inline constexpr const char* kInferSchema =
-    "infer(Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, " FUSEDRNN_STACK
-    ") -> (Tensor, Tensor, Tensor?)";
+    "infer(" FUSEDRNN_TENSORS ", " FUSEDRNN_STACK ") -> (Tensor, Tensor, Tensor?)";
+template <ForwardFunction& implementation>
+void infer(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count);
+  const Inputs in = take_tensors(args);
+  const Config config = take_stack(args);
+  args.end();
+  auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
+  torch::stable::detail::box_from_tuple(
+      stack, States{y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt});
+}
+
 inline constexpr const char* kBackwardSchema =
     "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
-    "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, " FUSEDRNN_INPUTS
-    ", " FUSEDRNN_CONFIG ") -> (Tensor, Tensor, Tensor, Tensor[])";
-
-template <ForwardFunction& implementation>
-ForwardOutputs forward(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
-                       OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor mask,
-                       OptionalTensor resets, OptionalTensor h_mask, OptionalTensor zone_h,
-                       OptionalTensor zone_c, double dropout, std::string mode, int64_t hidden_size,
-                       int64_t proj_size, int64_t num_layers, bool bias, bool bidirectional,
-                       double zoneout_h, double zoneout_c, bool all_states, bool layer_norm,
-                       bool save) {
-  return implementation(
-      {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
-      {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
-       all_states, layer_norm},
-      save ? Save::kReserve : Save::kEmpty);
-}
-
-template <ForwardFunction& implementation>
-States infer(Tensor x, OptionalTensor hx, OptionalTensor cx, std::vector<Tensor> weights,
-             std::string mode, int64_t hidden_size, int64_t proj_size, int64_t num_layers,
-             bool bias, bool bidirectional) {
-  Inputs in{x, hx, cx, std::move(weights)};
-  Config config{std::move(mode), hidden_size, proj_size, num_layers, bias, bidirectional};
-  auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
-  return {y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt};
-}
-
+    "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, " FUSEDRNN_CALL
+    ") -> (Tensor, Tensor, Tensor, Tensor[])";
 template <BackwardFunction& implementation>
-BackwardOutputs backward(OptionalTensor grad_y, OptionalTensor grad_hn, OptionalTensor grad_cn,
-                         OptionalTensor grad_hs, OptionalTensor grad_cs, Tensor y, Tensor reserve,
-                         Tensor hs, Tensor cs, std::vector<bool> needs, Tensor x, OptionalTensor hx,
-                         OptionalTensor cx, std::vector<Tensor> weights, OptionalTensor batch_sizes,
-                         OptionalTensor lengths, OptionalTensor mask, OptionalTensor resets,
-                         OptionalTensor h_mask, OptionalTensor zone_h, OptionalTensor zone_c,
-                         double dropout, std::string mode, int64_t hidden_size, int64_t proj_size,
-                         int64_t num_layers, bool bias, bool bidirectional, double zoneout_h,
-                         double zoneout_c, bool all_states, bool layer_norm) {
-  return implementation(
-      {x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout},
-      {mode, hidden_size, proj_size, num_layers, bias, bidirectional, zoneout_h, zoneout_c,
-       all_states, layer_norm},
-      {grad_y, grad_hn, grad_cn, grad_hs, grad_cs}, {y, reserve, hs, cs}, needs);
+void backward(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count);
+  OutputGradients grad;
+  args >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
+  const SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>(), args.take<Tensor>(),
+                               args.take<Tensor>()};
+  const auto needs = args.take<std::vector<bool>>();
+  const auto [in, config] = take_call(args);
+  args.end();
+  torch::stable::detail::box_from_tuple(stack, implementation(in, config, grad, saved, needs));
 }
 
 }  // namespace fusedrnn

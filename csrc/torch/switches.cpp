@@ -22,11 +22,6 @@ bool permits_tf32(const char* module, const char* group, bool unknown) {
   return found;
 }
 
-bool is_set(const char* variable, const char* value) {
-  const char* found = std::getenv(variable);
-  return found && !std::strcmp(found, value);
-}
-
 }  // namespace
 
 Float32Switches float32_switches() {
@@ -38,8 +33,5 @@ Float32Switches float32_switches() {
 }
 
 const char* forced_plan() { return std::getenv("FUSEDRNN_PLAN"); }
-
-bool all_threads() { return is_set("FUSEDRNN_THREADS", "all"); }
-bool poison_scratch() { return is_set("FUSEDRNN_POISON", "1"); }
 
 }  // namespace fusedrnn

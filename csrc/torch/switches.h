@@ -13,10 +13,4 @@ Float32Switches float32_switches();
 // FUSEDRNN_PLAN, the backend to use in place of the planner's choice; null: not set.
 const char* forced_plan();
 
-// Whether FUSEDRNN_THREADS=all asks for every thread however small the work: for tests.
-bool all_threads();
-
-// Whether FUSEDRNN_POISON=1 asks for scratch memory full of NaN: for tests.
-bool poison_scratch();
-
 }  // namespace fusedrnn

@@ -21,9 +21,9 @@ STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward<forward_cuda>));
-  m.impl("infer", TORCH_BOX(&infer<forward_cuda>));
-  m.impl("backward", TORCH_BOX(&backward<backward_cuda>));
+  m.impl("forward", forward<forward_cuda>);
+  m.impl("infer", infer<forward_cuda>);
+  m.impl("backward", backward<backward_cuda>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CompositeExplicitAutograd, m) {

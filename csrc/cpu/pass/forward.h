@@ -1,17 +1,18 @@
 // The forward pass of a whole stack for some rows of the batch.
 //
-// A thread runs its rows through all layers and steps alone; nothing is shared but the packed
-// weights, so there is no barrier. Only where each row has two threads or more, or the weights are
-// large, does a team take rows together: each member computes its groups of units, reads h of all
-// of them, and meets the others once h of a step is written. Gates, and what they are made of, are
-// a member's own. Per layer and direction,
-// time goes in chunks: the input products of a chunk's tokens are one matrix product. Then each
-// step goes through the groups of units: h W_hh^T is added to a group's gates and its cells are
-// computed while they are in the first cache. Every second step goes from the last group to the
-// first: of weights that are more than the second cache holds, it finds there what the step before
-// it read last.
+// A thread takes its rows through all layers and steps alone. Threads share only the packed
+// weights, so there is no barrier. Where a row has two threads or more, or the weights are large, a
+// team takes rows together: each member computes its groups of units, reads h of all of them, and
+// waits at a barrier once h of a step is written. Gates and inputs are a member's own.
+//
+// Time goes in chunks, for each layer and direction: the input products of a chunk's tokens are one
+// matrix product. A step then goes through the groups of units: h W_hh^T is added to a group's
+// gates, and its cells are computed while these are in L1. Every second step goes in descending
+// order: where weights exceed L2, it finds there what the step before read last.
 #pragma once
 #include "cpu/pass/layer_norm.h"
+#include "cpu/pass/pack.h"
+#include "cpu/pass/rows.h"
 #include "cpu/product/unpacked.h"
 
 namespace {
@@ -21,11 +22,12 @@ struct ForwardBuffers {
   using C = Compute<S>;
   using X = Operand<S>;
   int64_t ld_input, ld_gates, ld_h, ld_hidden, ld_operand, ld_projected;
-  C *gates, *h[2], *c, *hidden;  // h of the last step and of this one take turns
+  C *gates, *h[2], *c, *hidden;  // h of the last step and of this one alternate
   X* input;
-  X *operand, *projected;  // h of the last step through recurrent dropout, and `hidden`, as factors
+  X *operand, *projected;  // factors: h of the last step after recurrent dropout, and `hidden`
+  ForwardRow<S>* step;     // the rows of a step
 
-  ForwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& s)
+  ForwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& own)
       : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) +
                  kRowPad<X>),
         ld_gates(p.cell_traits().slots * Panels<C>::padded(p.hidden_size) + kRowPad<C>),
@@ -34,73 +36,38 @@ struct ForwardBuffers {
         ld_operand(operands<X>(p.out_size()) + kRowPad<X>),
         ld_projected(operands<X>(p.hidden_size) + kRowPad<X>) {
     const int64_t tokens = max(rows, kChunkTokens<X>);
-    input = s.take<X>((tokens + kSpareRows<X>)*ld_input);
-    gates = s.take<C>(tokens * ld_gates);
+    input = own.take<X>((tokens + kSpareRows<X>)*ld_input);
+    gates = own.take<C>(tokens * ld_gates);
     for (C*& buffer : h) buffer = common.take<C>(rows * ld_h);
     c = common.take<C>(traits(p.cell).has_cell ? rows * p.hidden_size : 0);
-    operand = s.take<X>((rows + kSpareRows<X>)*ld_operand);
-    hidden = s.take<C>(p.proj_size ? rows * ld_hidden : 0);
-    projected = s.take<X>(p.proj_size && kDepth<X> > 1 ? (rows + kSpareRows<X>)*ld_projected : 0);
+    operand = own.take<X>((rows + kSpareRows<X>)*ld_operand);
+    hidden = own.take<C>(p.proj_size ? rows * ld_hidden : 0);
+    projected = own.take<X>(p.proj_size && kDepth<X> > 1 ? (rows + kSpareRows<X>)*ld_projected : 0);
+    step = own.take<ForwardRow<S>>(rows);
   }
 };
 
-// The initial states of a layer and direction, for the rows at places first .. of Sequence::order;
-// c is not touched where a cell has none.
-template <class S>
-void read_states(const Forward& a, int64_t layer, int64_t dir, int64_t first, int64_t rows,
-                 Compute<S>* h, int64_t ld_h, Compute<S>* c) {
-  const Problem& p = a.problem;
-  const int64_t P = p.out_size(), H = p.hidden_size;
-  for (int64_t r = 0; r < rows; r++, h += ld_h, c += H) {
-    const int64_t at = (layer * p.num_directions + dir) * a.seq.batch + a.seq.order[first + r];
-    for (int64_t j = 0; j < P; j++) h[j] = 0;
-    if (a.hx) convert_row(h, static_cast<const S*>(a.hx) + at * P, P);
-    if (!traits(p.cell).has_cell) continue;
-    for (int64_t j = 0; j < H; j++) c[j] = 0;
-    if (a.cx) convert_row(c, static_cast<const S*>(a.cx) + at * H, H);
-  }
-}
-// The same to the final ones.
-template <class S>
-void write_states(const Forward& a, int64_t layer, int64_t dir, int64_t first, int64_t rows,
-                  const Compute<S>* h, int64_t ld_h, const Compute<S>* c) {
-  const Problem& p = a.problem;
-  const int64_t P = p.out_size(), H = p.hidden_size;
-  for (int64_t r = 0; r < rows; r++, h += ld_h, c += H) {
-    const int64_t at = (layer * p.num_directions + dir) * a.seq.batch + a.seq.order[first + r];
-    convert_row(static_cast<S*>(a.hn) + at * P, h, P);
-    if (traits(p.cell).has_cell) convert_row(static_cast<S*>(a.cn) + at * H, c, H);
-  }
-}
-// Where the outputs of a layer go.
-template <class S>
-S* output_of(const Forward& a, int64_t layer) {
-  if (layer == a.problem.num_layers - 1) return static_cast<S*>(a.y);
-  S* const kept = kept_outputs<S>(a, layer);
-  return kept ? kept : static_cast<S*>(a.inner[layer % 2]);
-}
-
-// The cells of a group of units, in all rows of a step, that wait for the time of a product.
+// The cells of a group of units, in all rows of a step, as work that a product overlaps.
 template <class Cell, class S>
-struct WaitingCells {
+struct GroupCells {
   int64_t H;
   const ForwardRow<S>* rows;
   int64_t block, blocks, done, count;
 
-  void up_to(int64_t end) {
-    const WaitingCells here = *this;  // which no store below can change
-    for (int64_t r = here.done; r < end; r++)
-      cell_forward<Cell>(here.H, here.block, here.blocks, here.rows[r]);
+  void compute_to(int64_t end) {
+    const GroupCells local = *this;  // no store below can change it
+    for (int64_t r = local.done; r < end; r++)
+      cell_forward<Cell>(local.H, local.block, local.blocks, local.rows[r]);
     done = end;
   }
-  static void meanwhile(void* self, int64_t part, int64_t parts) {
-    WaitingCells& cells = *static_cast<WaitingCells*>(self);
-    cells.up_to(cells.count * part / parts);
+  void finish() { compute_to(count); }
+  static void run(void* context, int64_t part, int64_t parts) {
+    GroupCells& cells = *static_cast<GroupCells*>(context);
+    cells.compute_to(cells.count * part / parts);
   }
 };
 
-// Adds the products of W_hh, as it lies, with h of n <= kDotRows rows to the gates of some blocks
-// of units.
+// Adds the products of unpacked W_hh with h of n <= kDotRows rows to the gates of some blocks.
 template <class Cell, class S, class C>
 void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t blocks, int64_t n,
                   const C* h, int64_t ld_h, C* gates, int64_t ld_gates) {
@@ -108,198 +75,261 @@ void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t bl
   for (int64_t unit = block * w; unit < min(H, (block + blocks) * w); unit += w)
     for (int slot = Cell::kSlots - Cell::kGates; slot < Cell::kSlots; slot++) {
       Vec<C> sums[kDotRows];
-      dot_rows<C>(sums, w_hh + (gate_of(Cell::h_runs(), slot) * H + unit) * P, min(w, H - unit), h,
-                  ld_h, P, n);
-      C* const to = gates + unit * Cell::kSlots + slot * w;
-      for (int64_t r = 0; r < n; r++) store(to + r * ld_gates, load(to + r * ld_gates) + sums[r]);
+      dot_rows<C>(sums, w_hh + (gate_of(Cell::h_ranges(), slot) * H + unit) * P, min(w, H - unit),
+                  h, ld_h, P, n);
+      C* const sum = gates + unit * Cell::kSlots + slot * w;
+      for (int64_t r = 0; r < n; r++) store(sum + r * ld_gates, load(sum + r * ld_gates) + sums[r]);
     }
 }
 
-template <class Cell, class S>
-void forward_rows(const Forward& a, const Rows& of, Member& me) {
+// One layer and direction: its arrays and packed weights.
+template <class S>
+struct ForwardDirection {
   using C = Compute<S>;
   using X = Operand<S>;
-  const Problem& p = a.problem;
-  const Sequence& seq = a.seq;
-  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
-  const int64_t first = of.first, end = of.end, rows = end - first;
-  const int64_t longest = seq.length[seq.order[first]];
-  using G = Groups<Cell, C>;
-  constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
-  const Reserve reserve(p);
-  // Cells are computed in the time of the next product where that is long: with three planes, or
-  // with weights that come from beyond the second cache. Else right after their own, whose sums
-  // are at hand.
-  const bool cells_wait =
-      kTiled<X> && (kPlanes<X> > 1 || p.gate_rows() * P * int64_t(sizeof(Element<X>)) > 1 << 20);
-  Scratch common{static_cast<char*>(of.common)}, s{static_cast<char*>(of.own)};
-  ForwardBuffers<S> buf(p, rows, common, s);
-  ForwardRow<S>* const step = s.take<ForwardRow<S>>(rows);
-  const C* packed = static_cast<const C*>(a.packed);
-  const void* below = nullptr;
+  const int64_t layer, dir, index;  // index: of all layers and directions
+  const LayerInput<S> input;
+  const bool indexed;
+  S *const out, *const saved;
+  C* const scales;
+  const CellStates<C> cells;
+  const bool saves_candidates;
+  const Weights& weights;
+  const C* const bias;
+  const C* const gates_of_values;  // for integer input, in place of w_ih
+  const X *const w_ih, *const w_hh, *const w_hr;
 
-  for (int64_t layer = 0; layer < p.num_layers; layer++) {
-    const PackedOffsets at = forward_offsets<X>(a, layer);
-    const LayerInput<S> input(a, layer, below);
-    S* const out = output_of<S>(a, layer);
-    for (int64_t dir = 0; dir < D; dir++, packed += at.total) {
-      const int64_t state = (layer * D + dir) * seq.batch;
-      S* const saved =
-          a.reserve ? reinterpret_cast<S*>(a.reserve + reserve.slots_offset(layer, dir, seq.tokens))
-                    : nullptr;
-      const KeptCells<C> cells(a, layer, dir);
-      const X* const panels = reinterpret_cast<const X*>(packed);
-      const S* const w_hh = static_cast<const S*>(a.weights[layer * D + dir].w_hh);
-      const bool keeps_candidates = a.reserve && Reserve::keeps_candidates(p);
-      C* const scales =
-          a.reserve
-              ? reinterpret_cast<C*>(a.reserve + reserve.scales_offset(layer, dir, seq.tokens))
-              : nullptr;
+  ForwardDirection(const Forward& call, int64_t of_layer, int64_t direction, const S* below,
+                   const C* packed, const PackedOffsets& offsets)
+      : layer(of_layer),
+        dir(direction),
+        index(layer * call.problem.num_directions + dir),
+        input(call, layer, below),
+        indexed(call.problem.indexed(layer)),
+        out(layer_output<S>(call, layer)),
+        saved(call.reserve ? saved_slots<S>(call, layer, dir) : nullptr),
+        scales(call.reserve ? saved_scales<S>(call, layer, dir) : nullptr),
+        cells(call, layer, dir),
+        saves_candidates(call.reserve && Reserve::keeps_candidates(call.problem)),
+        weights(call.weights[index]),
+        bias(packed),
+        gates_of_values(packed + offsets.w_ih),
+        w_ih(reinterpret_cast<const X*>(packed) + offsets.w_ih),
+        w_hh(reinterpret_cast<const X*>(packed) + offsets.w_hh),
+        w_hr(reinterpret_cast<const X*>(packed) + offsets.w_hr) {}
+};
 
-      if (me.index == 0) read_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
-      me.meet();
+template <class Cell, class S>
+class ForwardPass {
+  using C = Compute<S>;
+  using X = Operand<S>;
+  using G = UnitGroups<Cell, C>;
+  using Direction = ForwardDirection<S>;
+  static constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
+  static constexpr bool kNormed = kIsNormed<Cell>;
 
-      // What a row starts a step from: a state of zeros, or of the step before through dropout.
-      auto prepare = [&](int64_t t, int64_t r) {
-        const int64_t b = seq.order[first + r];
-        int64_t before;
-        C* h = buf.h[0] + r * buf.ld_h;
-        if (seq.start(dir, t, b, &before) == Sequence::Start::kZeros) {
-          for (int64_t j = 0; j < P; j++) h[j] = 0;
-          for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.c[r * H + j] = 0;
-        }
-        X* const to = buf.operand + r * buf.ld_operand;
-        constexpr int kP = kPlanes<X>;
-        if (a.h_mask) {
-          const C* mask = static_cast<const C*>(a.h_mask) + (state + b) * P;
-          make_operands(to, buf.ld_operand / kP, P,
-                        [&](int64_t j, int64_t n) { return load(h + j, n) * load(mask + j, n); });
-        } else if (kDepth<X> > 1) {
-          to_operands(to, buf.ld_operand / kP, h, P);
-        }
-      };
-      // Rows as factors: converted, or as they are.
-      auto factors = [](const C* same, const X* converted) -> const X* {
-        if constexpr (kDepth<X> == 1) {
-          if (same) return same;
-        }
-        return converted;
-      };
-      const int64_t columns = G::gate_columns(H);
-      auto at_value = [&](int64_t token) {
-        return packed + at.w_ih + a.one_hot.which[token] * columns;
-      };
-      const int64_t steps = chunk_steps<X>(rows);
-      for (int64_t chunk = 0; chunk < longest; chunk += steps) {
-        const int64_t chunk_end = min(longest, chunk + steps);
-        int64_t q = 0;
-        for (int64_t i = chunk; i < chunk_end; i++) {
-          const int64_t t = dir == 0 ? i : longest - 1 - i;
-          const int64_t n = active_rows(seq, first, end, t);
-          for (int64_t r = 0; r < n; r++, q++) {
-            const int64_t b = seq.order[first + r];
-            if (p.indexed(layer))
-              convert_row(buf.gates + q * buf.ld_gates, at_value(seq.token(t, b)), columns);
-            else
-              input.read(buf.input + q * buf.ld_input, buf.ld_input / kPlanes<X>, t, b);
-          }
-        }
-        if (!p.indexed(layer))
-          G::each(H, me, false, [&](int64_t block, int64_t blocks) {
-            const int64_t column = block * Cell::kSlots * G::kWidth;
-            gemm(q, blocks * Cell::kGates * G::kWidth, input.width, buf.input, buf.ld_input,
-                 panels + at.w_ih + block * Cell::kGates * G::kWidth * operands<X>(input.width),
-                 buf.gates + column, buf.ld_gates,
-                 {kIsNormed<Cell> ? nullptr : packed + at.bias + column, 0});
-            // Slots that the input does not reach.
-            for (int k = Cell::kGates; !kIsNormed<Cell> && k < Cell::kSlots; k++)
-              for (int64_t i = 0; i < q; i++)
-                store(buf.gates + i * buf.ld_gates + column + k * G::kWidth,
-                      load(packed + at.bias + column + k * G::kWidth));
-          });
+ public:
+  ForwardPass(const Forward& forward, const Rows& task, Member& member)
+      : call(forward),
+        p(forward.problem),
+        seq(forward.seq),
+        me(member),
+        rows(seq, task.first, task.end),
+        overlaps_cells(kTiled<X> && !kNormed && forward.pass.overlaps_cells),
+        common{static_cast<char*>(task.common)},
+        own{static_cast<char*>(task.own)},
+        buf(p, rows.count, common, own) {}
 
-        C* gates = buf.gates;
-        for (int64_t i = chunk; i < chunk_end; i++) {
-          const int64_t t = dir == 0 ? i : longest - 1 - i;
-          const int64_t n = active_rows(seq, first, end, t);
-          for (int64_t r = 0; r < n; r++) {
-            const int64_t token = seq.token(t, seq.order[first + r]);
-            const int64_t index = (layer * D + dir) * seq.tokens + token;
-            ForwardRow<S>& row = step[r];
-            row.gates = gates + r * buf.ld_gates;
-            row.h_prev = buf.h[0] + r * buf.ld_h;
-            row.h = p.proj_size ? buf.hidden + r * buf.ld_hidden : buf.h[1] + r * buf.ld_h;
-            row.c = Cell::kHasCell ? buf.c + r * H : nullptr;
-            row.y = p.proj_size ? nullptr : out + (token * D + dir) * P;
-            row.saved = saved ? saved + token * Cell::kSaved * H : nullptr;
-            row.saved_c = Cell::kHasCell ? cells.of(token) : nullptr;
-            row.candidate = keeps_candidates ? cells.of(token) : nullptr;
-            row.keep_h = p.proj_size ? Keep<C>() : Keep<C>(a.zoneout_h, index, P);
-            row.keep_c = Keep<C>(a.zoneout_c, index, H);
-            prepare(t, r);
-          }
-          const X* operand = factors(a.h_mask ? nullptr : buf.h[0], buf.operand);
-          WaitingCells<Cell, S> cells{};
-          Meanwhile meanwhile{};
-          if constexpr (!kIsNormed<Cell>)
-            if (cells_wait) meanwhile = {cells.meanwhile, &cells};
-          G::each(H, me, i % 2, [&](int64_t block, int64_t blocks) {
-            const int64_t column = block * Cell::kSlots * G::kWidth;
-            C* to = gates + column + kFirstHSlot * G::kWidth;
-            auto multiply = [&] {
-              if constexpr (kDepth<X> == 1 && !kIsNormed<Cell>)
-                if (a.unpacked_hh)
-                  return add_unpacked<Cell>(w_hh, H, P, block, blocks, n, operand, buf.ld_operand,
-                                            gates, buf.ld_gates);
-              gemm(n, blocks * Cell::kGates * G::kWidth, P, operand, buf.ld_operand,
-                   panels + at.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), to,
-                   buf.ld_gates, {kIsNormed<Cell> ? nullptr : to, buf.ld_gates}, meanwhile);
-            };
-            multiply();
-            if constexpr (!kIsNormed<Cell>) {
-              cells.up_to(cells.count);  // what is left of the last group
-              cells = {H, step, block, blocks, 0, n};
-              if (!cells_wait) cells.up_to(n);
-            }
-          });
-          if constexpr (!kIsNormed<Cell>) cells.up_to(cells.count);
-          if constexpr (kIsNormed<Cell>)
-            for (int64_t r = 0; r < n; r++) {
-              const int64_t token = seq.token(t, seq.order[first + r]);
-              normed_forward<Cell>(H, step[r], NormWeights<S>(a.weights[layer * D + dir]),
-                                   scales ? scales + token * Cell::kScales : nullptr);
-            }
-          if (p.proj_size) {
-            for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
-              to_operands(buf.projected + r * buf.ld_projected, buf.ld_projected / kPlanes<X>,
-                          buf.hidden + r * buf.ld_hidden, H);
-            gemm(n, P, H, factors(buf.hidden, buf.projected), buf.ld_projected, panels + at.w_hr,
-                 buf.h[1], buf.ld_h, {});
-            for (int64_t r = 0; r < n; r++) {
-              const int64_t token = seq.token(t, seq.order[first + r]);
-              C* h = buf.h[1] + r * buf.ld_h;
-              const Keep<C> keep(a.zoneout_h, (layer * D + dir) * seq.tokens + token, P);
-              for (int64_t j = 0; keep && j < P; j += G::kWidth) {
-                const int64_t width = min(G::kWidth, P - j);
-                const Vec<C> before = load(buf.h[0] + r * buf.ld_h + j, width);
-                store(h + j, zone_out<C>(keep.at(j, width), before, load(h + j, width)), width);
-              }
-              convert_row(out + (token * D + dir) * P, h, P);
-            }
-          }
-          for (int64_t r = n; me.index == 0 && r < rows; r++)  // rows that rest at this step
-            convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, P);
-          C* const last = buf.h[0];
-          buf.h[0] = buf.h[1], buf.h[1] = last;
-          me.meet();
-          gates += n * buf.ld_gates;
-        }
-      }
-
-      if (me.index == 0) write_states<S>(a, layer, dir, first, rows, buf.h[0], buf.ld_h, buf.c);
+  void run() {
+    const C* packed = static_cast<const C*>(call.packed);
+    const S* below = nullptr;
+    for (int64_t layer = 0; layer < p.num_layers; layer++) {
+      const PackedOffsets offsets = forward_offsets<X>(call, layer);
+      for (int64_t dir = 0; dir < p.num_directions; dir++, packed += offsets.total)
+        run_direction(Direction(call, layer, dir, below, packed, offsets));
+      below = layer_output<S>(call, layer);
     }
-    below = out;
   }
-}
+
+ private:
+  void run_direction(const Direction& d) {
+    if (me.index == 0)
+      read_states<S>(call, d.layer, d.dir, rows.first, rows.count, buf.h[0], buf.ld_h, buf.c);
+    me.barrier();
+    const int64_t steps = rows.chunk_steps<X>();
+    for (int64_t begin = 0; begin < rows.longest; begin += steps) {
+      const int64_t end = min(rows.longest, begin + steps);
+      input_product(d, begin, end);
+      C* gates = buf.gates;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t t = rows.time(d.dir, i), n = rows.active(t);
+        for (int64_t r = 0; r < n; r++) prepare(d, t, r, gates + r * buf.ld_gates);
+        recurrent_step(d, call.pass.alternates && i % 2, n, gates);
+        if constexpr (kNormed) normalise(d, t, n);
+        if (p.proj_size) project(d, t, n);
+        finish(n);
+        gates += n * buf.ld_gates;
+      }
+    }
+    if (me.index == 0)
+      write_states<S>(call, d.layer, d.dir, rows.first, rows.count, buf.h[0], buf.ld_h, buf.c);
+  }
+
+  // The gates of all tokens of steps [begin, end), as far as the input makes them.
+  void input_product(const Direction& d, int64_t begin, int64_t end) {
+    const int64_t H = p.hidden_size, columns = G::gate_columns(H);
+    int64_t q = 0;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t t = rows.time(d.dir, i), n = rows.active(t);
+      for (int64_t r = 0; r < n; r++, q++) {
+        const int64_t b = rows.row(r);
+        if (d.indexed)
+          convert_row(buf.gates + q * buf.ld_gates,
+                      d.gates_of_values + call.one_hot.which[seq.token(t, b)] * columns, columns);
+        else
+          d.input.read(buf.input + q * buf.ld_input, buf.ld_input / kPlanes<X>, t, b);
+      }
+    }
+    if (d.indexed) return;
+    const int64_t K = d.input.width, tokens = q;
+    G::each(H, me, false, [&](int64_t block, int64_t blocks) {
+      const int64_t column = block * Cell::kSlots * G::kWidth;
+      C* const gates = buf.gates + column;
+      const C* const bias = d.bias + column;
+      gemm(tokens, blocks * Cell::kGates * G::kWidth, K, buf.input, buf.ld_input,
+           d.w_ih + block * Cell::kGates * G::kWidth * operands<X>(K), gates, buf.ld_gates,
+           {kNormed ? nullptr : bias, 0});
+      // Slots that the input does not reach.
+      for (int k = Cell::kGates; !kNormed && k < Cell::kSlots; k++)
+        for (int64_t i = 0; i < tokens; i++)
+          store(gates + i * buf.ld_gates + k * G::kWidth, load(bias + k * G::kWidth));
+    });
+  }
+
+  // Sets up the row of a step: its arrays, the state that it starts from, and the factors of the
+  // recurrent product.
+  void prepare(const Direction& d, int64_t t, int64_t r, C* gates) {
+    const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
+    const int64_t b = rows.row(r), token = seq.token(t, b),
+                  state_row = d.index * seq.tokens + token;
+    C* const h = buf.h[0] + r * buf.ld_h;
+    ForwardRow<S>& row = buf.step[r];
+    row.gates = gates;
+    row.h_prev = h;
+    row.h = p.proj_size ? buf.hidden + r * buf.ld_hidden : buf.h[1] + r * buf.ld_h;
+    row.c = Cell::kHasCell ? buf.c + r * H : nullptr;
+    row.y = p.proj_size ? nullptr : d.out + (token * D + d.dir) * P;
+    row.saved = d.saved ? d.saved + token * Cell::kSaved * H : nullptr;
+    row.saved_c = Cell::kHasCell ? d.cells.row(token) : nullptr;
+    row.candidate = d.saves_candidates ? d.cells.row(token) : nullptr;
+    row.zoneout_h = p.proj_size ? ZoneoutMask<C>() : ZoneoutMask<C>(call.zoneout_h, state_row, P);
+    row.zoneout_c = ZoneoutMask<C>(call.zoneout_c, state_row, H);
+
+    int64_t before;
+    if (seq.start(d.dir, t, b, &before) == Sequence::Start::kZeros) {
+      for (int64_t j = 0; j < P; j++) h[j] = 0;
+      for (int64_t j = 0; Cell::kHasCell && j < H; j++) row.c[j] = 0;
+    }
+    X* const factors = buf.operand + r * buf.ld_operand;
+    if (call.h_mask) {
+      const C* const mask = static_cast<const C*>(call.h_mask) + (d.index * seq.batch + b) * P;
+      make_operands(factors, buf.ld_operand / kPlanes<X>, P,
+                    [&](int64_t j, int64_t n) { return load(h + j, n) * load(mask + j, n); });
+    } else if (kDepth<X> > 1) {
+      to_operands(factors, buf.ld_operand / kPlanes<X>, h, P);
+    }
+  }
+
+  // Rows of the compute type as factors: where that is the operand type, the rows themselves.
+  static const X* factors(const C* same, const X* converted) {
+    if constexpr (kDepth<X> == 1) {
+      if (same) return same;
+    }
+    return converted;
+  }
+
+  // h W_hh^T is added to the gates of n rows, and their cells are computed: during the next
+  // product, or right after their own, whose sums are in L1 then.
+  void recurrent_step(const Direction& d, bool descending, int64_t n, C* gates) {
+    const int64_t H = p.hidden_size;
+    const X* const h = factors(call.h_mask ? nullptr : buf.h[0], buf.operand);
+    const ForwardRow<S>* const step = buf.step;
+    GroupCells<Cell, S> cells{};
+    OverlappedWork work{};
+    if constexpr (!kNormed)
+      if (overlaps_cells) work = {cells.run, &cells};
+    G::each(H, me, descending, [&](int64_t block, int64_t blocks) {
+      multiply_group(d, block, blocks, n, h, gates, work);
+      if constexpr (!kNormed) {
+        cells.finish();  // the rest of the last group
+        cells = {H, step, block, blocks, 0, n};
+        if (!overlaps_cells) cells.finish();
+      }
+    });
+    if constexpr (!kNormed) cells.finish();
+  }
+
+  FUSEDRNN_INLINE void multiply_group(const Direction& d, int64_t block, int64_t blocks, int64_t n,
+                                      const X* h, C* gates, OverlappedWork work) const {
+    const int64_t P = p.out_size();
+    if constexpr (kDepth<X> == 1 && !kNormed)
+      if (call.pass.unpacked_hh)
+        return add_unpacked<Cell>(static_cast<const S*>(d.weights.w_hh), p.hidden_size, P, block,
+                                  blocks, n, h, buf.ld_operand, gates, buf.ld_gates);
+    C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
+    gemm(n, blocks * Cell::kGates * G::kWidth, P, h, buf.ld_operand,
+         d.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), sums, buf.ld_gates,
+         {kNormed ? nullptr : sums, buf.ld_gates}, work);
+  }
+
+  // Cells with layer normalisation, which needs the gates of all units.
+  void normalise(const Direction& d, int64_t t, int64_t n) {
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t token = seq.token(t, rows.row(r));
+      normed_forward<Cell>(p.hidden_size, buf.step[r], NormWeights<S>(d.weights),
+                           d.scales ? d.scales + token * Cell::kScales : nullptr);
+    }
+  }
+
+  // h = W_hr (o tanh(c)), and its zoneout.
+  void project(const Direction& d, int64_t t, int64_t n) {
+    const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
+    for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
+      to_operands(buf.projected + r * buf.ld_projected, buf.ld_projected / kPlanes<X>,
+                  buf.hidden + r * buf.ld_hidden, H);
+    gemm(n, P, H, factors(buf.hidden, buf.projected), buf.ld_projected, d.w_hr, buf.h[1], buf.ld_h,
+         {});
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t token = seq.token(t, rows.row(r));
+      C *const h_prev = buf.h[0] + r * buf.ld_h, *const h = buf.h[1] + r * buf.ld_h;
+      const ZoneoutMask<C> zoneout(call.zoneout_h, d.index * seq.tokens + token, P);
+      for (int64_t j = 0; zoneout && j < P; j += G::kWidth) {
+        const int64_t width = min(G::kWidth, P - j);
+        store(h + j,
+              zone_out<C>(zoneout.load(j, width), load(h_prev + j, width), load(h + j, width)),
+              width);
+      }
+      convert_row(d.out + (token * D + d.dir) * P, h, P);
+    }
+  }
+
+  // Hands h to the next step, with that of rows that are not active.
+  void finish(int64_t n) {
+    for (int64_t r = n; me.index == 0 && r < rows.count; r++)
+      convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, p.out_size());
+    C* const last = buf.h[0];
+    buf.h[0] = buf.h[1], buf.h[1] = last;
+    me.barrier();
+  }
+
+  const Forward& call;
+  const Problem& p;
+  const Sequence& seq;
+  Member& me;
+  const TaskRows rows;
+  const bool overlaps_cells;
+  Scratch common, own;
+  ForwardBuffers<S> buf;
+};
 
 }  // namespace

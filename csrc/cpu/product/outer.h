@@ -1,44 +1,46 @@
-// Products over tokens: dst [M, N] = sum over tokens of a[token, m] * b[token, n], of one a with
+// Outer products summed over tokens: dst [M, N] = sum of a[token, m] * b[token, n], of one a with
 // several b.
 //
-// Tokens go block by block. A block's a is packed once, then for each b a block of its columns at a
-// time. Tokens are always added in the same order, so results do not depend on which rows of a are
-// taken together.
+// Tokens are taken in blocks. The a of a block is packed once, each b a block of columns at a time.
+// Tokens are always added in the same order, so results do not depend on how columns of a are
+// divided into tasks.
 #pragma once
-#include "cpu/pass/pack.h"
+#include "cpu/product/gemm.h"
 
 namespace {
 
-// Sizes of blocks. What is packed has to stay in the second cache beside what is added to; short
-// blocks of tokens keep float32's sums exact, and long ones spare sums of the short products of
-// bfloat16 being read and written.
+// Sizes of blocks. The packed blocks stay in L2 beside the sums. Short blocks of tokens limit the
+// rounding error of float32; the products of bfloat16 are fast, and long blocks read and write
+// their sums less often.
 template <class X>
 struct Outer {
-  static constexpr int64_t kHalf = kPlanes<X> > 1 ? 2 : 1;  // three times the bytes
+  static constexpr int64_t kSplit = kPlanes<X> > 1 ? 2 : 1;  // planes take three times the bytes
   static constexpr int64_t kTokens = kTiled<X> ? 512 : kLongestSum;
-  static constexpr int64_t kColumns = kTiled<X> ? 256 / kHalf : 512;
-  static constexpr int64_t kMostRows = kTiled<X> ? 512 / kHalf : 64 * kRows;  // M
+  static constexpr int64_t kColumns = kTiled<X> ? 256 / kSplit : 512;
+  static constexpr int64_t kMostRows = kTiled<X> ? 512 / kSplit : 64 * kRows;  // M
 
-  // Operands of a row of a, and of all of a block's, as tiles take them.
+  // Operands of a block of tokens, and of a row of a for tiles.
   static constexpr int64_t kDepth = operands<X>(kTokens), kRow = kDepth + kRowPad<X>;
+  // Operands of a packed block of a, up to whole cache lines.
   static constexpr int64_t left(int64_t M) {
-    return kTiled<X> ? (M + kSpareRows<X>)*kRow : kDepth * M;
+    constexpr int64_t kLine = kCacheLine / sizeof(X);
+    return ((kTiled<X> ? (M + kSpareRows<X>)*kRow : kDepth * M) + kLine - 1) / kLine * kLine;
   }
   static constexpr int64_t scratch_bytes(int64_t widest) {
     const int64_t columns = Panels<X>::padded(min(widest, kColumns));
-    return (kDepth * columns + left(kMostRows)) * sizeof(X) + 128;
+    return (kDepth * columns + left(kMostRows)) * sizeof(X);
   }
 };
 
-// Packs the left factor of some tokens, M values of each: token(k) points to those of the k-th. In
-// blocks of rows for the registers, [k][rows of a block] each.
+// Packs the left factor of some tokens, M values each: token(k) points to those of the k-th. The
+// result is a block of rows after the other, [k][rows of the block], as `multiply` takes them.
 template <class X, class Token>
-void pack_left(X* to, int64_t M, int64_t tokens, Token token) {
+void pack_left(X* dst, int64_t M, int64_t tokens, Token token) {
   using C = Compute<X>;
   constexpr int w = Lanes<X>::kWidth;
   const int64_t K = operands<X>(tokens);
   for (int64_t k = 0; k < K; k++) {
-    // The tokens of one operand; without a second one zeros are in its place.
+    // The tokens of one operand. Zeros replace a missing second one.
     const int64_t first = k * kDepth<X>, second = min(first + 1, tokens - 1);
     const bool pair = second > first;
     const auto *a1 = token(first), *a2 = token(second);
@@ -47,31 +49,31 @@ void pack_left(X* to, int64_t M, int64_t tokens, Token token) {
       store(row + m,
             operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}).plane[0]);
     each_block(M, [&](int64_t m, int64_t rows) {
-      X* at = to + m * K + k * rows;
+      X* const block = dst + m * K + k * rows;
       if (rows == kRows) {  // a size the compiler knows
-        std::memcpy(at, row + m, kRows * sizeof(X));
+        std::memcpy(block, row + m, kRows * sizeof(X));
       } else {
-        for (int64_t r = 0; r < rows; r++) at[r] = row[m + r];
+        for (int64_t r = 0; r < rows; r++) block[r] = row[m + r];
       }
     });
   }
 }
 
-// The same for tiles: M rows of `ld` operands.
+// Packs it for tiles: M rows of `ld` operands.
 template <class X, class Token>
-void turn_left(X* to, int64_t ld, int64_t M, int64_t tokens, Token token) {
+void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token) {
   using C = Compute<X>;
   constexpr int w = Lanes<X>::kWidth;
   for (int64_t k = 0; k < operands<X>(tokens) / kPlanes<X>; k += w) {
-    decltype(token(0)) at[w * kDepth<X>];
+    decltype(token(0)) values_of[w * kDepth<X>];
     for (int i = 0; i < w * kDepth<X>; i++) {
       const int64_t which = k * kDepth<X> + i;
-      at[i] = which < tokens ? token(which) : nullptr;
+      values_of[i] = which < tokens ? token(which) : nullptr;
     }
     for (int64_t m = 0; m < M; m += w) {
-      auto values = [&](int i) { return at[i] ? load(at[i] + m, M - m) : Vec<C>{}; };
+      auto values = [&](int i) { return values_of[i] ? load(values_of[i] + m, M - m) : Vec<C>{}; };
       Vec<X> block[kPlanes<X>][w];
-      turn_block<X>(
+      transpose_block<X>(
           block,
           [&](int i) {
             return operand<X>(values(i * kDepth<X>), values(i * kDepth<X> + kDepth<X> - 1));
@@ -79,14 +81,15 @@ void turn_left(X* to, int64_t ld, int64_t M, int64_t tokens, Token token) {
           FirstIndices<w>{});
       for (int p = 0; p < kPlanes<X>; p++)
         for (int64_t i = 0; i < w && m + i < M; i++)
-          store(to + (m + i) * ld + p * (ld / kPlanes<X>)+k, block[p][i]);
+          store(dst + (m + i) * ld + p * (ld / kPlanes<X>)+k, block[p][i]);
     }
   }
 }
 
-// Packs the right factor: `cols` columns of what row(k) loads of the k-th token.
+// Packs the right factor: `cols` columns; row(k) returns a function that loads them from the k-th
+// token.
 template <class X, class Row>
-void pack_right(X* to, int64_t cols, int64_t tokens, Row row) {
+void pack_right(X* dst, int64_t cols, int64_t tokens, Row row) {
   using P = Panels<X>;
   using C = Compute<X>;
   const int64_t K = operands<X>(tokens);
@@ -99,47 +102,46 @@ void pack_right(X* to, int64_t cols, int64_t tokens, Row row) {
       const Operands<X> both = operand<X>(first < tokens ? row1(n, lanes) : Vec<C>{},
                                           second < tokens ? row2(n, lanes) : Vec<C>{});
       for (int p = 0; p < kPlanes<X>; p++)
-        store(to + panel * K + P::row(k, p) * width + n - panel, both.plane[p]);
+        store(dst + panel * K + P::row(k, p) * width + n - panel, both.plane[p]);
     }
   }
 }
 
-// M rows of a, whose tokens are `lda` values apart. each_right(f) calls f(N, row, dst) for every b:
-// row(k) gives a function (n, lanes) that loads from the k-th valid token's N values.
-template <class X, class A, class EachRight>
-void outer_products(const Sequence& seq, int64_t M, const A* a, int64_t lda, Scratch scratch,
-                    EachRight each_right) {
+// Adds up `tokens` products: left_row(k) points to the M values of a of the k-th token.
+// each_right(f) calls f(N, row, dst) for every b, where row(k) returns a function (n, lanes) that
+// loads from the N values of the k-th token. `scratch` has Outer::scratch_bytes.
+template <class X, class LeftRow, class EachRight>
+void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, EachRight each_right) {
   using C = Compute<X>;
   using P = Panels<X>;
   using O = Outer<X>;
-  X* const left = scratch.take<X>(O::left(M));
-  X* const right = scratch.take<X>(0);
-  for (int64_t k0 = 0; k0 < seq.valid; k0 += O::kTokens) {
-    const int64_t tokens = min(O::kTokens, seq.valid - k0), K = operands<X>(tokens);
-    auto token = [&](int64_t k) {
-      return a + seq.token(seq.valid_step[k0 + k], seq.valid_row[k0 + k]) * lda;
-    };
+  X *const left = scratch, *const right = scratch + O::left(M);
+  for (int64_t k0 = 0; k0 < tokens; k0 += O::kTokens) {
+    const int64_t count = min(O::kTokens, tokens - k0), K = operands<X>(count);
+    auto token = [&](int64_t k) { return left_row(k0 + k); };
     if constexpr (kTiled<X>)
-      turn_left(left, O::kRow, M, tokens, token);
+      pack_left_tiles(left, O::kRow, M, count, token);
     else
-      pack_left(left, M, tokens, token);
+      pack_left(left, M, count, token);
     each_right([&](int64_t N, auto row, C* dst) {
       for (int64_t n0 = 0; n0 < N; n0 += O::kColumns) {
         const int64_t cols = min(O::kColumns, N - n0);
-        pack_right(right, cols, tokens, [&](int64_t k) {
-          return [from = row(k0 + k), n0](int64_t n, int64_t lanes) { return from(n0 + n, lanes); };
+        pack_right(right, cols, count, [&](int64_t k) {
+          return [values = row(k0 + k), n0](int64_t n, int64_t lanes) {
+            return values(n0 + n, lanes);
+          };
         });
-        C* const to = dst + n0;
-        const C* const onto = k0 > 0 ? to : nullptr;
+        C* const sums = dst + n0;
+        const C* const addend = k0 > 0 ? sums : nullptr;
         if constexpr (kTiled<X>) {
-          gemm(M, cols, tokens, left, O::kRow, right, to, N, {onto, N});
+          gemm(M, cols, count, left, O::kRow, right, sums, N, {addend, N});
         } else {
           for (int64_t n = 0; n < cols; n += P::kColumns) {
             const int64_t width = min(P::kColumns, cols - n);
             each_block(M, [&](int64_t m, int64_t rows) {
-              const int64_t at = m * N + n;
-              multiply_for<X>(rows, width)(K, left + m * K, 1, rows, right + n * K, to + at, N,
-                                           width, {onto ? onto + at : nullptr, N},
+              const int64_t first = m * N + n;
+              multiply_for<X>(rows, width)(K, left + m * K, 1, rows, right + n * K, sums + first, N,
+                                           width, {addend ? addend + first : nullptr, N},
                                            left + (m + rows) * K);
             });
           }
@@ -147,7 +149,7 @@ void outer_products(const Sequence& seq, int64_t M, const A* a, int64_t lda, Scr
       }
     });
   }
-  if (seq.valid > 0) return;
+  if (tokens > 0) return;
   each_right([&](int64_t N, auto, C* dst) {
     for (int64_t i = 0; i < M * N; i++) dst[i] = 0;
   });

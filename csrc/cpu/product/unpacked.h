@@ -1,12 +1,15 @@
-// Products with rows of the weights as they lie, for calls that do not pay for packing them: dot
-// products of as many rows at once as a vector has lanes.
+// Products with unpacked weights, for calls of few rows, in which packing would take longer than
+// the product.
 #pragma once
-#include "cpu/pass/pack.h"
+#include "cpu/product/gemm.h"
+#include "plan/problem.h"
 
 namespace {
 
-// Vectors hold `w / kPart` sums in parts of that many lanes. Two make one with parts half as long,
-// until lane i of v[0] is the sum of v[i].
+using fusedrnn::kDotRows, fusedrnn::kFewTokensBack;
+
+// Adds up the lanes of w vectors: each holds w / kPart partial sums of kPart lanes. Two vectors are
+// merged into one with parts half as long, until lane i of v[0] is the sum of v[i].
 template <int kPart, class C, int... I>
 FUSEDRNN_INLINE void add_lanes(Vec<C>* v, Indices<I...> all) {
   constexpr int w = sizeof...(I), kHalf = kPart / 2;
@@ -21,19 +24,19 @@ FUSEDRNN_INLINE void add_lanes(Vec<C>* v, Indices<I...> all) {
 
 // Lane i of the result is the sum of v[i].
 template <class C>
-FUSEDRNN_INLINE Vec<C> sums_of(Vec<C> (&v)[Lanes<C>::kWidth]) {
+FUSEDRNN_INLINE Vec<C> lane_sums(Vec<C> (&v)[Lanes<C>::kWidth]) {
   constexpr int w = Lanes<C>::kWidth;
   add_lanes<w, C>(v, FirstIndices<w>{});
   return v[0];
 }
 
-// Lane i of out[r]: the product of row i of w, which has `rows` rows, and row r of x; both of K
-// elements. Lanes from `rows` on are anything.
+// Lane i of out[r] is the dot product of row i of w, which has `rows` rows, and row r of x, both of
+// K elements. Lanes from `rows` on are undefined.
 template <int kRows, class C, class S>
 __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
                                         int64_t ldx, int64_t K) {
   constexpr int width = Lanes<C>::kWidth;
-  // Rows of w at a time: few, for rows of a power of two lie in the same places of the cache.
+  // Few rows of w at a time: rows whose length is a power of two share cache sets.
   constexpr int kTile = kRows == 1 ? width < 8 ? width : 8 : width < 4 ? width : 4;
   Vec<C> all[kRows][width];
   for (int first = 0; first < width; first += kTile) {
@@ -62,7 +65,7 @@ __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, c
       for (int i = 0; i < kTile; i++) all[r][first + i] = sums[r][i];
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; r++) out[r] = sums_of<C>(all[r]);
+  for (int r = 0; r < kRows; r++) out[r] = lane_sums<C>(all[r]);
 }
 
 template <class C, class S>
@@ -77,6 +80,46 @@ FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
       return dot_rows<3>(out, w, rows, x, ldx, K);
     default:
       return dot_rows<kDotRows>(out, w, rows, x, ldx, K);
+  }
+}
+
+// `columns` of C = A W + D for the row-major weights W [K, N], a few rows of which are read at a
+// time. M <= kFewTokensBack.
+template <class C, class E, class S>
+void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda, const S* weights,
+                       Columns columns, C* c, int64_t ldc, Addend<C> d) {
+  constexpr int w = Lanes<C>::kWidth, kAtOnce = 8;
+  constexpr int64_t kBlock = 512;  // columns whose sums stay in L1
+  C sums[kFewTokensBack * kBlock];
+  for (int64_t n0 = columns.begin; n0 < columns.end; n0 += kBlock) {
+    const int64_t cols = min(kBlock, columns.end - n0);
+    for (int64_t r = 0; r < M; r++)
+      for (int64_t n = 0; n < cols; n += w)
+        store(c + r * ldc + n0 + n, d.data ? load(d.data + r * d.ld + n0 + n, cols - n) : Vec<C>{},
+              cols - n);
+    for (int64_t k0 = 0; k0 < K; k0 += kLongestSum) {
+      const int64_t k1 = min(K, k0 + kLongestSum);
+      for (int64_t k = k0; k < k1; k += kAtOnce) {
+        const S* row[kAtOnce];
+        for (int i = 0; i < kAtOnce; i++) row[i] = weights + min(k + i, K - 1) * N + n0;
+        for (int64_t r = 0; r < M; r++) {
+          Vec<C> factor[kAtOnce];
+          for (int i = 0; i < kAtOnce; i++)
+            factor[i] = broadcast<C>(k + i < k1 ? to_compute(a[r * lda + k + i]) : C(0));
+          for (int64_t n = 0; n < cols; n += w) {
+            Vec<C> sum = k > k0 ? load(sums + r * kBlock + n) : Vec<C>{};
+#pragma GCC unroll 8
+            for (int i = 0; i < kAtOnce; i++) sum += factor[i] * load(row[i] + n, cols - n);
+            store(sums + r * kBlock + n, sum);
+          }
+        }
+      }
+      for (int64_t r = 0; r < M; r++)
+        for (int64_t n = 0; n < cols; n += w) {
+          C* const total = c + r * ldc + n0 + n;
+          store(total, load(total, cols - n) + load(sums + r * kBlock + n), cols - n);
+        }
+    }
   }
 }
 

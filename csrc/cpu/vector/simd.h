@@ -1,11 +1,10 @@
 // Vectors of the instruction set this file is compiled for, on GCC's vector extensions: loads and
 // stores that convert between storage and compute types, whole or the first n lanes.
-//
-// Everything here is in an anonymous namespace and nothing uses the standard library's inline
-// templates: code compiled for AVX-512 must not be picked by the linker for another variant.
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "cpu/vector/indices.h"
 #if defined(__F16C__) || defined(__AVX512F__)
 #pragma GCC diagnostic push
 #if !defined(__clang__)  // GCC's header begins from undefined vectors
@@ -14,8 +13,6 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
-
-#define FUSEDRNN_INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -36,7 +33,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Whether a vector of them is loaded by one or two instructions.
+// Whether one or two instructions load a vector and convert it.
 template <class S>
 constexpr bool kLoadsQuickly = true;
 template <>
@@ -58,79 +55,6 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-// The type in which a product takes its factors: the compute type, or two neighbours along the sum
-// where the processor multiplies pairs of bfloat16 and adds them to a float32. With tiles a float32
-// is such pairs too, in three planes: a bfloat16, what that leaves of it, and what is left then, 24
-// bits together.
-struct Pair {
-  BFloat16 first, second;
-};
-struct PlanePair {
-  BFloat16 first, second;
-};
-template <class S>
-struct OperandOf {
-  using type = Compute<S>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct OperandOf<BFloat16> {
-  using type = Pair;
-};
-#endif
-#if defined(__AMX_BF16__)
-template <>
-struct OperandOf<float> {
-  using type = PlanePair;
-};
-#endif
-template <class S>
-using Operand = typename OperandOf<S>::type;
-template <class X>
-struct ElementOf {
-  using type = X;
-  using kept = X;
-};
-template <>
-struct ElementOf<Pair> {
-  using type = BFloat16;
-  using kept = BFloat16;
-};
-template <>
-struct ElementOf<PlanePair> {
-  using type = BFloat16;
-  using kept = float;
-};
-template <class X>
-using Element = typename ElementOf<X>::type;
-template <class X>
-constexpr int kDepth = sizeof(X) / sizeof(Element<X>);  // values in one operand
-template <class X>
-constexpr int kPlanes = 1;
-template <>
-constexpr int kPlanes<PlanePair> = 3;
-// What is kept of a factor for later products.
-template <class X>
-using Kept = typename ElementOf<X>::kept;
-// Whether products of X use tiles (tiles.h), and how many values along the sum they take at a time.
-#if defined(__AMX_BF16__)
-template <class X>
-constexpr bool kTiled = kDepth<X> == 2;
-#else
-template <class X>
-constexpr bool kTiled = false;
-#endif
-template <class X>
-constexpr int kStep = kTiled<X> ? 32 : kDepth<X>;
-// Rows behind the last one of a matrix A that products read.
-template <class X>
-constexpr int kSpareRows = kTiled<X> ? 15 : 0;
-// Operands that n values take, in all planes; behind the last value stand zeros.
-template <class X>
-constexpr int64_t operands(int64_t n) {
-  return (n + kStep<X> - 1) / kStep<X> * (kStep<X> / kDepth<X>)*kPlanes<X>;
-}
-
 template <class C>
 struct Lanes;
 template <>
@@ -147,19 +71,12 @@ struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
 };
-template <>
-struct Lanes<Pair> {
-  static constexpr int kWidth = kVectorBytes / 4;
-  typedef uint32_t Vec __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Lanes<PlanePair> : Lanes<Pair> {};
 template <class C>
 using Vec = typename Lanes<C>::Vec;
 
 template <class To, class From>
 FUSEDRNN_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
@@ -201,7 +118,7 @@ FUSEDRNN_INLINE Float16 from_compute<Float16>(float x) {
   return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
 }
 
-// Lane i of the result is lane I[i] of a and b, one behind the other.
+// Lane i of the result is lane I[i] of a followed by b.
 template <int... I, class V>
 FUSEDRNN_INLINE V shuffle(V a, V b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -270,7 +187,7 @@ FUSEDRNN_INLINE void store(Float16* p, Vec<float> v) {
 #endif
 }
 
-// ---- the first n lanes; the others read as 0 and are not written ----
+// ---- the first n lanes: the others are loaded as 0 and not stored ----
 
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> load(const S* p, int64_t n) {
@@ -312,146 +229,16 @@ FUSEDRNN_INLINE void store(S* p, Vec<Compute<S>> v, int64_t n) {
 
 template <class C>
 FUSEDRNN_INLINE Vec<C> broadcast(C x) {
-  return x - Vec<C>{};  // not x + 0: -0 must stay -0
-}
-template <>
-FUSEDRNN_INLINE Vec<Pair> broadcast<Pair>(Pair x) {
-  return bit_cast<uint32_t>(x) + Vec<Pair>{};
+  return x - Vec<C>{};  // x + 0 would turn -0 into +0
 }
 
-// Rows of n values, converted; the compute type's own rows are copied. A function of its own, for
-// the sake of building time.
+// Converts a row of n values, or copies it. Not inlined, which saves build time.
 template <class To, class From>
-__attribute__((noinline)) void convert_row(To* to, const From* from, int64_t n) {
+__attribute__((noinline)) void convert_row(To* dst, const From* src, int64_t n) {
   constexpr int w = Lanes<Compute<From>>::kWidth;
   int64_t j = 0;
-  for (; j + w <= n; j += w) store(to + j, load(from + j));
-  if (j < n) store(to + j, load(from + j, n - j), n - j);
-}
-
-// ---- operands ----
-
-// A vector of operands in each plane.
-template <class X>
-struct Operands {
-  Vec<X> plane[kPlanes<X>];
-};
-
-#if defined(__AVX512BF16__)
-// Of values in plane p what that plane takes: all, but what would round to infinity only as much as
-// bfloat16 can hold. Infinity itself goes to the second plane.
-template <int kPlane>
-FUSEDRNN_INLINE Vec<float> for_plane(Vec<float> v) {
-  constexpr int kSmallerSize = 2;  // of two numbers, with the sign of the first
-  if constexpr (kPlane > 0) return v;
-  return bit_cast<Vec<float>>(
-      _mm512_range_ps(bit_cast<__m512>(v), _mm512_set1_ps(0x1.fep127f), kSmallerSize));
-}
-// What is left of v when `taken` is rounded to bfloat16. Of infinity that is NaN in the end.
-FUSEDRNN_INLINE Vec<float> rest(Vec<float> v, Vec<float> taken) {
-  const __m512i wide =
-      _mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(taken))));
-  return v - bit_cast<Vec<float>>(_mm512_slli_epi32(wide, 16));
-}
-// The same of two vectors, 32 values in the order of their memory: those of plane p as pairs.
-template <class X, int kPlane>
-FUSEDRNN_INLINE void round_to_pairs(Vec<float> low, Vec<float> high, Operands<X>* o) {
-  const Vec<float> l = kPlanes<X> > 1 ? for_plane<kPlane>(low) : low,
-                   h = kPlanes<X> > 1 ? for_plane<kPlane>(high) : high;
-  o->plane[kPlane] =
-      bit_cast<Vec<X>>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(h), bit_cast<__m512>(l)));
-  if constexpr (kPlane + 1 < kPlanes<X>)
-    round_to_pairs<X, kPlane + 1>(rest(low, l), rest(high, h), o);
-}
-#endif
-
-// Lane j of the operands of a row, or of the two rows next to each other in the sum.
-template <class X>
-FUSEDRNN_INLINE Operands<X> operand(Vec<Compute<X>> first, Vec<Compute<X>> second) {
-#if defined(__AVX512BF16__)
-  if constexpr (kDepth<X> == 2) {
-    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
-    Operands<X> o;
-    round_to_pairs<X, 0>(first, second, &o);
-    for (Vec<X>& v : o.plane) {
-      const Halves h = bit_cast<Halves>(v);
-      v = bit_cast<Vec<X>>(shuffle<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
-                                   25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(h, h));
-    }
-    return o;
-  } else
-#endif
-  {
-    (void)second;
-    return {{first}};
-  }
-}
-
-// The operands of n values that lie together, as many as a vector holds.
-template <class X, class S>
-FUSEDRNN_INLINE Operands<X> load_operands(const S* p, int64_t n) {
-  if constexpr (kDepth<X> == 1) {
-    return {{load(p, n)}};
-#if defined(__AVX512BF16__)
-  } else if constexpr (sizeof(S) == sizeof(float)) {
-    constexpr int w = Lanes<float>::kWidth;
-    Operands<X> o;
-    round_to_pairs<X, 0>(load(p, n), n > w ? load(p + w, n - w) : Vec<float>{}, &o);
-    return o;
-#endif
-  } else {
-    constexpr int64_t most = Lanes<X>::kWidth * kDepth<X>;
-    Operands<X> o{};
-    std::memcpy(&o.plane[0], p, (n < most ? n : most) * sizeof(S));
-    return o;
-  }
-}
-
-// Stores n values, one vector or fewer, from the j-th on of a row whose planes are `plane` operands
-// apart.
-template <class X, int kPlane = 0>
-FUSEDRNN_INLINE void store_operands(X* row, int64_t plane, int64_t j, Vec<Compute<X>> v,
-                                    int64_t n) {
-  (void)plane;
-  auto put = [&](Vec<Compute<X>> part) { store(reinterpret_cast<Element<X>*>(row) + j, part, n); };
-#if defined(__AVX512BF16__)
-  if constexpr (kPlanes<X> > 1) {
-    const Vec<float> taken = for_plane<kPlane>(v);
-    put(taken);
-    if constexpr (kPlane + 1 < kPlanes<X>)
-      store_operands<X, kPlane + 1>(row + plane, plane, j, rest(v, taken), n);
-    return;
-  }
-#endif
-  put(v);
-}
-
-// Rounds a row of n values to operands: value(j, lanes) are those from j on.
-template <class X, class Value>
-FUSEDRNN_INLINE void make_operands(X* to, int64_t plane, int64_t n, Value value) {
-  constexpr int w = Lanes<Compute<X>>::kWidth;
-  int64_t j = 0;
-  for (; j + w <= n; j += w) store_operands(to, plane, j, value(j, w), w);
-  if (j < n) store_operands(to, plane, j, value(j, n - j), n - j);
-  for (int p = 0; p < kPlanes<X>; p++) {
-    Element<X>* elements = reinterpret_cast<Element<X>*>(to + p * plane);
-    for (j = n; j < operands<X>(n) / kPlanes<X> * kDepth<X>; j++) elements[j] = Element<X>{};
-  }
-}
-template <class X, class From>
-FUSEDRNN_INLINE void to_operands(X* to, int64_t plane, const From* from, int64_t n) {
-  make_operands(to, plane, n, [from](int64_t j, int64_t lanes) { return load(from + j, lanes); });
-}
-
-template <class X>
-FUSEDRNN_INLINE Vec<Compute<X>> multiply_add(Vec<X> a, Vec<X> b, Vec<Compute<X>> sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (kDepth<X> == 2)
-    return bit_cast<Vec<float>>(
-        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
-  else
-#endif
-    return sum + a * b;
+  for (; j + w <= n; j += w) store(dst + j, load(src + j));
+  if (j < n) store(dst + j, load(src + j, n - j), n - j);
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ inline bool fits(const Persistent& p) {
   return p.dtype == storage && bytes(p.dtype) == tile_of(p.engine).operand_bytes && p.stages >= 1 &&
          p.stages <= kMaxStages && p.shape.units % vector == 0 &&
          p.shape.units * p.shape.rows <= kPersistentThreads && p.blocks() <= INT32_MAX &&
+         (!p.cluster || (p.shape.team > 1 && p.shape.team <= kLargestCluster)) &&
          p.hidden_size <= p.shape.team * p.shape.units && p.steps < INT32_MAX;
 }
 
@@ -43,8 +44,8 @@ CellLayout layout_of() {
   static_assert(Cell::kSlots <= kMostSlots);
   CellLayout l{Cell::kGates, Cell::kSlots, Cell::kSaved, Cell::kHasCell, Cell::kUsesHPrev, {}, {}};
   for (int k = 0; k < kMostSlots; k++) {
-    l.x_gate[k] = gate_of(Cell::x_runs(), k);
-    l.h_gate[k] = gate_of(Cell::h_runs(), k);
+    l.x_gate[k] = gate_of(Cell::x_ranges(), k);
+    l.h_gate[k] = gate_of(Cell::h_ranges(), k);
   }
   return l;
 }
@@ -59,8 +60,7 @@ int launch_persistent(P p, void* stream, F select) {
   });
   Grid grid{dim3(unsigned(p.blocks())), dim3(kPersistentThreads)};
   grid.cluster = p.cluster ? p.shape.team : 1;
-  // Whoever waits for another team's flag must know that it runs.
-  grid.cooperative = !p.cluster || (p.chained && p.stages > 1);
+  grid.cooperative = p.waits_for_flags();
   grid.shared_bytes = size_t(p.shape.shared_bytes);
   return with_engine(p, [&](auto engine) { return launch(select(engine), grid, stream, p); });
 }

@@ -16,8 +16,8 @@ constexpr int kUnits = 32, kRows = 8;  // of a block
 struct Projection {
   static constexpr int kSlots = 1, kSaved = 0;
   static constexpr bool kHasCell = false, kUsesHPrev = false;
-  static FUSEDRNN_HD constexpr Runs<1> x_runs() { return {{{0, 0, 1}}}; }
-  static FUSEDRNN_HD constexpr Runs<1> h_runs() { return {{{0, 0, 0}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, 1}}}; }
+  static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, 0, 0}}}; }
 
   template <class M, class V>
   static FUSEDRNN_HD V forward(V (&s)[1], V, V&) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kUnits* kRows)
     }
     C s[Cell::kSlots];
     for (int k = 0; k < Cell::kSlots; k++) {
-      const int x = gate_of(Cell::x_runs(), k), h = gate_of(Cell::h_runs(), k);
+      const int x = gate_of(Cell::x_ranges(), k), h = gate_of(Cell::h_ranges(), k);
       s[k] = 0;
       if (x >= 0)
         s[k] += read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, x * H + j);

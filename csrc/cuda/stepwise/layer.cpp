@@ -7,9 +7,9 @@ namespace fusedrnn {
 namespace {
 
 // The product with W_hh fills, and is differentiated through, the last slots in the order of gates.
-#define CELL(mode, type)                                                         \
-  static_assert(type::h_runs().kCount == 1 && type::h_runs().run[0].gate == 0 && \
-                type::h_runs().run[0].slot == type::kSlots - type::kGates);
+#define CELL(mode, type)                                                               \
+  static_assert(type::h_ranges().kCount == 1 && type::h_ranges().range[0].gate == 0 && \
+                type::h_ranges().range[0].slot == type::kSlots - type::kGates);
 #include "cells/cells.inc"
 #undef CELL
 
@@ -111,6 +111,8 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
   int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
   if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
   if (!error && w.operand != w.h) error = to_storage_type(a.dtype, w.h, w.operand, B * P, stream);
+  // Rows that have no step yet are multiplied too, and are not written by the cells.
+  if (!error && w.hidden) error = to_storage_type(a.dtype, nullptr, w.hidden, B * H, stream);
 
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {

@@ -1,4 +1,4 @@
-#include "cpu/team.h"
+#include "cpu/run/team.h"
 
 #include <chrono>
 #include <thread>
@@ -57,11 +57,11 @@ bool Team::join(int64_t places, int64_t all, Member* me) {
   return true;
 }
 
-void Member::meet() {
+void Member::barrier() {
   if (count == 1) return;
-  met += count;
-  team->meetings.fetch_add(1, std::memory_order_acq_rel);
-  wait_until([&] { return team->meetings.load(std::memory_order_acquire) >= met; });
+  passed += count;
+  team->arrivals.fetch_add(1, std::memory_order_acq_rel);
+  wait_until([&] { return team->arrivals.load(std::memory_order_acquire) >= passed; });
 }
 
 }  // namespace fusedrnn

@@ -1,9 +1,10 @@
-// Threads that take one task together, each with a share of the units, and meet after every step.
+// Threads that take one task together, each with a share of the units, with a barrier at every
+// step.
 #pragma once
 #include <atomic>
 #include <cstdint>
 
-#include "cpu/member.h"
+#include "cpu/call.h"
 
 namespace fusedrnn {
 
@@ -26,7 +27,7 @@ class alignas(64) Team {
   const int64_t patience;
   std::atomic<int64_t> members{0};  // and kClosed, once the first of them waits no longer
   std::atomic<int64_t> taken{0};    // places
-  alignas(64) std::atomic<int64_t> meetings{0};  // calls of meet()
+  alignas(64) std::atomic<int64_t> arrivals{0};  // calls of barrier()
 };
 
 // Waits for `left`, whose last change is followed by notify_all(). Soon sleeps: an idle core then

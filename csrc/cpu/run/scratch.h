@@ -8,20 +8,22 @@
 #include <bit>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "torch/checks.h"
-#include "torch/switches.h"
-
 namespace fusedrnn {
+
+// Whether FUSEDRNN_POISON=1 asks for memory full of NaN: for tests.
+bool poison_scratch();
 
 // A pool of free blocks. Each block is a mapping of its own: pages that are evicted go back to the
 // system, and cannot fragment malloc's heap. The pool holds little more than calls have recently
 // used at one time, so that resident memory follows what the program needs.
-class KeptMemory {
+class ScratchPool {
  public:
   struct Block {
-    char* at;
+    char* data;
     int64_t bytes;
     int64_t asked;  // of them, by the call that holds the block
   };
@@ -32,8 +34,8 @@ class KeptMemory {
   static constexpr int64_t kMostBytes = 256 << 20;
 #endif
 
-  KeptMemory() { free_.reserve(kMostBlocks); }
-  ~KeptMemory() {
+  ScratchPool() { free_.reserve(kMostBlocks); }
+  ~ScratchPool() {
     for (const Block& block : free_) unmap(block);
   }
   Block take(int64_t bytes) {
@@ -44,7 +46,7 @@ class KeptMemory {
           (best == free_.end() || i->bytes < best->bytes))
         best = i;
     if (best == free_.end()) return fresh(bytes);
-    const Block found{best->at, best->bytes, bytes};
+    const Block found{best->data, best->bytes, bytes};
     free_.erase(best), free_bytes_ -= found.bytes;
     used_ += bytes;
     return found;
@@ -67,7 +69,8 @@ class KeptMemory {
   Block fresh(int64_t bytes) {
     const int64_t rounded = size_class(bytes);
     const Block block{map(rounded), rounded, bytes};
-    FUSEDRNN_EXPECT(block.at, "fusedrnn: cannot allocate ", bytes, " bytes");
+    if (!block.data)
+      throw std::runtime_error("fusedrnn: cannot allocate " + std::to_string(bytes) + " bytes");
     used_ += bytes;
     return block;
   }
@@ -94,14 +97,14 @@ class KeptMemory {
   static char* map(int64_t bytes) {
     return static_cast<char*>(::operator new(bytes, std::align_val_t(kPage), std::nothrow));
   }
-  static void unmap(const Block& block) { ::operator delete(block.at, std::align_val_t(kPage)); }
+  static void unmap(const Block& block) { ::operator delete(block.data, std::align_val_t(kPage)); }
 #else
   static char* map(int64_t bytes) {
-    void* const at =
+    void* const mapped =
         mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return at == MAP_FAILED ? nullptr : static_cast<char*>(at);
+    return mapped == MAP_FAILED ? nullptr : static_cast<char*>(mapped);
   }
-  static void unmap(const Block& block) { munmap(block.at, block.bytes); }
+  static void unmap(const Block& block) { munmap(block.data, block.bytes); }
 #endif
 
   // How much may be free.
@@ -122,36 +125,35 @@ class KeptMemory {
   std::atomic<int64_t> used_{0};                       // that calls have asked for and hold
 };
 
-// The scratch memory of a thread's calls.
-class ScratchPool : public KeptMemory {
+// The pool of all threads, for memory that may be returned by another thread than took it.
+ScratchPool::Block take_shared(int64_t bytes);
+void give_shared(const ScratchPool::Block&);
+
+// The pool of one thread's calls.
+class ThreadScratchPool : public ScratchPool {
  public:
-  void give(const Block& block);  // also ages this pool, and that of reserves, every so often
+  void give(const Block& block);  // also ages this pool, and the shared one, every so often
 
  private:
   static constexpr int kWindow = 256;  // blocks
   int returned_ = 0;
 };
-inline thread_local ScratchPool scratch_pool;
+inline thread_local ThreadScratchPool thread_scratch_pool;
 
-// `count` parts of `bytes` each, in pages of their own, from what the calling thread keeps.
+// `count` parts of `bytes` each, in pages of their own, from the calling thread's pool.
 class ScratchMemory {
  public:
   ScratchMemory(int64_t count, int64_t bytes)
-      : stride_((bytes + 4095) / 4096 * 4096), block_(scratch_pool.take(count * stride_)) {
-    if (block_.at && poison_scratch()) std::memset(block_.at, 0xFF, count * stride_);
+      : stride_((bytes + 4095) / 4096 * 4096), block_(thread_scratch_pool.take(count * stride_)) {
+    if (block_.data && poison_scratch()) std::memset(block_.data, 0xFF, count * stride_);
   }
-  ~ScratchMemory() { scratch_pool.give(block_); }
+  ~ScratchMemory() { thread_scratch_pool.give(block_); }
   ScratchMemory(const ScratchMemory&) = delete;
-  char* of(int64_t part = 0) const { return block_.at + part * stride_; }
+  char* data(int64_t part = 0) const { return block_.data + part * stride_; }
 
  private:
   int64_t stride_;
-  KeptMemory::Block block_;
+  ScratchPool::Block block_;
 };
-
-// A reserve: bytes (rows, row) beside `like`. One of a megabyte and more on the CPU lies in memory
-// that the process keeps, up to the same limit, where torch (from 2.11 on) takes it: it may die in
-// another thread than it was made in.
-Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row);
 
 }  // namespace fusedrnn

@@ -5,8 +5,7 @@
 // A token is one row of the batch at one step. Token (t, b) lies at row offset[t] + b of every
 // per-token array, so padded (T, B) and packed data are the same thing here.
 #pragma once
-#include "cpu/member.h"
-#include "plan/cpu_costs.h"
+#include "plan/cpu_pass.h"
 #include "plan/problem.h"
 
 namespace fusedrnn {
@@ -15,7 +14,7 @@ struct Sequence {
   int64_t steps, batch, tokens;  // tokens: rows of the per-token arrays
   const int64_t* offset;         // [steps]
   const int64_t* length;         // [batch]
-  const int64_t* order;          // [batch] rows by falling length
+  const int64_t* order;          // [batch] rows by descending length
   const uint8_t* resets;         // [tokens] whether a new sequence begins there; null: nowhere
   // The tokens that exist, in storage order; fewer than `tokens` where rows are padded.
   int64_t valid;
@@ -38,17 +37,18 @@ struct Sequence {
 // Integer input: what distinct values it has, and the tokens of each. Without a value: other input.
 struct OneHot {
   int64_t distinct;
-  const int64_t* value;  // [distinct], rising
+  const int64_t* value;  // [distinct], ascending
   const int64_t* which;  // [tokens] which of them a token has
   // The tokens that have value i lie from token[begin[i]] to token[begin[i + 1]], in storage order.
   const int64_t *begin, *token;  // [distinct + 1], [valid]
 };
 
-// Where a call's packed weights lie, in elements of the compute type. Forward: bias of all slots
-// (with layer normalisation none), then W_ih (of integer input: the gates that each distinct value
-// makes) and W_hh group by group (pass/pack.h), W_hr. Backward: W_hh and W_ih run by run, W_hr.
+// Where a call's packed weights lie, in elements of the compute type. Forward: first the bias of
+// all slots (none with layer normalisation), then W_ih (for integer input the gates of each
+// distinct value) and W_hh group by group (pass/gate_layout.h), W_hr. Backward: first W_hh, then
+// W_ih, both range by range, W_hr.
 struct PackedOffsets {
-  int64_t bias, w_ih, w_hh, w_hr, total;
+  int64_t w_ih, w_hh, w_hr, total;
 };
 
 // Zoneout: what part of an old value stays, and the rest is the new one.
@@ -57,34 +57,38 @@ struct Zoneout {
   double rate;
 };
 
-struct Common {
+// Null: that one is not applied.
+struct Regularisers {
+  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out]
+  double mask_scale;
+  // Recurrent dropout: h is multiplied with it before W_hh. Compute type
+  // [layers * directions, batch, out].
+  const void* h_mask;
+  Zoneout zoneout_h, zoneout_c;
+};
+
+struct Common : Regularisers {
   Problem problem;
+  CpuPass pass;
   Sequence seq;
   const void* x;  // storage type; token (t, b) at x + x_offset[t] + b * x_row elements
   const int64_t* x_offset;
   int64_t x_row;
   OneHot one_hot;       // in place of x
   const void *hx, *cx;  // storage type [layers * directions, batch, ...], null: zeros
-  const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out], null: none
-  double mask_scale;
-  // Recurrent dropout: h is multiplied with it before W_hh; null: none. Compute type
-  // [layers * directions, batch, out].
-  const void* h_mask;
-  Zoneout zoneout_h, zoneout_c;
   // Where all states are results: the outputs of all layers but the last, storage type
   // [layers - 1, tokens, directions * out], and all cell states, compute type
   // [layers, tokens, directions * hidden]; null where they are not.
   void *hs, *cs;
   const Weights* weights;  // [layers * directions]
   // Compute type, one PackedOffsets::total per layer and direction; null: backward of few tokens,
-  // which reads the weights as they lie.
+  // which reads the weights unpacked.
   const void* packed;
-  char* reserve;  // null: nothing is kept for backward
+  char* reserve;  // null: nothing is saved for backward
 };
 
 struct Forward : Common {
   void *y, *hn, *cn;  // storage type
-  bool unpacked_hh;   // W_hh is read as it lies, by kernels that do not multiply pairs
   void* inner[2];     // storage type [tokens, directions * out], layer outputs when reserve is null
 };
 
@@ -99,22 +103,32 @@ struct Backward : Common {
   // [directions, tokens, slots * hidden], the gradients of the pre-activations: as the products
   // take them, in the space of the compute type
   void* dgates;
-  void* dproj;            // [directions, tokens, out], gradients of h, with a projection
-  void* hidden;           // [directions, tokens, hidden], what was projected, with a projection
-  void* dnormed;          // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
-  void* const* dweights;  // [directions * 9] in the order of Weights; null: not wanted
+  void* dproj;    // [directions, tokens, out], gradients of h, with a projection
+  void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
+  void* dnormed;  // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
+  const WeightGradients* dweights;  // [directions]; null: not wanted
   int64_t layer;
 };
 
 // One step of a layer and direction without packed weights (pass/forward_unpacked.h), for the first
 // `rows` rows in Sequence::order.
-struct DirectStep {
+struct UnpackedStep {
   int64_t layer, dir, t, rows;
-  bool falling;          // units go from the last to the first
-  void *h_prev, *h, *c;  // compute type [batch, hidden], rows in that order too
-  // The products of W_hh where direct_recurrent makes them, [vectors of units][gates][batch] whole
-  // vectors; null: the step does.
-  void* by_h;
+  bool descending;       // the order of units
+  void *h_prev, *h, *c;  // compute type [batch, hidden], rows in Sequence::order
+  // The products of W_hh where unpacked_recurrent computes them, [vectors of units][gates][batch]
+  // whole vectors; null: the step does.
+  void* recurrent;
+};
+
+// A thread's place in a team, which takes a task together (run/team.h). Without a team it is alone.
+struct Member {
+  class Team* team = nullptr;
+  int64_t index = 0, count = 1;
+  int64_t passed = 0;  // barriers, times `count`
+
+  // Returns once all members have called it as often: what they wrote before can be read.
+  void barrier();
 };
 
 // Rows that a task takes through all steps: places in Sequence::order. A team of more than one
@@ -144,28 +158,17 @@ struct Kernels {
   RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
   void (*forward)(const Forward&, const Rows&, Member&);
   void (*backward)(const Backward&, const Rows&, Member&);
-  // For each state DirectStep::by_h, and each part's own.
-  RowsScratch (*direct_scratch)(const Problem&, int64_t rows);
+  // Common: UnpackedStep::recurrent of each state; own: of each part.
+  RowsScratch (*unpacked_scratch)(const Problem&, int64_t rows);
   // Of all rows: h_prev and c from the call's initial states, and to its final ones.
-  void (*direct_begin)(const Forward&, const DirectStep&);
-  void (*direct_recurrent)(const Forward&, const DirectStep&, int64_t part, int64_t parts);
-  void (*direct_step)(const Forward&, const DirectStep&, int64_t part, int64_t parts,
-                      void* scratch);
-  void (*direct_end)(const Forward&, const DirectStep&);
+  void (*unpacked_begin)(const Forward&, const UnpackedStep&);
+  void (*unpacked_recurrent)(const Forward&, const UnpackedStep&, int64_t part, int64_t parts);
+  void (*unpacked_step)(const Forward&, const UnpackedStep&, int64_t part, int64_t parts,
+                        void* scratch);
+  void (*unpacked_end)(const Forward&, const UnpackedStep&);
   int64_t (*weight_tasks)(const Problem&, int64_t threads);
   int64_t (*weight_scratch)(const Problem&, int64_t layer);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);
 };
-
-struct Variant {
-  const Kernels* kernels;
-  bool supported;  // by this processor
-};
-
-const Kernels& kernels();  // the best that this processor runs, or the one that FUSEDRNN_CPU names
-// The same for a call: avx512bf16 has bfloat16 alone and amx float32 too, where that pays. They
-// leave all else to avx512.
-const Kernels& kernels(const Problem& p, int64_t batch, int64_t tokens);
-const Variant* variants(int* count);  // all in the binary, best first
 
 }  // namespace fusedrnn

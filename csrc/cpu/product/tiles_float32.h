@@ -1,0 +1,136 @@
+// The product of float32 on AMX tiles, in three planes of bfloat16 (operand.h).
+//
+// Six of the nine products of planes are added: the others are below 2^-25 of the result. Sums
+// start from zero and the addend is added to them, so that small values are not lost in a large
+// addend. An infinity in one plane times a zero in another is NaN where the float32 product may be
+// infinite: sums that are not finite are computed again (multiply_exactly).
+#pragma once
+#include "cpu/product/tiles.h"
+
+#if defined(__AMX_BF16__)
+namespace {
+
+constexpr int kNotFinite = 0x99;  // the classes of vfpclassps: infinities and NaNs
+
+// One row of A times one panel, with the planes of each value added up first.
+__attribute__((noinline)) Vec<float> multiply_exactly(int64_t steps, const PlanePair* a,
+                                                      int64_t plane, const PlanePair* panel) {
+  auto first = [](const PlanePair* x) { return bit_cast<Vec<float>>(load(x) << 16); };
+  auto second = [](const PlanePair* x) { return bit_cast<Vec<float>>(load(x) & 0xffff0000u); };
+  auto sum_planes = [](auto half, const PlanePair* x, int64_t stride) {
+    const Vec<float> two = half(x) + half(x + stride);
+    // Infinity is in the second plane, and the third is NaN then: it is left out.
+    return bit_cast<Vec<float>>(
+        _mm512_mask_add_ps(bit_cast<__m512>(two),
+                           _knot_mask16(_mm512_fpclass_ps_mask(bit_cast<__m512>(two), kNotFinite)),
+                           bit_cast<__m512>(two), bit_cast<__m512>(half(x + 2 * stride))));
+  };
+  constexpr int kTile = kTileRows * kTileRows;
+  Vec<float> sum{};
+  for (int64_t step = 0; step < steps; step++, a += kTileRows, panel += 3 * kTile) {
+    const Vec<float> evens = sum_planes(first, a, plane), odds = sum_planes(second, a, plane);
+    for (int i = 0; i < kTileRows; i++) {
+      sum += evens[i] * sum_planes(first, panel + i * kTileRows, kTile);
+      sum += odds[i] * sum_planes(second, panel + i * kTileRows, kTile);
+    }
+  }
+  return sum;
+}
+
+// C = A B + D for R tiles of `tile_height` rows of A, which has `rows` rows, and V panels; 32
+// values of the sum a step. Rows of C hold `cols`.
+template <int R, int V>
+__attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a, int64_t lda,
+                                               int64_t tile_height, const PlanePair* panels,
+                                               int64_t rows, float* c, int64_t ldc, int64_t cols,
+                                               Addend<float> d, Progress& progress) {
+  constexpr int kTile = kTileRows * kTileRows, kFirstA = R * V, kFirstB = 8 - (R == 1 ? 1 : V);
+  constexpr auto each_row = FirstIndices<R>{};
+  constexpr auto each_vector = FirstIndices<V>{};
+  constexpr auto each_plane = FirstIndices<3>{};
+  const int64_t plane = lda / 3, row_bytes = lda * sizeof(PlanePair);
+  // A second tile without rows reads those of the first.
+  const int64_t second = rows > tile_height ? tile_height * lda : 0;
+  auto load_b = [&](auto tile, int64_t step, int64_t v, int64_t p) __attribute__((always_inline)) {
+    tile_load<tile.value>(panels + ((v * steps + step) * 3 + p) * kTile,
+                          kTileRows * sizeof(PlanePair));
+  };
+  each_constant(FirstIndices<R * V>{},
+                [&](auto tile) __attribute__((always_inline)) { tile_zero<tile.value>(); });
+  for (int64_t step = 0; step < steps; step++) {
+    const PlanePair* const a_step = a + step * kTileRows;
+    if constexpr (R == 1)  // all planes of A stay in tiles
+      each_constant(each_plane, [&](auto p) __attribute__((always_inline)) {
+        tile_load<kFirstA + p.value>(a_step + p.value * plane, row_bytes);
+      });
+    each_constant(each_plane, [&](auto pb) __attribute__((always_inline)) {
+      each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
+        load_b(Constant<kFirstB + (R == 1 ? 0 : v.value)>{}, step, v.value, pb.value);
+        if constexpr (R == 1)
+          each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
+            tile_multiply_add<v.value, kFirstA + 2 - pb.value - i.value, kFirstB>();
+          });
+      });
+      if constexpr (R > 1)  // planes of A are loaded in rotation
+        each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
+          each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
+            tile_load<kFirstA + r.value>(
+                a_step + r.value * second + (2 - pb.value - i.value) * plane, row_bytes);
+          });
+          each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
+            each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
+              tile_multiply_add<r.value * V + v.value, kFirstA + r.value, kFirstB + v.value>();
+            });
+          });
+        });
+    });
+    progress.next<1>();
+  }
+  float sums[R * V][kTile];
+  each_constant(FirstIndices<R * V>{}, [&](auto tile) __attribute__((always_inline)) {
+    tile_store<tile.value>(sums[tile.value], kTileRows * sizeof(float));
+  });
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) {
+      const int64_t n = v * kTileRows;
+      for (int64_t i = 0, m = r * tile_height; i < tile_height && m < rows; i++, m++) {
+        Vec<float> sum = load(sums[r * V + v] + i * kTileRows);
+        // A row and a panel, so the result does not depend on how the product is divided.
+        if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(sum), kNotFinite), 0))
+          sum = multiply_exactly(steps, a + m * lda, plane, panels + v * steps * 3 * kTile);
+        store(c + m * ldc + n, d.data ? load(d.data + m * d.ld + n, cols - n) + sum : sum,
+              cols - n);
+      }
+    }
+}
+
+// C [M, N] = A [M, K] B + D. K counts operands.
+FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePair* a, int64_t lda,
+                                  const PlanePair* packed, float* c, int64_t ldc, Addend<float> d,
+                                  OverlappedWork work) {
+  if (M == 0) return;
+  const int64_t steps = K / (3 * kTileRows);
+  const bool single = M <= kTileRows;
+  const int64_t tiles = single ? 1 : (M + 2 * kTileRows - 1) / (2 * kTileRows) * 2,
+                tile_height = (M + tiles - 1) / tiles, block = single ? M : 2 * tile_height;
+  configure_tiles(tile_height, single ? 1 : 2);
+  const int64_t blocks = single ? (N + 4 * kTileRows - 1) / (4 * kTileRows)
+                                : tiles / 2 * ((N + 2 * kTileRows - 1) / (2 * kTileRows));
+  Progress progress{work, blocks * steps};
+  auto multiply = [&](auto product, int64_t m, int64_t n) __attribute__((always_inline)) {
+    product(steps, a + m * lda, lda, tile_height, packed + n * K, M - m, c + m * ldc + n, ldc,
+            N - n, {d.data ? d.data + m * d.ld + n : nullptr, d.ld}, progress);
+  };
+  for (int64_t n = 0; single && n < N; n += 4 * kTileRows)
+    multiply(N - n > 3 * kTileRows   ? multiply_planes<1, 4>
+             : N - n > 2 * kTileRows ? multiply_planes<1, 3>
+             : N - n > kTileRows     ? multiply_planes<1, 2>
+                                     : multiply_planes<1, 1>,
+             0, n);
+  for (int64_t n = 0; !single && n < N; n += 2 * kTileRows)
+    for (int64_t m = 0; m < M; m += block)
+      multiply(N - n > kTileRows ? multiply_planes<2, 2> : multiply_planes<2, 1>, m, n);
+}
+
+}  // namespace
+#endif

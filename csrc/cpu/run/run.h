@@ -1,0 +1,32 @@
+// Runs a planned call: packs its weights, and takes threads through its layers and steps.
+#pragma once
+#include "cpu/dispatch.h"
+#include "cpu/run/threads.h"
+
+namespace fusedrnn {
+
+struct CpuRun {
+  const Kernels& kernels;
+  const CpuPlan& plan;
+  ThreadPool pool;
+};
+
+// The caller sets what the kernels read and write; `packed`, `pass` and `inner` are set here.
+void run_forward(const CpuRun&, Forward&);
+// The same of a plan that reads all weights unpacked, with `inner` set.
+void run_unpacked(const CpuRun&, const Forward&);
+
+// Back-propagation through all layers.
+struct BackwardStack : Common {
+  const void* y;
+  // Compute type. Null: zeros; of those that are written: not wanted.
+  const void *grad_y, *grad_hn, *grad_cn, *grad_hs, *grad_cs;
+  void *dx, *dhx, *dcx;
+  const WeightGradients* dweights;  // [layers * directions]
+  int64_t lowest;                   // layers below are left alone
+
+  bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && dx); }
+};
+void run_backward(const CpuRun&, const BackwardStack&);
+
+}  // namespace fusedrnn

@@ -1,0 +1,27 @@
+// The index arrays of a Sequence, and of integer input.
+#pragma once
+#include <vector>
+
+#include "cpu/call.h"
+
+namespace fusedrnn {
+
+// The memory that a Sequence and a OneHot point to.
+struct TokenIndices {
+  std::vector<int64_t> offset, length, order, valid_step, valid_row;
+  std::vector<int64_t> value, which, begin, token;
+};
+
+// Each sets the Sequence's offset, length and order; steps, batch and tokens are set already.
+void index_padded(Sequence&, TokenIndices&);
+void index_padded(Sequence&, TokenIndices&, std::vector<int64_t> lengths);
+void index_packed(Sequence&, TokenIndices&, const std::vector<int64_t>& batch_sizes);
+
+// The list of tokens that exist, which only weight gradients need.
+void list_valid_tokens(Sequence&, TokenIndices&);
+
+// Of integer input [tokens]: its distinct values, and the tokens that exist sorted by theirs. A
+// value outside [0, input_size) is an exception, as for torch.nn.Embedding.
+OneHot sort_by_value(const Sequence&, TokenIndices&, const int64_t* values, int64_t input_size);
+
+}  // namespace fusedrnn

@@ -1,0 +1,25 @@
+// What the plan knows of the CPU kernels, and what it decides for them. Free of the standard
+// library, for kernels include it.
+#pragma once
+#include <cstdint>
+
+namespace fusedrnn {
+
+// How one set of kernels computes a dtype.
+struct CpuCosts {
+  bool computes;         // whether it does
+  bool tiled;            // products on tiles
+  int64_t least_rows;    // that fill what they multiply at a time
+  int64_t planes;        // values of the multiplied type that make up one weight
+  int64_t weight_bytes;  // that a weight takes when it is packed
+  bool loads_quickly;    // weights as they are stored: no conversion, or one instruction
+};
+
+// Of a pass through layers and steps.
+struct CpuPass {
+  bool unpacked_hh;     // forward reads W_hh unpacked
+  bool alternates;      // consecutive steps read weights in opposite directions
+  bool overlaps_cells;  // in forward cells are computed during the next product
+};
+
+}  // namespace fusedrnn
