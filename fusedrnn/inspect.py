@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _C, checks, cuda
 from fusedrnn._version import __version__
-from fusedrnn.modules import GRU, LSTM, RNN, _Fused, fallback_reason, is_one_hot
+from fusedrnn.modules import GRU, LSTM, RNN, _Fused, fallback_reason, is_autocast, is_one_hot
 
 
 def info() -> dict[str, str]:
@@ -120,13 +120,15 @@ def _checked(
     x, *_ = checks.canonical(twin, input, hx, lengths, one_hot)
     if resets is not None:
         checks.checked_resets(twin, resets, input, x, one_hot)
-    return _of_layer(module, input)
+    return _of_layer(module, input, resets is not None, return_all)
 
 
 FUSED = (RNN, GRU, LSTM)
 
 
-def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
+def _of_layer(
+    module: nn.RNNBase, input: Tensor | PackedSequence, resets: bool, return_all: bool
+) -> str:
     """Which kernels would run, how the work is divided, and why not faster ones."""
     data: Any = input.data if isinstance(input, PackedSequence) else input
     head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}:"
@@ -147,8 +149,10 @@ def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
         steps, batch = data.shape[0], 1
     else:
         batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
+    stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
+    if is_autocast(data) and stored != torch.float64:
+        stored = torch.get_autocast_dtype(data.device.type)
     if data.device.type == "cuda":
-        stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
         config, spec = module._config(), cuda.spec(data.device)
         forward, backward = (
             cuda.plan(config, stored, steps, batch, backward, spec) for backward in (False, True)
@@ -157,7 +161,7 @@ def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
     plans = {
         backward: _C.cpu_plan(
             mode=module.mode,
-            dtype=str(module.weight_ih_l0.dtype if one_hot else data.dtype).removeprefix("torch."),
+            dtype=str(stored).removeprefix("torch."),
             input_size=module.input_size,
             one_hot=one_hot,
             hidden_size=module.hidden_size,
@@ -168,8 +172,8 @@ def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
             zoneout=any(module._zoneout_rates()),
             # Drawn in training only, as dropout is.
             recurrent_dropout=module.training and module.recurrent_dropout > 0,
-            resets=False,
-            return_all=False,
+            resets=resets,
+            return_all=return_all,
             steps=steps,
             batch=batch,
             tokens=data.shape[0] if packed else steps * batch,

@@ -30,7 +30,7 @@ def is_one_hot(data: Tensor, packed: bool) -> bool:
     return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
 
 
-def _is_autocast(x: Tensor) -> bool:
+def is_autocast(x: Tensor) -> bool:
     if x.is_meta or not torch._C._is_any_autocast_enabled():
         return False
     return torch.is_autocast_enabled(x.device.type)
@@ -342,7 +342,7 @@ class _Fused(_DropIn, nn.RNNBase):
         weights = self._weights()
         dtypes = low = None
         dtype = weights[0].dtype if one_hot else x.dtype
-        if _is_autocast(x):
+        if is_autocast(x):
             low = torch.get_autocast_dtype(x.device.type)
             _refuse_some_float64(low, dtype, weights[0].dtype, hx, cx)
         if low is not None and dtype != torch.float64:

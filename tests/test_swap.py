@@ -448,8 +448,18 @@ def test_explain_answers_for_every_layer_of_a_model(build, swapped):
     assert text.count("fused CPU kernels") == swapped * sum(
         isinstance(layer, nn.RNNBase) for layer in model.modules()
     )
+    assert text.count("\n  backward ") == text.count("fused CPU kernels, forward ")
     assert [dict(vars(m)) for m in model.modules()] == modules
     torch.set_rng_state(state)
+
+
+def test_explain_in_autocast_is_of_the_dtype_that_runs():
+    layer, x = fusedrnn.GRU(64, 64), torch.zeros(40, 32, 64)
+    low = fusedrnn.explain(copy.deepcopy(layer).bfloat16(), x.bfloat16()).splitlines()[1:]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fusedrnn.explain(layer, x).splitlines()[1:] == low
+        tokens = torch.zeros(40, 32, dtype=torch.int64)
+        assert fusedrnn.explain(layer, tokens)
 
 
 def test_explain_counts_calls():
