@@ -42,6 +42,7 @@ void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda,
                        Columns columns, C* to, int64_t ld, Addend<C> d) {
   constexpr int w = Lanes<C>::kWidth, kAtOnce = 8;
   constexpr int64_t kBlock = 512;  // columns whose sums stay in the first cache
+  constexpr int64_t kChain = 32;   // rows that are added before they join the sum
   C sums[kFewTokensBack * kBlock];
   for (int64_t n0 = columns.begin; n0 < columns.end; n0 += kBlock) {
     const int64_t cols = min(kBlock, columns.end - n0);
@@ -49,8 +50,8 @@ void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda,
       for (int64_t n = 0; n < cols; n += w)
         store(to + r * ld + n0 + n, d.at ? load(d.at + r * d.ld + n0 + n, cols - n) : Vec<C>{},
               cols - n);
-    for (int64_t k0 = 0; k0 < K; k0 += kLongestSum) {
-      const int64_t k1 = min(K, k0 + kLongestSum);
+    for (int64_t k0 = 0; k0 < K; k0 += kChain) {
+      const int64_t k1 = min(K, k0 + kChain);
       for (int64_t k = k0; k < k1; k += kAtOnce) {
         const S* row[kAtOnce];
         for (int i = 0; i < kAtOnce; i++) row[i] = weights + min(k + i, K - 1) * N + n0;

@@ -312,13 +312,8 @@ FUSEDRNN_INLINE void each_block(int64_t M, F f) {
 }
 
 // Operands that are added before they join the sum of an element: longer sums lose too much to
-// rounding, sooner where products are rounded too, and of a panel no more stays in the first cache
-// beside what it is multiplied with.
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr int64_t kLongestSum = 128;
-#else
+// rounding, and of a panel no more stays in the first cache beside what it is multiplied with.
 constexpr int64_t kLongestSum = 64;
-#endif
 
 // C [M, N] = A [M, K] B + D, K values deep, A in rows of lda operands, C of stride ldc.
 template <class X>

@@ -2,8 +2,9 @@
 // several b.
 //
 // Tokens go block by block. A block's a is packed once, then for each b a block of its columns at a
-// time. Tokens are always added in the same order, so results do not depend on which rows of a are
-// taken together.
+// time. The blocks of many tokens make a sum of their own before they join what came before, which
+// keeps chains of additions short. Tokens are always added in the same order, so results do not
+// depend on which rows of a are taken together.
 #pragma once
 #include "cpu/layer.h"
 
@@ -15,7 +16,8 @@ namespace {
 template <class X>
 struct Outer {
   static constexpr int64_t kHalf = kPlanes<X> > 1 ? 2 : 1;  // three times the bytes
-  static constexpr int64_t kTokens = kTiled<X> ? 512 : kLongestSum;
+  static constexpr int64_t kTokens = kTiled<X> ? 512 : 128;
+  static constexpr int64_t kLong = 8192;  // tokens whose blocks are added in one chain
   static constexpr int64_t kColumns = kTiled<X> ? 256 / kHalf : 512;
   static constexpr int64_t kMostRows = kTiled<X> ? 512 / kHalf : 64 * kRows;  // M
 
@@ -24,9 +26,11 @@ struct Outer {
   static constexpr int64_t left(int64_t M) {
     return kTiled<X> ? (M + kSpareRows<X>)*kRow : kDepth * M;
   }
-  static constexpr int64_t scratch_bytes(int64_t widest) {
+  // `all`: the columns of all b, `widest` those of the widest one.
+  static constexpr int64_t scratch_bytes(int64_t widest, int64_t all, int64_t tokens) {
     const int64_t columns = Panels<X>::padded(min(widest, kColumns));
-    return (kDepth * columns + left(kMostRows)) * sizeof(X) + 128;
+    const int64_t sums = tokens > kLong ? kMostRows * all * sizeof(Compute<X>) : 0;
+    return (kDepth * columns + left(kMostRows)) * sizeof(X) + sums + 192;
   }
 };
 
@@ -112,6 +116,11 @@ void outer_products(const Sequence& seq, int64_t M, const A* a, int64_t lda, Scr
   using C = Compute<X>;
   using P = Panels<X>;
   using O = Outer<X>;
+  // Of few tokens chains are short too: theirs and the one that they join round about as much.
+  const int64_t chain = max(8, min(kLongestSum, seq.valid / 8));
+  int64_t all = 0;  // columns
+  each_right([&](int64_t N, auto, C*) { all += N; });
+  C* const long_sums = scratch.take<C>(seq.valid > O::kLong ? M * all : 0);
   X* const left = scratch.take<X>(O::left(M));
   X* const right = scratch.take<X>(0);
   for (int64_t k0 = 0; k0 < seq.valid; k0 += O::kTokens) {
@@ -123,28 +132,38 @@ void outer_products(const Sequence& seq, int64_t M, const A* a, int64_t lda, Scr
       turn_left(left, O::kRow, M, tokens, token);
     else
       pack_left(left, M, tokens, token);
+    const bool begins = k0 % O::kLong == 0,
+               ends = (k0 + O::kTokens) % O::kLong == 0 || k0 + tokens == seq.valid;
+    C* next = long_sums;
     each_right([&](int64_t N, auto row, C* dst) {
+      C* const sums = k0 < O::kLong ? dst : next;
+      next += M * N;
       for (int64_t n0 = 0; n0 < N; n0 += O::kColumns) {
         const int64_t cols = min(O::kColumns, N - n0);
         pack_right(right, cols, tokens, [&](int64_t k) {
           return [from = row(k0 + k), n0](int64_t n, int64_t lanes) { return from(n0 + n, lanes); };
         });
-        C* const to = dst + n0;
-        const C* const onto = k0 > 0 ? to : nullptr;
-        if constexpr (kTiled<X>) {
+        C* const to = sums + n0;
+        const C* const onto = begins ? nullptr : to;
+        if constexpr (kPlanes<X> > 1) {
+          tile_product(M, cols, K, left, O::kRow, right, to, N, {onto, N}, {}, true);
+        } else if constexpr (kTiled<X>) {
           gemm(M, cols, tokens, left, O::kRow, right, to, N, {onto, N});
         } else {
           for (int64_t n = 0; n < cols; n += P::kColumns) {
             const int64_t width = min(P::kColumns, cols - n);
             each_block(M, [&](int64_t m, int64_t rows) {
-              const int64_t at = m * N + n;
-              multiply_for<X>(rows, width)(K, left + m * K, 1, rows, right + n * K, to + at, N,
-                                           width, {onto ? onto + at : nullptr, N},
-                                           left + (m + rows) * K);
+              C* const at = to + m * N + n;
+              Addend<C> add{onto ? at : nullptr, N};
+              for (int64_t k = 0; k < K; k += chain, add.at = at)
+                multiply_for<X>(rows, width)(min(chain, K - k), left + m * K + k * rows, 1, rows,
+                                             right + n * K + k * P::padded(width), at, N, width,
+                                             add, left + (m + rows) * K + k * rows);
             });
           }
         }
       }
+      for (int64_t i = 0; sums != dst && ends && i < M * N; i++) dst[i] += sums[i];
     });
   }
   if (seq.valid > 0) return;

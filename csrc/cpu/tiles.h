@@ -226,12 +226,14 @@ __attribute__((noinline)) Vec<float> multiply_exactly(int64_t steps, const Plane
 }
 
 // R tiles of `high` rows of A, of which `rows` are present, times V panels; `steps` times 32 values
-// deep. Rows of C hold `cols`.
+// deep. Rows of C hold `cols`. Every addition rounds as much as the sum is large: `apart` adds the
+// product of the first planes, which is nearly all of it, after the five small ones, and long sums
+// round a sixth as often. It reads these planes twice.
 template <int R, int V>
 __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a, int64_t lda,
                                                int64_t high, const PlanePair* panels, int64_t rows,
                                                float* c, int64_t ldc, int64_t cols, Addend<float> d,
-                                               Steps& steps_done) {
+                                               Steps& steps_done, bool apart) {
   constexpr int kTile = kTileRows * kTileRows, kFirstA = R * V, kFirstB = 8 - (R == 1 ? 1 : V);
   constexpr auto each_row = FirstIndices<R>{};
   constexpr auto each_vector = FirstIndices<V>{};
@@ -244,34 +246,48 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   };
   each_constant(FirstIndices<R * V>{},
                 [&](auto tile) __attribute__((always_inline)) { tile_zero<tile.value>(); });
-  for (int64_t step = 0; step < steps; step++) {
-    const PlanePair* const of_step = a + step * kTileRows;
-    if constexpr (R == 1)  // all planes of A stay, panels take turns
-      each_constant(each_plane, [&](auto p) __attribute__((always_inline)) {
-        tile_load<kFirstA + p.value>(of_step + p.value * plane, row_bytes);
-      });
-    each_constant(each_plane, [&](auto pb) __attribute__((always_inline)) {
-      each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
-        load_b(Constant<kFirstB + (R == 1 ? 0 : v.value)>{}, step, v.value, pb.value);
-        if constexpr (R == 1)
-          each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
-            tile_multiply_add<v.value, kFirstA + 2 - pb.value - i.value, kFirstB>();
-          });
-      });
-      if constexpr (R > 1)  // planes of A take turns
-        each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
-          each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
-            tile_load<kFirstA + r.value>(
-                of_step + r.value * second + (2 - pb.value - i.value) * plane, row_bytes);
-          });
-          each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
-            each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
-              tile_multiply_add<r.value * V + v.value, kFirstA + r.value, kFirstB + v.value>();
-            });
-          });
+  // A plane of B, and `count` planes of A from `pa` down that it is multiplied with.
+  auto multiply_plane = [&](int64_t step, auto pb, auto pa,
+                            auto count) __attribute__((always_inline)) {
+    each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
+      load_b(Constant<kFirstB + (R == 1 ? 0 : v.value)>{}, step, v.value, pb.value);
+      if constexpr (R == 1)
+        each_constant(FirstIndices<count.value>{}, [&](auto i) __attribute__((always_inline)) {
+          tile_multiply_add<v.value, kFirstA + pa.value - i.value, kFirstB>();
         });
     });
+    if constexpr (R > 1)  // planes of A take turns
+      each_constant(FirstIndices<count.value>{}, [&](auto i) __attribute__((always_inline)) {
+        each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
+          tile_load<kFirstA + r.value>(
+              a + step * kTileRows + r.value * second + (pa.value - i.value) * plane, row_bytes);
+        });
+        each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
+          each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
+            tile_multiply_add<r.value * V + v.value, kFirstA + r.value, kFirstB + v.value>();
+          });
+        });
+      });
+  };
+  auto load_a = [&](int64_t step, auto planes) __attribute__((always_inline)) {
+    if constexpr (R == 1)  // all planes of A stay, panels take turns
+      each_constant(planes, [&](auto p) __attribute__((always_inline)) {
+        tile_load<kFirstA + p.value>(a + step * kTileRows + p.value * plane, row_bytes);
+      });
+  };
+  for (int64_t step = 0; step < steps; step++) {
+    load_a(step, each_plane);
+    if (apart)
+      multiply_plane(step, Constant<0>{}, Constant<2>{}, Constant<2>{});
+    else
+      multiply_plane(step, Constant<0>{}, Constant<2>{}, Constant<3>{});
+    multiply_plane(step, Constant<1>{}, Constant<1>{}, Constant<2>{});
+    multiply_plane(step, Constant<2>{}, Constant<0>{}, Constant<1>{});
     steps_done.next<1>();
+  }
+  for (int64_t step = 0; apart && step < steps; step++) {
+    load_a(step, FirstIndices<1>{});
+    multiply_plane(step, Constant<0>{}, Constant<0>{}, Constant<1>{});
   }
   float sums[R * V][kTile];
   each_constant(FirstIndices<R * V>{}, [&](auto tile) __attribute__((always_inline)) {
@@ -293,7 +309,7 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
 // C [M, N] = A [M, K] B + D as gemm.h's, K operands deep.
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePair* a, int64_t lda,
                                   const PlanePair* packed, float* c, int64_t ldc, Addend<float> d,
-                                  Meanwhile meanwhile) {
+                                  Meanwhile meanwhile, bool apart = false) {
   if (M == 0) return;
   const int64_t steps = K / (3 * kTileRows);
   const bool single = M <= kTileRows;
@@ -305,7 +321,7 @@ FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePa
   Steps steps_done{meanwhile, blocks * steps};
   auto multiply = [&](auto product, int64_t m, int64_t n) __attribute__((always_inline)) {
     product(steps, a + m * lda, lda, high, packed + n * K, M - m, c + m * ldc + n, ldc, N - n,
-            {d.at ? d.at + m * d.ld + n : nullptr, d.ld}, steps_done);
+            {d.at ? d.at + m * d.ld + n : nullptr, d.ld}, steps_done, apart);
   };
   for (int64_t n = 0; single && n < N; n += 4 * kTileRows)
     multiply(N - n > 3 * kTileRows   ? multiply_planes<1, 4>

@@ -41,9 +41,22 @@ struct Segments {
 };
 
 constexpr int64_t kBiasTile = 64;  // columns of one bias task
-// Tokens that are added before they join a sum, and what is added of those before it joins the
-// next: long sums round too much.
-constexpr int64_t kBiasBlock = 16, kSumBlock = 128;
+constexpr int64_t kTotalled = 8;   // tokens that are added before they join a total
+
+// A sum of any number of terms that rounds about as much as one addition: what additions round away
+// is added up too. Knuth, The Art of Computer Programming 2, 4.2.2, theorem B.
+template <class C>
+struct Total {
+  Vec<C> sum{}, lost{};
+
+  FUSEDRNN_INLINE void add(Vec<C> x) {
+    const Vec<C> all = sum + x, of_x = all - sum;
+    lost += (sum - (all - of_x)) + (x - of_x);
+    sum = all;
+  }
+  // Of a sum that is not finite, what was lost is not a number.
+  FUSEDRNN_INLINE Vec<C> value() const { return sum - sum == 0 ? sum + lost : sum; }
+};
 
 // What is divided into tiles: the columns of each segment of dgates, the bias sums, dh before W_hr.
 enum Part { kBias = 4, kHR, kParts };
@@ -113,12 +126,14 @@ int64_t weight_tasks(const Problem& p, int64_t threads) {
 }
 
 template <class X>
-int64_t weight_scratch(const Problem& p, int64_t layer) {
-  return Outer<X>::scratch_bytes(max(max(p.layer_input(layer), p.out_size()), p.hidden_size));
+int64_t weight_scratch(const Problem& p, int64_t layer, int64_t tokens) {
+  const int64_t of_gates = p.layer_input(layer) + p.out_size();
+  return Outer<X>::scratch_bytes(max(max(p.layer_input(layer), p.out_size()), p.hidden_size),
+                                 max(of_gates, p.hidden_size), tokens);
 }
 
 // The product over tokens with one-hot rows: dst[m, value] is the sum of a[token, m] over the
-// tokens of that value, in blocks as those of bias gradients.
+// tokens of that value.
 template <class C, class A>
 void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda, C* dst) {
   constexpr int w = Lanes<C>::kWidth;
@@ -127,14 +142,15 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda,
   for (int64_t i = 0; i < x.distinct; i++) {
     for (int64_t m = 0; m < M; m += w) {
       const int64_t lanes = min(w, M - m);
-      Vec<C> total{}, block{}, sum{};
-      for (int64_t k = x.begin[i], n = 1; k < x.begin[i + 1]; k++, n++) {
-        sum += load(a + x.token[k] * lda + m, lanes);
-        if (n % kBiasBlock == 0) block += sum, sum = Vec<C>{};
-        if (n % kSumBlock == 0) total += block, block = Vec<C>{};
+      Total<C> total;
+      for (int64_t k1 = x.begin[i]; k1 < x.begin[i + 1]; k1 += kTotalled) {
+        Vec<C> block{};
+        for (int64_t k = k1; k < min(x.begin[i + 1], k1 + kTotalled); k++)
+          block += load(a + x.token[k] * lda + m, lanes);
+        total.add(block);
       }
-      total += block + sum;
-      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = total[j];
+      const Vec<C> sum = total.value();
+      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = sum[j];
     }
   }
 }
@@ -144,21 +160,16 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda,
 template <class C, class Value>
 FUSEDRNN_INLINE void sum_tokens(const Sequence& seq, int64_t cols, C* total, Value value) {
   constexpr int w = Lanes<C>::kWidth;
-  Vec<C> all[kBiasTile / w] = {};
-  for (int64_t k0 = 0; k0 < seq.valid; k0 += kSumBlock) {
-    const int64_t k2 = min(seq.valid, k0 + kSumBlock);
+  Total<C> totals[kBiasTile / w];
+  for (int64_t k1 = 0; k1 < seq.valid; k1 += kTotalled) {
     Vec<C> block[kBiasTile / w] = {};
-    for (int64_t k1 = k0; k1 < k2; k1 += kBiasBlock) {
-      Vec<C> sum[kBiasTile / w] = {};
-      for (int64_t k = k1; k < min(k2, k1 + kBiasBlock); k++) {
-        const int64_t token = seq.token(seq.valid_step[k], seq.valid_row[k]);
-        for (int64_t j = 0; j < cols; j += w) sum[j / w] += value(token, j, cols - j);
-      }
-      for (int64_t j = 0; j < cols; j += w) block[j / w] += sum[j / w];
+    for (int64_t k = k1; k < min(seq.valid, k1 + kTotalled); k++) {
+      const int64_t token = seq.token(seq.valid_step[k], seq.valid_row[k]);
+      for (int64_t j = 0; j < cols; j += w) block[j / w] += value(token, j, cols - j);
     }
-    for (int64_t j = 0; j < cols; j += w) all[j / w] += block[j / w];
+    for (int64_t j = 0; j < cols; j += w) totals[j / w].add(block[j / w]);
   }
-  std::memcpy(total, all, sizeof all);
+  for (int64_t j = 0; j < cols; j += w) store(total + j, totals[j / w].value());
 }
 
 template <class C, class A>

@@ -354,7 +354,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
     b.dweights = places[i].data();
     if (any)
       phases.push_back(
-          {k.weight_tasks(p, threads), k.weight_scratch(p, layer),
+          {k.weight_tasks(p, threads), k.weight_scratch(p, layer, b.seq.tokens),
            [&](int64_t task, char* scratch) { k.weight_grad(b, task, threads, scratch); }});
   }
   run_phases(threads, phases);
