@@ -167,7 +167,7 @@ struct Kernels {
                         void* scratch);
   void (*unpacked_end)(const Forward&, const UnpackedStep&);
   int64_t (*weight_tasks)(const Problem&, int64_t threads);
-  int64_t (*weight_scratch)(const Problem&, int64_t layer);
+  int64_t (*weight_scratch)(const Problem&, int64_t layer, int64_t tokens);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);
 };
 

@@ -1,6 +1,6 @@
 // Sums over tokens, for the gradients of biases, gains and integer inputs.
 //
-// They are made in blocks, and blocks of blocks: long sums lose too much to rounding.
+// Their error does not grow with the number of tokens: what additions round away is summed too.
 #pragma once
 #include "cpu/call.h"
 #include "cpu/pass/weight_tasks.h"
@@ -8,8 +8,22 @@
 
 namespace {
 
-// Tokens that are summed before they are added to the next sum, and these before theirs.
-constexpr int64_t kBiasBlock = 16, kSumBlock = 128;
+constexpr int64_t kTotalTokens = 8;  // summed before they are added to a total
+
+// A sum of any number of terms with about the rounding error of one addition. Knuth, The Art of
+// Computer Programming 2, 4.2.2, theorem B.
+template <class C>
+struct Total {
+  Vec<C> sum{}, lost{};
+
+  FUSEDRNN_INLINE void add(Vec<C> x) {
+    const Vec<C> next = sum + x, added = next - sum;
+    lost += (sum - (next - added)) + (x - added);
+    sum = next;
+  }
+  // Where the sum is not finite, `lost` is NaN.
+  FUSEDRNN_INLINE Vec<C> value() const { return sum - sum == 0 ? sum + lost : sum; }
+};
 
 // The product over tokens with one-hot rows: dst[m, value] is the sum of a[token, m] over the
 // tokens of that value.
@@ -21,14 +35,15 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda,
   for (int64_t i = 0; i < x.distinct; i++) {
     for (int64_t m = 0; m < M; m += w) {
       const int64_t lanes = min(w, M - m);
-      Vec<C> total{}, block{}, sum{};
-      for (int64_t k = x.begin[i], n = 1; k < x.begin[i + 1]; k++, n++) {
-        sum += load(a + x.token[k] * lda + m, lanes);
-        if (n % kBiasBlock == 0) block += sum, sum = Vec<C>{};
-        if (n % kSumBlock == 0) total += block, block = Vec<C>{};
+      Total<C> total;
+      for (int64_t k0 = x.begin[i]; k0 < x.begin[i + 1]; k0 += kTotalTokens) {
+        Vec<C> block{};
+        for (int64_t k = k0; k < min(x.begin[i + 1], k0 + kTotalTokens); k++)
+          block += load(a + x.token[k] * lda + m, lanes);
+        total.add(block);
       }
-      total += block + sum;
-      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = total[j];
+      const Vec<C> sum = total.value();
+      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = sum[j];
     }
   }
 }
@@ -38,21 +53,16 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda,
 template <class C, class Value>
 FUSEDRNN_INLINE void sum_tokens(const Sequence& seq, int64_t cols, C* total, Value value) {
   constexpr int w = Lanes<C>::kWidth;
-  Vec<C> all[kBiasTile / w] = {};
-  for (int64_t k0 = 0; k0 < seq.valid; k0 += kSumBlock) {
-    const int64_t k2 = min(seq.valid, k0 + kSumBlock);
+  Total<C> totals[kBiasTile / w];
+  for (int64_t k0 = 0; k0 < seq.valid; k0 += kTotalTokens) {
     Vec<C> block[kBiasTile / w] = {};
-    for (int64_t k1 = k0; k1 < k2; k1 += kBiasBlock) {
-      Vec<C> sum[kBiasTile / w] = {};
-      for (int64_t k = k1; k < min(k2, k1 + kBiasBlock); k++) {
-        const int64_t token = seq.token(seq.valid_step[k], seq.valid_row[k]);
-        for (int64_t j = 0; j < cols; j += w) sum[j / w] += value(token, j, cols - j);
-      }
-      for (int64_t j = 0; j < cols; j += w) block[j / w] += sum[j / w];
+    for (int64_t k = k0; k < min(seq.valid, k0 + kTotalTokens); k++) {
+      const int64_t token = seq.token(seq.valid_step[k], seq.valid_row[k]);
+      for (int64_t j = 0; j < cols; j += w) block[j / w] += value(token, j, cols - j);
     }
-    for (int64_t j = 0; j < cols; j += w) all[j / w] += block[j / w];
+    for (int64_t j = 0; j < cols; j += w) totals[j / w].add(block[j / w]);
   }
-  std::memcpy(total, all, sizeof all);
+  for (int64_t j = 0; j < cols; j += w) store(total + j, totals[j / w].value());
 }
 
 }  // namespace

@@ -96,8 +96,9 @@ int64_t weight_tasks(const Problem& p, int64_t threads) {
 }
 
 template <class X>
-int64_t weight_scratch(const Problem& p, int64_t layer) {
-  return Outer<X>::scratch_bytes(max(max(p.layer_input(layer), p.out_size()), p.hidden_size));
+int64_t weight_scratch(const Problem& p, int64_t layer, int64_t tokens) {
+  const int64_t x = p.layer_input(layer), h = p.out_size();
+  return Outer<X>::scratch_bytes(max(max(x, h), p.hidden_size), max(x + h, p.hidden_size), tokens);
 }
 
 }  // namespace

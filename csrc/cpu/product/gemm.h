@@ -220,13 +220,8 @@ FUSEDRNN_INLINE void each_block(int64_t M, F f) {
 }
 
 // The most operands that are summed before they are added to an element of C. Longer sums lose too
-// much to rounding, sooner without fused multiply-add, and a panel of this depth stays in L1 beside
-// the rows of A.
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr int64_t kLongestSum = 128;
-#else
+// much to rounding, and a panel of this depth stays in L1 beside the rows of A.
 constexpr int64_t kLongestSum = 64;
-#endif
 
 // C [M, N] = A [M, K] B + D. K counts values; rows of A hold lda operands, those of C ldc values.
 // The planes of a row of A lie at equal parts of lda.

@@ -2,8 +2,9 @@
 // several b.
 //
 // Tokens are taken in blocks. The a of a block is packed once, each b a block of columns at a time.
-// Tokens are always added in the same order, so results do not depend on how columns of a are
-// divided into tasks.
+// Of many tokens, each kLong make a sum of their own, which keeps chains of additions short. Tokens
+// are always added in the same order, so results do not depend on how columns of a are divided into
+// tasks.
 #pragma once
 #include "cpu/product/gemm.h"
 
@@ -15,20 +16,32 @@ namespace {
 template <class X>
 struct Outer {
   static constexpr int64_t kSplit = kPlanes<X> > 1 ? 2 : 1;  // planes take three times the bytes
-  static constexpr int64_t kTokens = kTiled<X> ? 512 : kLongestSum;
+  static constexpr int64_t kTokens = kTiled<X> ? 512 : 128;
+  static constexpr int64_t kLong = 8192;  // tokens: a multiple of kTokens
   static constexpr int64_t kColumns = kTiled<X> ? 256 / kSplit : 512;
   static constexpr int64_t kMostRows = kTiled<X> ? 512 / kSplit : 64 * kRows;  // M
 
   // Operands of a block of tokens, and of a row of a for tiles.
   static constexpr int64_t kDepth = operands<X>(kTokens), kRow = kDepth + kRowPad<X>;
-  // Operands of a packed block of a, up to whole cache lines.
+  // The space of a packed block of a, in operands; whole cache lines.
   static constexpr int64_t left(int64_t M) {
-    constexpr int64_t kLine = kCacheLine / sizeof(X);
-    return ((kTiled<X> ? (M + kSpareRows<X>)*kRow : kDepth * M) + kLine - 1) / kLine * kLine;
+    return whole_lines(kTiled<X> ? (M + kSpareRows<X>)*kRow : kDepth * M);
   }
-  static constexpr int64_t scratch_bytes(int64_t widest) {
-    const int64_t columns = Panels<X>::padded(min(widest, kColumns));
-    return (kDepth * columns + left(kMostRows)) * sizeof(X);
+  // The same of the sums of kLong tokens, for b of `columns` columns together.
+  static constexpr int64_t long_sums(int64_t M, int64_t columns, int64_t tokens) {
+    constexpr int64_t kSize = sizeof(Compute<X>) / sizeof(X);
+    return tokens > kLong ? whole_lines(M * columns * kSize) : 0;
+  }
+  // `widest`: the columns of the widest b.
+  static constexpr int64_t scratch_bytes(int64_t widest, int64_t columns, int64_t tokens) {
+    const int64_t right = kDepth * Panels<X>::padded(min(widest, kColumns));
+    return (long_sums(kMostRows, columns, tokens) + left(kMostRows) + right) * sizeof(X);
+  }
+
+ private:
+  static constexpr int64_t whole_lines(int64_t count) {
+    constexpr int64_t kLine = kCacheLine / sizeof(X);
+    return (count + kLine - 1) / kLine * kLine;
   }
 };
 
@@ -107,23 +120,62 @@ void pack_right(X* dst, int64_t cols, int64_t tokens, Row row) {
   }
 }
 
+// dst [M, cols] = the product of the packed factors of `count` tokens + addend; rows of N values.
+// `chain` tokens are summed at a time without tiles.
+template <class X>
+FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, const X* left,
+                                    const X* right, Compute<X>* dst, int64_t N,
+                                    const Compute<X>* addend, int64_t chain) {
+  using C = Compute<X>;
+  using P = Panels<X>;
+  const int64_t K = operands<X>(count);
+  if constexpr (kPlanes<X> > 1) {
+    tile_product<true>(M, cols, K, left, Outer<X>::kRow, right, dst, N, {addend, N}, {});
+  } else if constexpr (kTiled<X>) {
+    gemm(M, cols, count, left, Outer<X>::kRow, right, dst, N, {addend, N});
+  } else {
+    for (int64_t n = 0; n < cols; n += P::kColumns) {
+      const int64_t width = min(P::kColumns, cols - n), panel_width = P::padded(width);
+      each_block(M, [&](int64_t m, int64_t rows) {
+        C* const sums = dst + m * N + n;
+        Addend<C> add{addend ? addend + m * N + n : nullptr, N};
+        for (int64_t k = 0; k < K; k += chain, add.data = sums)
+          multiply_for<X>(rows, width)(min(chain, K - k), left + m * K + k * rows, 1, rows,
+                                       right + n * K + k * panel_width, sums, N, width, add,
+                                       left + (m + rows) * K + k * rows);
+      });
+    }
+  }
+}
+
 // Adds up `tokens` products: left_row(k) points to the M values of a of the k-th token.
 // each_right(f) calls f(N, row, dst) for every b, where row(k) returns a function (n, lanes) that
 // loads from the N values of the k-th token. `scratch` has Outer::scratch_bytes.
 template <class X, class LeftRow, class EachRight>
 void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, EachRight each_right) {
   using C = Compute<X>;
-  using P = Panels<X>;
   using O = Outer<X>;
-  X *const left = scratch, *const right = scratch + O::left(M);
+  int64_t columns = 0;
+  each_right([&](int64_t N, auto, C*) { columns += N; });
+  // Sums of kLong tokens, which are added to dst when they are complete.
+  C* const long_sums = reinterpret_cast<C*>(scratch);
+  X* const left = scratch + O::long_sums(M, columns, tokens);
+  X* const right = left + O::left(M);
+  // A chain rounds about as often as the one that it is added to.
+  const int64_t chain = max(8, min(kLongestSum, tokens / 8));
   for (int64_t k0 = 0; k0 < tokens; k0 += O::kTokens) {
-    const int64_t count = min(O::kTokens, tokens - k0), K = operands<X>(count);
+    const int64_t count = min(O::kTokens, tokens - k0);
     auto token = [&](int64_t k) { return left_row(k0 + k); };
     if constexpr (kTiled<X>)
       pack_left_tiles(left, O::kRow, M, count, token);
     else
       pack_left(left, M, count, token);
+    const bool begins = k0 % O::kLong == 0,
+               ends = (k0 + O::kTokens) % O::kLong == 0 || k0 + count == tokens;
+    C* next = long_sums;
     each_right([&](int64_t N, auto row, C* dst) {
+      C* const sums = k0 < O::kLong ? dst : next;
+      next += M * N;
       for (int64_t n0 = 0; n0 < N; n0 += O::kColumns) {
         const int64_t cols = min(O::kColumns, N - n0);
         pack_right(right, cols, count, [&](int64_t k) {
@@ -131,22 +183,10 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, Eac
             return values(n0 + n, lanes);
           };
         });
-        C* const sums = dst + n0;
-        const C* const addend = k0 > 0 ? sums : nullptr;
-        if constexpr (kTiled<X>) {
-          gemm(M, cols, count, left, O::kRow, right, sums, N, {addend, N});
-        } else {
-          for (int64_t n = 0; n < cols; n += P::kColumns) {
-            const int64_t width = min(P::kColumns, cols - n);
-            each_block(M, [&](int64_t m, int64_t rows) {
-              const int64_t first = m * N + n;
-              multiply_for<X>(rows, width)(K, left + m * K, 1, rows, right + n * K, sums + first, N,
-                                           width, {addend ? addend + first : nullptr, N},
-                                           left + (m + rows) * K);
-            });
-          }
-        }
+        multiply_block(M, cols, count, left, right, sums + n0, N, begins ? nullptr : sums + n0,
+                       chain);
       }
+      for (int64_t i = 0; sums != dst && ends && i < M * N; i++) dst[i] += sums[i];
     });
   }
   if (tokens > 0) return;

@@ -39,7 +39,11 @@ __attribute__((noinline)) Vec<float> multiply_exactly(int64_t steps, const Plane
 
 // C = A B + D for R tiles of `tile_height` rows of A, which has `rows` rows, and V panels; 32
 // values of the sum a step. Rows of C hold `cols`.
-template <int R, int V>
+//
+// An addition rounds in proportion to the sum. kApart adds the product of the first planes, nearly
+// all of the sum, after the five small ones: long sums round a sixth as often. It reads the first
+// planes twice.
+template <int R, int V, bool kApart>
 __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a, int64_t lda,
                                                int64_t tile_height, const PlanePair* panels,
                                                int64_t rows, float* c, int64_t ldc, int64_t cols,
@@ -47,7 +51,6 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   constexpr int kTile = kTileRows * kTileRows, kFirstA = R * V, kFirstB = 8 - (R == 1 ? 1 : V);
   constexpr auto each_row = FirstIndices<R>{};
   constexpr auto each_vector = FirstIndices<V>{};
-  constexpr auto each_plane = FirstIndices<3>{};
   const int64_t plane = lda / 3, row_bytes = lda * sizeof(PlanePair);
   // A second tile without rows reads those of the first.
   const int64_t second = rows > tile_height ? tile_height * lda : 0;
@@ -57,34 +60,45 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   };
   each_constant(FirstIndices<R * V>{},
                 [&](auto tile) __attribute__((always_inline)) { tile_zero<tile.value>(); });
-  for (int64_t step = 0; step < steps; step++) {
-    const PlanePair* const a_step = a + step * kTileRows;
+  auto load_a = [&](int64_t step, auto planes) __attribute__((always_inline)) {
     if constexpr (R == 1)  // all planes of A stay in tiles
-      each_constant(each_plane, [&](auto p) __attribute__((always_inline)) {
-        tile_load<kFirstA + p.value>(a_step + p.value * plane, row_bytes);
+      each_constant(planes, [&](auto p) __attribute__((always_inline)) {
+        tile_load<kFirstA + p.value>(a + step * kTileRows + p.value * plane, row_bytes);
       });
-    each_constant(each_plane, [&](auto pb) __attribute__((always_inline)) {
-      each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
-        load_b(Constant<kFirstB + (R == 1 ? 0 : v.value)>{}, step, v.value, pb.value);
-        if constexpr (R == 1)
-          each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
-            tile_multiply_add<v.value, kFirstA + 2 - pb.value - i.value, kFirstB>();
-          });
-      });
-      if constexpr (R > 1)  // planes of A are loaded in rotation
-        each_constant(FirstIndices<3 - pb.value>{}, [&](auto i) __attribute__((always_inline)) {
-          each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
-            tile_load<kFirstA + r.value>(
-                a_step + r.value * second + (2 - pb.value - i.value) * plane, row_bytes);
-          });
-          each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
-            each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
-              tile_multiply_add<r.value * V + v.value, kFirstA + r.value, kFirstB + v.value>();
-            });
-          });
+  };
+  // A plane of B times `count` planes of A, from plane `pa` down.
+  auto multiply_plane = [&](int64_t step, auto pb, auto pa,
+                            auto count) __attribute__((always_inline)) {
+    each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
+      load_b(Constant<kFirstB + (R == 1 ? 0 : v.value)>{}, step, v.value, pb.value);
+      if constexpr (R == 1)
+        each_constant(FirstIndices<count.value>{}, [&](auto i) __attribute__((always_inline)) {
+          tile_multiply_add<v.value, kFirstA + pa.value - i.value, kFirstB>();
         });
     });
+    if constexpr (R > 1)  // planes of A are loaded in rotation
+      each_constant(FirstIndices<count.value>{}, [&](auto i) __attribute__((always_inline)) {
+        each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
+          tile_load<kFirstA + r.value>(
+              a + step * kTileRows + r.value * second + (pa.value - i.value) * plane, row_bytes);
+        });
+        each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
+          each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
+            tile_multiply_add<r.value * V + v.value, kFirstA + r.value, kFirstB + v.value>();
+          });
+        });
+      });
+  };
+  for (int64_t step = 0; step < steps; step++) {
+    load_a(step, FirstIndices<3>{});
+    multiply_plane(step, Constant<0>{}, Constant<2>{}, Constant<kApart ? 2 : 3>{});
+    multiply_plane(step, Constant<1>{}, Constant<1>{}, Constant<2>{});
+    multiply_plane(step, Constant<2>{}, Constant<0>{}, Constant<1>{});
     progress.next<1>();
+  }
+  for (int64_t step = 0; kApart && step < steps; step++) {
+    load_a(step, FirstIndices<1>{});
+    multiply_plane(step, Constant<0>{}, Constant<0>{}, Constant<1>{});
   }
   float sums[R * V][kTile];
   each_constant(FirstIndices<R * V>{}, [&](auto tile) __attribute__((always_inline)) {
@@ -105,6 +119,7 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
 }
 
 // C [M, N] = A [M, K] B + D. K counts operands.
+template <bool kApart = false>
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePair* a, int64_t lda,
                                   const PlanePair* packed, float* c, int64_t ldc, Addend<float> d,
                                   OverlappedWork work) {
@@ -122,14 +137,15 @@ FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePa
             N - n, {d.data ? d.data + m * d.ld + n : nullptr, d.ld}, progress);
   };
   for (int64_t n = 0; single && n < N; n += 4 * kTileRows)
-    multiply(N - n > 3 * kTileRows   ? multiply_planes<1, 4>
-             : N - n > 2 * kTileRows ? multiply_planes<1, 3>
-             : N - n > kTileRows     ? multiply_planes<1, 2>
-                                     : multiply_planes<1, 1>,
+    multiply(N - n > 3 * kTileRows   ? multiply_planes<1, 4, kApart>
+             : N - n > 2 * kTileRows ? multiply_planes<1, 3, kApart>
+             : N - n > kTileRows     ? multiply_planes<1, 2, kApart>
+                                     : multiply_planes<1, 1, kApart>,
              0, n);
   for (int64_t n = 0; !single && n < N; n += 2 * kTileRows)
     for (int64_t m = 0; m < M; m += block)
-      multiply(N - n > kTileRows ? multiply_planes<2, 2> : multiply_planes<2, 1>, m, n);
+      multiply(N - n > kTileRows ? multiply_planes<2, 2, kApart> : multiply_planes<2, 1, kApart>, m,
+               n);
 }
 
 }  // namespace

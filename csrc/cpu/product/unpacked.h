@@ -90,6 +90,7 @@ void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda,
                        Columns columns, C* c, int64_t ldc, Addend<C> d) {
   constexpr int w = Lanes<C>::kWidth, kAtOnce = 8;
   constexpr int64_t kBlock = 512;  // columns whose sums stay in L1
+  constexpr int64_t kChain = 32;   // rows that are summed before they are added to C
   C sums[kFewTokensBack * kBlock];
   for (int64_t n0 = columns.begin; n0 < columns.end; n0 += kBlock) {
     const int64_t cols = min(kBlock, columns.end - n0);
@@ -97,8 +98,8 @@ void multiply_unpacked(int64_t M, int64_t K, int64_t N, const E* a, int64_t lda,
       for (int64_t n = 0; n < cols; n += w)
         store(c + r * ldc + n0 + n, d.data ? load(d.data + r * d.ld + n0 + n, cols - n) : Vec<C>{},
               cols - n);
-    for (int64_t k0 = 0; k0 < K; k0 += kLongestSum) {
-      const int64_t k1 = min(K, k0 + kLongestSum);
+    for (int64_t k0 = 0; k0 < K; k0 += kChain) {
+      const int64_t k1 = min(K, k0 + kChain);
       for (int64_t k = k0; k < k1; k += kAtOnce) {
         const S* row[kAtOnce];
         for (int i = 0; i < kAtOnce; i++) row[i] = weights + min(k + i, K - 1) * N + n0;

@@ -114,7 +114,7 @@ class BackwardLayers {
   Phase weight_gradients(int64_t i) {
     const int64_t threads = run_.plan.threads;
     return {run_.kernels.weight_tasks(a_.problem, threads),
-            run_.kernels.weight_scratch(a_.problem, arguments_[i].layer),
+            run_.kernels.weight_scratch(a_.problem, arguments_[i].layer, a_.seq.valid),
             [this, i, threads](int64_t task, char* scratch) {
               run_.kernels.weight_grad(arguments_[i], task, threads, scratch);
             }};
