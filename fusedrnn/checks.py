@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-if TYPE_CHECKING:
-    from fusedrnn.modules import _Fused
+from fusedrnn.layer import LayerBase
 
 
-def canonical(module: _Fused, input: Any, hx: Any, lengths: Any, one_hot: bool) -> tuple[Any, ...]:
+def canonical(
+    module: LayerBase, input: Any, hx: Any, lengths: Any, one_hot: bool
+) -> tuple[Any, ...]:
     """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
     lstm = module.mode == "LSTM"
     states: tuple[Any, ...] = (hx,)
@@ -81,7 +82,7 @@ def canonical(module: _Fused, input: Any, hx: Any, lengths: Any, one_hot: bool) 
 
 
 def _check_state(
-    module: _Fused, i: int, state: Tensor, expected: tuple[int, int, int], dtype: torch.dtype
+    module: LayerBase, i: int, state: Tensor, expected: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     if state.size() != expected:
         named = [f"Expected hidden[{i}] size {{}}, got {{}}"] if module.mode == "LSTM" else []
@@ -93,7 +94,7 @@ def _check_state(
         )
 
 
-def checked_resets(module: _Fused, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
+def checked_resets(module: LayerBase, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
     """Bools, time first, or as the data of packed input."""
     name = type(module).__name__
     if isinstance(resets, PackedSequence) and isinstance(input, PackedSequence):
@@ -123,7 +124,7 @@ def checked_resets(module: _Fused, resets: Any, input: Any, x: Tensor, one_hot: 
     return resets.to(x.device)
 
 
-def checked_lengths(module: _Fused, lengths: Any, batch: int, device: torch.device) -> Tensor:
+def checked_lengths(module: LayerBase, lengths: Any, batch: int, device: torch.device) -> Tensor:
     name = type(module).__name__
     lengths = _as_tensor(name, "lengths", lengths)
     kind = lengths.dtype
@@ -170,7 +171,7 @@ def _traced(tensor: Tensor) -> bool:
     )
 
 
-def warn_of_features(module: _Fused, input: Tensor, caller: int) -> None:
+def warn_of_features(module: LayerBase, input: Tensor, caller: int) -> None:
     """For integers whose last dimension is input_size: torch.nn refuses such features.
 
     `caller` is how many frames above this one the module is called.

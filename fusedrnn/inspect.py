@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _C, checks, cuda
+from fusedrnn import _C, autocast, checks, cuda
 from fusedrnn._version import __version__
-from fusedrnn.modules import GRU, LSTM, RNN, _Fused, fallback_reason, is_autocast, is_one_hot
+from fusedrnn.layer import LayerBase
+from fusedrnn.modules import GRU, LSTM, RNN
+from fusedrnn.support import fallback_reason, is_one_hot
 
 
 def info() -> dict[str, str]:
@@ -103,7 +105,7 @@ def _checked(
     return_all: bool = False,
 ) -> str:
     """The layer's answer, after the checks that its call would make."""
-    ours, given = isinstance(module, _Fused), {"lengths": lengths, "resets": resets}
+    ours, given = isinstance(module, LayerBase), {"lengths": lengths, "resets": resets}
     twin: Any = module
     if not ours:
         unknown = [name for name, value in given.items() if value is not None]
@@ -132,9 +134,9 @@ def _of_layer(
     """Which kernels would run, how the work is divided, and why not faster ones."""
     data: Any = input.data if isinstance(input, PackedSequence) else input
     head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}:"
-    if not isinstance(module, _Fused):
+    if not isinstance(module, LayerBase):
         return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
-    reason = fallback_reason(module, data)
+    reason = fallback_reason(data)
     packed = isinstance(input, PackedSequence)
     one_hot, regularisers = is_one_hot(data, packed), module.only_ours()
     if not reason and regularisers and data.device.type == "cuda":
@@ -150,7 +152,7 @@ def _of_layer(
     else:
         batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
     stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
-    if is_autocast(data) and stored != torch.float64:
+    if autocast.is_on(data) and stored != torch.float64:
         stored = torch.get_autocast_dtype(data.device.type)
     if data.device.type == "cuda":
         config, spec = module._config(), cuda.spec(data.device)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusedrnn import ops
-
-if TYPE_CHECKING:
-    from fusedrnn.modules import _Fused
+from fusedrnn.layer import LayerBase
 
 
-def between_layers(module: _Fused, x: Tensor, config: ops.Config) -> Tensor | None:
+def between_layers(module: LayerBase, x: Tensor, config: ops.Config) -> Tensor | None:
     """The op's `mask` (L - 1, tokens, D * P), drawn in torch.nn's order."""
     if not (module.training and module.dropout > 0 and module.num_layers > 1):
         return None
@@ -30,7 +27,7 @@ def between_layers(module: _Fused, x: Tensor, config: ops.Config) -> Tensor | No
 
 
 def of_recurrence(
-    module: _Fused, x: Tensor, batch_sizes: Tensor | None, like: Tensor, config: ops.Config
+    module: LayerBase, x: Tensor, batch_sizes: Tensor | None, like: Tensor, config: ops.Config
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The op's h_mask, zone_h and zone_c, drawn in this order."""
     if not (module.training and module.only_ours()):

@@ -44,8 +44,6 @@ from fusedrnn import _C, reference
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
 backward = torch.ops.fusedrnn.backward.default
-# What calling `infer` calls, a quarter of a microsecond earlier.
-_infer = getattr(infer, "_op", infer)
 
 
 class Config(NamedTuple):
@@ -125,7 +123,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fusedrnn::infer")
 def _fake_infer(x, hx, cx, weights, *stack):  # type: ignore[no-untyped-def]
-    others = (*[None] * OTHERS, 0.0, *Config(*stack), False)
+    others = (*[None] * NON_DIFFERENTIABLE, 0.0, *Config(*stack), False)
     y, hn, cn, *_ = _fake_forward(x, hx, cx, weights, *others)
     return y, hn, cn if stack[0] == "LSTM" else None
 
@@ -165,7 +163,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 # list together from both.
 
 
-OTHERS = 7  # tensors between cx and the weights, which have no gradient
+NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
 ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
 
 
@@ -179,18 +177,20 @@ class Call(NamedTuple):
     @staticmethod
     def of(*arguments: Any) -> Call:
         x, hx, cx, weights, *rest = arguments
-        return Call((x, hx, cx, *rest[:OTHERS], *weights), tuple(rest[OTHERS:]))
+        return Call(
+            (x, hx, cx, *rest[:NON_DIFFERENTIABLE], *weights), tuple(rest[NON_DIFFERENTIABLE:])
+        )
 
     def arguments(self) -> tuple:
         x, hx, cx, *rest = self.tensors
-        return (x, hx, cx, rest[OTHERS:], *rest[:OTHERS], *self.constants)
+        return (x, hx, cx, rest[NON_DIFFERENTIABLE:], *rest[:NON_DIFFERENTIABLE], *self.constants)
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """x, hx, cx and the weights."""
-        return self.tensors[:3] + self.tensors[3 + OTHERS :]
+        return self.tensors[:3] + self.tensors[3 + NON_DIFFERENTIABLE :]
 
-    def others(self) -> tuple[Tensor | None, ...]:
-        return self.tensors[3 : 3 + OTHERS]
+    def non_differentiable(self) -> tuple[Tensor | None, ...]:
+        return self.tensors[3 : 3 + NON_DIFFERENTIABLE]
 
 
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
@@ -254,7 +254,7 @@ class _Forward(torch.autograd.Function):
             with torch.no_grad():
                 y, _, _, reserve, hs, cs = forward(*call.arguments(), True)
         arguments = (*grads, y, reserve, hs, cs, needs, *call.arguments())
-        if torch.is_grad_enabled() or not eager((*grads, *tensors)):
+        if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors)):
             *states, dweights = backward(*arguments)
         else:
             *states, dweights = _below_autograd(backward, None, arguments)
@@ -263,7 +263,7 @@ class _Forward(torch.autograd.Function):
 
 
 # As Function.apply, without its 2 us for tensors that torch.func's transforms left behind.
-_apply = super(torch.autograd.Function, _Forward).apply
+apply_forward = super(torch.autograd.Function, _Forward).apply
 
 
 def _plain_gradients(
@@ -275,7 +275,7 @@ def _plain_gradients(
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip(call.differentiable(), needs, strict=True)
         ]
-        tensors = (*leaves[:3], *call.others(), *leaves[3:])
+        tensors = (*leaves[:3], *call.non_differentiable(), *leaves[3:])
         outputs = reference.forward(*Call(tensors, call.constants).arguments())
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     found = iter(
@@ -382,13 +382,16 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
         return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
     if not _needs_graph(*call.tensors):
         return _below_autograd(forward, keys, arguments)
-    return _Forward.apply(keys, save, call.constants, call.others(), *call.differentiable())
+    return _Forward.apply(
+        keys, save, call.constants, call.non_differentiable(), *call.differentiable()
+    )
 
 
-def eager(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether nobody looks on who must see the dispatcher call an op.
+def can_skip_dispatch(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether an op may be called below the dispatcher's keys.
 
-    That is forward mode, a compiler, a tracer, and classes of tensors or modes that override torch.
+    Forward mode, compilers, tracers, and tensor classes or modes that override torch have to see
+    the dispatcher call it.
     """
     return not (
         forward_ad._current_level >= 0
@@ -399,39 +402,27 @@ def eager(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def run(call: tuple, graph: bool, save: bool) -> tuple:
-    """The forward op with the arguments `call` and `save`; `graph`: autograd is to know.
+    """The forward op with the arguments `call` and `save`; `graph`: autograd records it.
 
-    Past its key, whose implementation in Python takes 9 us: what that would do is done here.
+    It skips the Autograd key, whose implementation in Python takes 9 us, and does what that does.
     Returns y, hn, cn, hs, cs; the last two are None without all_states.
     """
     tensors, constants = given = Call.of(*call)
-    if not eager(tensors):
+    if not can_skip_dispatch(tensors):
         results = forward(*call, save)
     elif graph:
-        results = _apply(None, save, constants, given.others(), *given.differentiable())
+        results = apply_forward(
+            None, save, constants, given.non_differentiable(), *given.differentiable()
+        )
     else:
         results = _below_autograd(forward, None, (*call, save))
     return results[:3] + (results[4:] or (None, None))
 
 
-def run_plain(
-    x: Tensor, hx: Any, cx: Any, weights: list[Tensor], stack: tuple, graph: bool, save: bool
-) -> tuple[Tensor, Tensor, Any]:
-    """y, hn and an LSTM's cn of a call that has nothing else, where `eager`; `stack`: of Config.
-
-    In as few microseconds as can be: in a step of a small layer they are most of the time.
-    """
-    if graph:
-        constants = (0.0, *stack, 0.0, 0.0, False, False)
-        return _apply(None, save, constants, (None,) * OTHERS, x, hx, cx, *weights)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _infer(x, hx, cx, weights, *stack)
-
-
 def _infer_autograd(keys: Any, *arguments: Any) -> tuple:
     x, hx, cx, weights, *stack = arguments
     if _has_tangent(x, hx, cx, *weights) or _needs_graph(x, hx, cx, *weights):
-        others = (*[None] * OTHERS, 0.0, *Config(*stack), True)
+        others = (*[None] * NON_DIFFERENTIABLE, 0.0, *Config(*stack), True)
         y, hn, cn, *_ = forward(x, hx, cx, weights, *others)
         return y, hn, cn if stack[0] == "LSTM" else None
     return _below_autograd(infer, keys, arguments)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fusedrnn import modules
+from fusedrnn import modules, support
+from fusedrnn.layer import LayerBase
 
 PAIRS: dict[type, type] = {
     getattr(nn, cls.__name__): cls
@@ -121,7 +122,7 @@ def unswap(model: Model) -> Report[Model]:
             know; nothing is changed.
     """
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        regularisers = module.only_ours() if isinstance(module, modules._Fused) else None
+        regularisers = module.only_ours() if isinstance(module, LayerBase) else None
         if regularisers:
             raise ValueError(f"torch.nn has no {regularisers}: {module}")
     back = {fused: plain for plain, fused in PAIRS.items()}
@@ -158,10 +159,10 @@ def _class_of(module: nn.Module) -> str:
 
 def _runs_elsewhere(module: nn.Module) -> str:
     """What leaves the calls of a fused layer to torch.nn's code, as its weights are now."""
-    weight = next(module.parameters(), None) if isinstance(module, modules._Fused) else None
+    weight = next(module.parameters(), None) if isinstance(module, LayerBase) else None
     if weight is None or weight.is_meta:
         return ""
-    reason = modules.no_kernel(weight)
+    reason = support.no_kernel(weight)
     return f"torch.nn's code runs, because {reason}" if reason else ""
 
 

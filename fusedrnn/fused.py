@@ -1,0 +1,167 @@
+"""The forward of the three layers: checks as torch.nn does, then one op for the whole stack."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import autocast, checks, dynamo, fast_path, masks, ops, reference, support
+from fusedrnn.layer import LayerBase
+
+
+class AllStates(NamedTuple):
+    """The states of every layer at every step: `h[l]` is shaped as the output, behind a length 0.
+
+    h of the last layer is the output itself; of an LSTM `c[l]` has hidden_size in place of
+    proj_size; None for the others. The directions lie side by side, as in the output. Of packed
+    input each is a PackedSequence.
+    """
+
+    h: tuple[Any, ...]
+    c: tuple[Any, ...] | None
+
+
+class Fused(LayerBase):
+    """What RNN, GRU and LSTM share."""
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        return_all: bool = False,
+    ) -> Any:
+        """Runs the stack; see the class.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size)
+                unbatched, or a PackedSequence. Integers without the last dimension stand for
+                one-hot vectors of input_size: results are those of torch.nn.functional.one_hot,
+                at none of its cost.
+            hx: the initial state, zeros when not given: h_0 (L * D, B, P), for an LSTM a tuple of
+                that and c_0 (L * D, B, H); without B for unbatched input.
+            lengths: integers (B,) in [0, T] on any device and in any order, as a tensor, an array
+                of NumPy or a list: row b has lengths[b] steps. Outputs past them are 0, h_n and c_n
+                are those of each row's last step, and the reverse direction starts there. Not with
+                a PackedSequence.
+            resets: bools, or 0 and 1 of any dtype, shaped as the input without its last dimension
+                or with 1 there, or a PackedSequence of such: True where a new sequence begins in
+                the middle of a row, as where an episode of reinforcement learning ends and the next
+                one starts. The forward direction enters that step with states of zeros; the reverse
+                direction enters the step before it, the last one of the sequence that ended, with
+                zeros. So sequences in one row know as little of each other as those in two. hx is
+                the state before the first step (which a reset there replaces by zeros), in the
+                reverse direction before the last.
+            return_all: whether the states of every layer at every step are returned as well.
+
+        Returns:
+            output and h_n, for an LSTM output and (h_n, c_n), shaped as torch.nn's; with
+            return_all a third value, `AllStates`.
+
+        Raises:
+            ValueError, RuntimeError: torch.nn's, for the same wrong arguments.
+            IndexError: an integer of the input is negative or not below input_size. Those behind
+                a length are not looked at. On CUDA, where looking would mean waiting, such a step
+                is NaN, and a length outside [0, T] counts as the nearer end.
+        """
+        if lengths is None and resets is None and not return_all:
+            results = fast_path.run(self, input, hx)
+            if results is not None:
+                return results
+        if self._is_leaf(input):
+            given = {"lengths": lengths, "resets": resets, "return_all": return_all or None}
+            return self._record(input, hx, **{k: v for k, v in given.items() if v is not None})
+        packed = isinstance(input, PackedSequence)
+        data = input.data if packed else input
+        one_hot = support.is_one_hot(data, packed)
+        # What CUDA kernels do not have; what torch.nn does not have.
+        cpu_only = resets is not None or return_all or self.only_ours() is not None
+        more = cpu_only or lengths is not None or one_hot
+        batched_only = hx is not None or lengths is not None or resets is not None
+        if one_hot and not (packed or batched_only):
+            checks.warn_of_features(self, input, 4)
+        if not more and support.fallback_reason(data):
+            return super().forward(input, hx)
+        x, hx, cx, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
+        batch_sizes = input.batch_sizes if packed else None
+        weights = self._weights()
+        dtype = weights[0].dtype if one_hot else x.dtype
+        casts = autocast.casts(self, x, dtype, weights[0].dtype, hx, cx, packed)
+        if casts is not None:
+            low = casts.low
+            x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
+            hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
+        if resets is not None:
+            resets = checks.checked_resets(self, resets, input, x, one_hot)
+        config = self._config(return_all)
+        drawn = (
+            masks.between_layers(self, x, config),
+            resets,
+            *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
+        )
+        # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
+        dropout = 0.0 if drawn[0] is None else self.dropout
+        call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
+        y, hn, cn, hs, cs = self._run(call, more, cpu_only)
+        if casts is not None:
+            y, hn, cn = y.to(casts.output), hn.to(casts.output), cn.to(casts.cell)
+        return self._shaped(input, one_hot, unsort, y, hn, cn, (hs, cs) if return_all else None)
+
+    def _run(self, call: tuple, more: bool, cpu_only: bool) -> tuple:
+        """y, hn, cn, hs, cs of the op, or of the reference where no kernel can and torch.nn cannot.
+
+        `more`: torch.nn has no such call; `cpu_only`: neither have the CUDA kernels.
+        """
+        x, hx, cx, weights = call[:4]
+        if (
+            torch._C._are_functorch_transforms_active()
+            or (more and support.no_kernel(x) is not None)
+            or (cpu_only and not x.is_cpu)
+        ):
+            return reference.forward(*call)
+        # A trace is replayed with and without gradients.
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        graph = tracing or (
+            torch.is_grad_enabled()
+            and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
+        )
+        return ops.run(call, graph, graph and not self.recompute)
+
+    def _shaped(
+        self, input: Any, one_hot: bool, unsort: Any, y: Tensor, hn: Tensor, cn: Tensor, all: Any
+    ) -> Any:
+        """The results of a call in the form of its `input`; `all`: hs and cs where wanted."""
+        packed = isinstance(input, PackedSequence)
+        unbatched = not packed and input.dim() + one_hot == 2
+
+        def shaped(steps: Tensor) -> Any:
+            if packed:
+                return PackedSequence(
+                    steps, input.batch_sizes, input.sorted_indices, input.unsorted_indices
+                )
+            if unbatched:
+                return steps.squeeze(1)
+            return steps.transpose(0, 1) if self.batch_first else steps
+
+        lstm = self.mode == "LSTM"
+        states: tuple[Tensor, ...] = (hn, cn) if lstm else (hn,)
+        if unsort is not None:
+            states = tuple(s.index_select(1, unsort) for s in states)
+        if unbatched:
+            states = tuple(s.squeeze(1) for s in states)
+        results = shaped(y), states if lstm else states[0]
+        if all is None:
+            return results
+        hs, cs = all
+        cells = tuple(shaped(c) for c in cs.to(cn.dtype).unbind()) if lstm else None
+        return *results, AllStates(
+            (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
+        )
+
+
+dynamo.allow(Fused)
