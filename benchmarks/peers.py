@@ -92,11 +92,11 @@ def _torch(layer: nn.RNNBase, example: object) -> nn.Module:
 
 
 def _fused(layer: nn.RNNBase, example: object) -> nn.Module:
-    return fusedrnn.swap(adapters.copied(layer))
+    return fusedrnn.swap(adapters.copied(layer)).model
 
 
 def _recompute(layer: nn.RNNBase, example: object) -> nn.Module:
-    module = fusedrnn.swap(adapters.copied(layer))
+    module = fusedrnn.swap(adapters.copied(layer)).model
     module.recompute = True
     return module
 

@@ -1,8 +1,9 @@
 # The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
 
-from typing import Any
+from fusedrnn.cuda import Spec
 
 def reserve_bytes(
+    *,
     mode: str,
     dtype: str,
     hidden_size: int,
@@ -35,9 +36,10 @@ def cpu_plan(
     tokens: int,
     threads: int,
     backward: bool,
-) -> dict[str, Any]: ...
-def cuda_device() -> tuple[int, int, int, tuple[int, ...]]: ...
+) -> str: ...
+def cuda_device() -> Spec: ...
 def cuda_plan(
+    *,
     mode: str,
     dtype: str,
     hidden_size: int,
@@ -48,11 +50,7 @@ def cuda_plan(
     batch: int,
     backward: bool,
     tf32: bool,
-    capability: int,
-    processors: int,
-    shared_bytes: int,
-    clusters: tuple[int, ...],
+    device: Spec,
     forced: str,
-    /,
-) -> tuple[str, int, int, int, int, int, int, int, float, str]: ...
+) -> str: ...
 def cuda_archs() -> str: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,7 @@ if TYPE_CHECKING:
     from fusedrnn.modules import _Fused
 
 
-def canonical(
-    module: _Fused, input: Any, hx: Any, lengths: Tensor | None, one_hot: bool
-) -> tuple[Any, ...]:
+def canonical(module: _Fused, input: Any, hx: Any, lengths: Any, one_hot: bool) -> tuple[Any, ...]:
     """Checks as torch.nn does, in its order; returns x time first, hx, cx, unsort, lengths."""
     lstm = module.mode == "LSTM"
     states: tuple[Any, ...] = (hx,)
@@ -24,7 +23,7 @@ def canonical(
     if isinstance(input, PackedSequence):
         if lengths is not None:
             raise ValueError(
-                f"{module._get_name()}: a PackedSequence has lengths of its own, pass no others"
+                f"{type(module).__name__}: a PackedSequence has lengths of its own, pass no others"
             )
         x, batch_sizes = input.data, input.batch_sizes
         if input.sorted_indices is not None and hx is not None:
@@ -95,20 +94,27 @@ def _check_state(
 
 
 def checked_resets(module: _Fused, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
-    """Time first, or as the data of packed input."""
-    name = module._get_name()
+    """Bools, time first, or as the data of packed input."""
+    name = type(module).__name__
     if isinstance(resets, PackedSequence) and isinstance(input, PackedSequence):
         resets = resets.data
-    if not isinstance(resets, Tensor):
-        raise TypeError(f"{name}: resets should be a Tensor, got: {type(resets).__name__}")
-    if resets.dtype != torch.bool:
-        raise TypeError(f"{name}: resets should be bool, got {resets.dtype}")
+    resets = _as_tensor(name, "resets", resets)
     data = input.data if isinstance(input, PackedSequence) else input
     expected = data.shape if one_hot else data.shape[:-1]
+    if resets.shape == (*expected, 1):  # as TorchRL keeps them
+        resets = resets.squeeze(-1)
     if resets.shape != expected:
         raise RuntimeError(
             f"{name}: Expected resets of shape {list(expected)}, got {list(resets.shape)}"
         )
+    if resets.dtype != torch.bool:
+        # What other devices hold is not waited for.
+        if resets.is_cpu and not _traced(resets) and not ((resets == 0) | (resets == 1)).all():
+            raise ValueError(
+                f"{name}: resets should be 0 or 1: where any other value begins a sequence too, "
+                "write resets != 0"
+            )
+        resets = resets != 0
     if not isinstance(input, PackedSequence):
         if resets.dim() == 1:
             resets = resets.unsqueeze(1)
@@ -117,16 +123,65 @@ def checked_resets(module: _Fused, resets: Any, input: Any, x: Tensor, one_hot: 
     return resets.to(x.device)
 
 
-def checked_lengths(module: _Fused, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
-    name = module._get_name()
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{name}: lengths should be a Tensor, got: {type(lengths).__name__}")
+def checked_lengths(module: _Fused, lengths: Any, batch: int, device: torch.device) -> Tensor:
+    name = type(module).__name__
+    lengths = _as_tensor(name, "lengths", lengths)
     kind = lengths.dtype
-    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise TypeError(f"{name}: lengths should be integers, got {lengths.dtype}")
+    if kind == torch.bool:
+        raise TypeError(f"{name}: lengths should be integers, got torch.bool: write mask.sum(-1)")
+    if kind.is_floating_point or kind.is_complex:
+        raise TypeError(
+            f"{name}: lengths should be integers, got {kind}: write lengths.long(), or "
+            "(lengths * T).round().long() where they are fractions of the T steps"
+        )
+    if lengths.shape == (batch, 1):
+        lengths = lengths.squeeze(-1)
     if lengths.shape != (batch,):
         raise RuntimeError(
             f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
         )
     # From the CPU without waiting; to the CPU the values must have come before they are read.
     return lengths.to(device, non_blocking=device.type == "cuda")
+
+
+def _as_tensor(name: str, argument: str, given: Any) -> Tensor:
+    """Of a tensor, an array of NumPy, or a list of numbers."""
+    if isinstance(given, Tensor):
+        return given
+    plain = isinstance(given, (list, tuple)) and not isinstance(given, PackedSequence)
+    if plain or hasattr(given, "__array__"):
+        try:
+            return torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = f"a {type(given).__name__} of which torch makes no tensor ({error})"
+            raise TypeError(f"{name}: {argument} should be a Tensor, got {what}") from None
+    raise TypeError(
+        f"{name}: {argument} should be a Tensor, an array or a list, got: {type(given).__name__}"
+    )
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether `tensor` has no values to look at."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def warn_of_features(module: _Fused, input: Tensor, caller: int) -> None:
+    """For integers whose last dimension is input_size: torch.nn refuses such features.
+
+    `caller` is how many frames above this one the module is called.
+    """
+    if torch.compiler.is_compiling() or list(input.shape[-1:]) != [module.input_size]:
+        return
+    shape, name = list(input.shape), type(module).__name__
+    dims = "(T,)" if len(shape) == 1 else "(B, T)" if module.batch_first else "(T, B)"
+    warnings.warn(
+        f"{name}: integers of shape {shape} are taken for {dims} of tokens that stand for one-hot "
+        f"vectors, and the last dimension is also input_size: if these are features, write "
+        "input.float(); if they are tokens, pass hx or lengths, which says so",
+        stacklevel=caller + 1,
+    )

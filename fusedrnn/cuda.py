@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TypedDict
 
 import torch
 
@@ -46,8 +47,13 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-# What the planner has to know of a GPU; _C.cuda_plan takes the same.
-Spec = tuple[int, int, int, tuple[int, ...]]  # capability, processors, shared_bytes, clusters
+class Spec(TypedDict):
+    """What the planner has to know of a GPU."""
+
+    capability: int  # 90 for 9.0
+    processors: int
+    shared_bytes: int  # that a block may ask for
+    clusters: tuple[int, ...]  # of 1, 2, ... 16 blocks: how many run at once
 
 
 def spec(device: torch.device) -> Spec:
@@ -66,16 +72,16 @@ def plan(
     """
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return _C.cuda_plan(
-        config.mode,
-        str(dtype).removeprefix("torch."),
-        config.hidden_size,
-        config.proj_size,
-        config.num_layers,
-        config.bidirectional,
-        steps,
-        batch,
-        backward,
-        tf32 and dtype == torch.float32,
-        *spec,
-        os.environ.get("FUSEDRNN_PLAN", ""),
-    )[-1]
+        mode=config.mode,
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_size=config.hidden_size,
+        proj_size=config.proj_size,
+        num_layers=config.num_layers,
+        bidirectional=config.bidirectional,
+        steps=steps,
+        batch=batch,
+        backward=backward,
+        tf32=tf32 and dtype == torch.float32,
+        device=spec,
+        forced=os.environ.get("FUSEDRNN_PLAN", ""),
+    )

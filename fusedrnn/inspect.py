@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import platform
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _C, cuda
+from fusedrnn import _C, checks, cuda
 from fusedrnn._version import __version__
-from fusedrnn.modules import _Fused, fallback_reason, is_one_hot
+from fusedrnn.modules import GRU, LSTM, RNN, _Fused, fallback_reason, is_one_hot
 
 
 def info() -> dict[str, str]:
@@ -29,16 +31,103 @@ def info() -> dict[str, str]:
     }
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
-    """Which kernels `module(input)` would run, how the work is divided, and why not faster ones.
+def explain(module: nn.Module, *args: Any, **kwargs: Any) -> str:
+    """Which kernels `module(*args, **kwargs)` would run, how the work is divided, and why.
 
-    Runs nothing. `module` is any torch.nn recurrent layer, swapped or not.
+    `module` is a recurrent layer, swapped or not: then nothing is run. Or it is a model that has
+    some: then a copy of it is run, without gradients and with torch's generators restored, to see
+    what its layers are given, and the answer names each layer.
 
     Raises:
-        TypeError: `module` is not a recurrent layer.
+        TypeError: `module` is no torch.nn.Module, or has no recurrent layers.
+        ValueError, RuntimeError, ...: what the call itself would raise.
     """
-    if not isinstance(module, nn.RNNBase):
-        raise TypeError(f"expected an RNN, GRU or LSTM, got {type(module).__name__}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(module, nn.RNNBase):
+        return _checked(module, *args, **kwargs)
+    if isinstance(module, nn.RNNCellBase):
+        return _of_cell(module, *args, **kwargs)
+    return _of_model(module, args, kwargs)
+
+
+def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    copied = copy.deepcopy(model)
+    calls: dict[str, Counter[str]] = {}
+
+    def describe(name: str) -> Any:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[name][explain(layer, *args, **kwargs)] += 1
+
+        return before
+
+    for name, layer in copied.named_modules():
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+            calls[name] = Counter()
+            layer.register_forward_pre_hook(describe(name), with_kwargs=True)
+    if not calls:
+        raise TypeError(f"expected recurrent layers, got {type(model).__name__}, which has none")
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(gpus), torch.no_grad():
+        copied(*args, **kwargs)
+    lines = []
+    for name, texts in calls.items():
+        for text, count in texts.items():
+            often = f" ({count} calls)" if count > 1 else ""
+            lines.append(f"{name}{often}: {text}")
+        if not texts:
+            lines.append(f"{name}: not called")
+    return "\n".join(lines)
+
+
+def _of_cell(cell: nn.RNNCellBase, input: Tensor, hx: Any = None) -> str:
+    """After a call of a copy on the meta device, which raises what the call would."""
+    states = tuple(s.to("meta") for s in hx) if isinstance(hx, tuple) else hx
+    states = states.to("meta") if isinstance(states, Tensor) else states
+    twin = copy.copy(cell)
+    moved: Any = {n: p if p is None else p.to("meta") for n, p in cell._parameters.items()}
+    twin._parameters = moved
+    type(cell).forward(twin, input.to("meta"), states)
+    head = f"{cell} on {tuple(input.shape)} {input.dtype} {input.device.type}:"
+    return f"{head} torch.nn's own code, one step a call"
+
+
+def _checked(
+    module: nn.RNNBase,
+    input: Any,
+    hx: Any = None,
+    *,
+    lengths: Any = None,
+    resets: Any = None,
+    return_all: bool = False,
+) -> str:
+    """The layer's answer, after the checks that its call would make."""
+    ours, given = isinstance(module, _Fused), {"lengths": lengths, "resets": resets}
+    twin: Any = module
+    if not ours:
+        unknown = [name for name, value in given.items() if value is not None]
+        unknown += ["return_all"] if return_all else []
+        if unknown:
+            raise TypeError(
+                f"torch.nn's layer takes no {' and no '.join(unknown)}: fusedrnn.swap makes it "
+                "fusedrnn's"
+            )
+        twin = object.__new__(next(c for c in FUSED if isinstance(module, c.__bases__[1])))
+        twin.__dict__ = module.__dict__
+    data = input.data if isinstance(input, PackedSequence) else input
+    one_hot = ours and is_one_hot(data, isinstance(input, PackedSequence))
+    x, *_ = checks.canonical(twin, input, hx, lengths, one_hot)
+    if resets is not None:
+        checks.checked_resets(twin, resets, input, x, one_hot)
+    return _of_layer(module, input)
+
+
+FUSED = (RNN, GRU, LSTM)
+
+
+def _of_layer(module: nn.RNNBase, input: Tensor | PackedSequence) -> str:
+    """Which kernels would run, how the work is divided, and why not faster ones."""
     data: Any = input.data if isinstance(input, PackedSequence) else input
     head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}:"
     if not isinstance(module, _Fused):
@@ -86,7 +175,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> str:
             tokens=data.shape[0] if packed else steps * batch,
             threads=torch.get_num_threads(),
             backward=backward,
-        )["text"]
+        )
         for backward in (False, True)
     }
     lines = [f"fused CPU kernels, forward {plans[False]}", f"backward {plans[True]}"]

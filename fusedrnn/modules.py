@@ -7,6 +7,7 @@ They add no state, so parameters, checkpoints, hooks and `isinstance` are torch.
 from __future__ import annotations
 
 import warnings
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,43 @@ def _is_autocast(x: Tensor) -> bool:
     if x.is_meta or not torch._C._is_any_autocast_enabled():
         return False
     return torch.is_autocast_enabled(x.device.type)
+
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN_BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_FLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _by_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch.nn gives padded input of an LSTM without projections to oneDNN on a CPU."""
+    if not torch.compiler.is_compiling() and not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.float32:
+        return _ONEDNN
+    if dtype == torch.bfloat16:
+        return _ONEDNN_BFLOAT16
+    return _ONEDNN_FLOAT16 and not torch.is_grad_enabled()
+
+
+_NAMES = {
+    torch.float64: "Double",
+    torch.float32: "Float",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+}
+
+
+def _refuse_some_float64(
+    low: torch.dtype, input: torch.dtype, weight: torch.dtype, hx: Any, cx: Any
+) -> None:
+    """Raises torch.nn's error: autocast leaves float64 as it is, so all must be or nothing."""
+    states = [s.dtype for s in (hx, cx) if s is not None]
+    for dtype in (input, *states):
+        if (dtype == torch.float64) != (weight == torch.float64):
+            found = [_NAMES.get(d if d == torch.float64 else low, d) for d in (dtype, weight)]
+            raise RuntimeError(
+                "mat1 and mat2 must have the same dtype, but got {} and {}".format(*found)
+            )
 
 
 def no_kernel(input: Tensor) -> str | None:
@@ -72,6 +110,11 @@ class _DropIn(nn.Module):
         path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
         return input.tracer.create_proxy("call_module", path, (input, hx), kwargs)
 
+    def __repr__(self) -> str:
+        """torch.nn's, with the package, so that the `repr` of a model shows what was swapped."""
+        text = super().__repr__()
+        return f"fusedrnn.{text}" if type(self).__module__ == __name__ else text
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles, and leaves in the model: torch.nn's own class."""
         if type(self).__module__ != __name__:
@@ -106,9 +149,14 @@ class AllStates(NamedTuple):
 
 def _probability(name: str, value: Any) -> bool:
     """Whether `value`, which must be a probability, is above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1] representing a probability")
-    return value > 0
+    return float(value) > 0
+
+
+def _number(value: Any) -> float:
+    """Of NumPy's numbers too, as Python's own, which torch.compile and repr know."""
+    return value if type(value) is int else float(value)
 
 
 class _Fused(_DropIn, nn.RNNBase):
@@ -158,13 +206,15 @@ class _Fused(_DropIn, nn.RNNBase):
         kwargs |= {k: v for k, v in given.items() if v is not None}
         super().__init__(*args, **kwargs)
         if _probability("recurrent_dropout", recurrent_dropout):
-            self.recurrent_dropout = recurrent_dropout
-        if isinstance(zoneout, tuple):
+            self.recurrent_dropout = _number(recurrent_dropout)
+        if isinstance(zoneout, (tuple, list)):  # a list from a file of settings
             if self.mode != "LSTM" or len(zoneout) != 2:
                 raise ValueError("zoneout is one number, or (of h, of c) for an LSTM")
             on = any([_probability("zoneout", z) for z in zoneout])
+            zoneout = _number(zoneout[0]), _number(zoneout[1])
         else:
             on = _probability("zoneout", zoneout)
+            zoneout = _number(zoneout)
         if on:
             self.zoneout = zoneout
         if not isinstance(layer_norm, bool):
@@ -232,8 +282,8 @@ class _Fused(_DropIn, nn.RNNBase):
         input: Any,
         hx: Any = None,
         *,
-        lengths: Tensor | None = None,
-        resets: Tensor | PackedSequence | None = None,
+        lengths: Any = None,
+        resets: Any = None,
         return_all: bool = False,
     ) -> Any:
         """Runs the stack; see the class.
@@ -245,16 +295,18 @@ class _Fused(_DropIn, nn.RNNBase):
                 at none of its cost.
             hx: the initial state, zeros when not given: h_0 (L * D, B, P), for an LSTM a tuple of
                 that and c_0 (L * D, B, H); without B for unbatched input.
-            lengths: integers (B,) in [0, T] on any device and in any order: row b has lengths[b]
-                steps. Outputs past them are 0, h_n and c_n are those of each row's last step, and
-                the reverse direction starts there. Not with a PackedSequence.
-            resets: bool, shaped as the input without its last dimension, or a PackedSequence of
-                such: True where a new sequence begins in the middle of a row, as where an episode
-                of reinforcement learning ends and the next one starts. The forward direction
-                enters that step with states of zeros; the reverse direction enters the step before
-                it, the last one of the sequence that ended, with zeros. So sequences in one row
-                know as little of each other as those in two. hx is the state before the first step
-                (which a reset there replaces by zeros), in the reverse direction before the last.
+            lengths: integers (B,) in [0, T] on any device and in any order, as a tensor, an array
+                of NumPy or a list: row b has lengths[b] steps. Outputs past them are 0, h_n and c_n
+                are those of each row's last step, and the reverse direction starts there. Not with
+                a PackedSequence.
+            resets: bools, or 0 and 1 of any dtype, shaped as the input without its last dimension
+                or with 1 there, or a PackedSequence of such: True where a new sequence begins in
+                the middle of a row, as where an episode of reinforcement learning ends and the next
+                one starts. The forward direction enters that step with states of zeros; the reverse
+                direction enters the step before it, the last one of the sequence that ended, with
+                zeros. So sequences in one row know as little of each other as those in two. hx is
+                the state before the first step (which a reset there replaces by zeros), in the
+                reverse direction before the last.
             return_all: whether the states of every layer at every step are returned as well.
 
         Returns:
@@ -280,18 +332,26 @@ class _Fused(_DropIn, nn.RNNBase):
         # What CUDA kernels do not have; what torch.nn does not have.
         cpu_only = resets is not None or return_all or self.only_ours() is not None
         more = cpu_only or lengths is not None or one_hot
+        batched_only = hx is not None or lengths is not None or resets is not None
+        if one_hot and not (packed or batched_only):
+            checks.warn_of_features(self, input, 4)
         if not more and fallback_reason(self, data):
             return super().forward(input, hx)
         x, hx, cx, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
         batch_sizes = input.batch_sizes if packed else None
         weights = self._weights()
-        dtypes = None
+        dtypes = low = None
         dtype = weights[0].dtype if one_hot else x.dtype
-        if _is_autocast(x) and dtype != torch.float64:
+        if _is_autocast(x):
             low = torch.get_autocast_dtype(x.device.type)
+            _refuse_some_float64(low, dtype, weights[0].dtype, hx, cx)
+        if low is not None and dtype != torch.float64:
             dtypes = low, low
             if not x.is_cuda:
-                dtypes = self._autocast_dtypes(dtype if hx is None else hx.dtype, low, packed)
+                # Elements are multiplied with the cell state, in a GRU with h.
+                held = dtype if hx is None else (hx if cx is None else cx).dtype
+                plain = not packed and x.numel() > 0
+                dtypes = self._autocast_dtypes(held, low, plain and _by_onednn(dtype))
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
             hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
 
@@ -404,6 +464,8 @@ class _Fused(_DropIn, nn.RNNBase):
             if "fusedrnn: " not in str(error):
                 raise  # not the op's: a hook's on saved tensors, say
             return None
+        if one_hot and hx is None:
+            checks.warn_of_features(self, input, 5)
         if dim == 2:
             y, hn = y.squeeze(1), hn.squeeze(1)
         elif self.batch_first:
@@ -413,20 +475,21 @@ class _Fused(_DropIn, nn.RNNBase):
         return y, (hn, cn.squeeze(1) if dim == 2 else cn)
 
     def _autocast_dtypes(
-        self, given: torch.dtype, low: torch.dtype, packed: bool
+        self, given: torch.dtype, low: torch.dtype, onednn: bool
     ) -> tuple[torch.dtype, torch.dtype]:
         """torch.nn's dtypes under autocast on the CPU, of the output and h, and of c.
 
-        They follow from which of ATen's paths a case takes: what an element-wise product with the
-        `given` state computes keeps that state's dtype, what a matrix product does is `low`. On
-        CUDA everything is, by cuDNN.
+        They follow from which of ATen's paths a case takes: an element-wise product with the
+        `given` state has a dtype that holds both, a matrix product that of autocast, and so has
+        all that `onednn` computes, which is LSTM alone. On CUDA everything is, by cuDNN.
         """
+        wide = torch.promote_types(given, low)
         if self.mode == "GRU":
-            return given, given
+            return wide, wide
         if self.mode == "LSTM" and self.proj_size:
-            return low, given
-        if self.mode == "LSTM" and packed:
-            return given, given
+            return low, wide
+        if self.mode == "LSTM" and not onednn:
+            return wide, wide
         return low, low
 
 

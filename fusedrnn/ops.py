@@ -109,15 +109,15 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     hn = like.new_empty((states, batch, config.out_size))
     cn = like.new_empty((states, batch, config.hidden_size) if config.mode == "LSTM" else (0,))
     row = _C.reserve_bytes(
-        config.mode,
-        str(like.dtype).removeprefix("torch."),
-        config.hidden_size,
-        config.proj_size,
-        config.num_layers,
-        config.bidirectional,
-        config.zoneout_h > 0 or config.zoneout_c > 0,
-        config.all_states,
-        config.layer_norm,
+        mode=config.mode,
+        dtype=str(like.dtype).removeprefix("torch."),
+        hidden_size=config.hidden_size,
+        proj_size=config.proj_size,
+        num_layers=config.num_layers,
+        bidirectional=config.bidirectional,
+        zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
+        all_states=config.all_states,
+        layer_norm=config.layer_norm,
     )
     reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
     return y, hn, cn, reserve, *_fake_states(y, config)
@@ -201,6 +201,20 @@ def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
+_NOTHING = torch.empty(0)
+
+
+def _version_of(y: Tensor) -> Tensor:
+    """A tensor whose `_version` is that of `y`, 0 until `y` is written in place.
+
+    It holds no memory of `y`: hooks on saved tensors may have moved that elsewhere.
+    """
+    version = y.detach()
+    if type(y) is Tensor:  # another could not be given the data of a plain one
+        version.data = _NOTHING
+    return version
+
+
 class _Forward(torch.autograd.Function):
     # Each tensor that a node takes or puts out costs a microsecond: `others` come as one tuple, and
     # y, hn and cn are all that goes out where neither the dispatcher (`keys`) nor all_states asks
@@ -210,27 +224,35 @@ class _Forward(torch.autograd.Function):
         x, hx, cx, *weights = of_graph
         arguments = (x, hx, cx, weights, *others, *constants, save)
         results = _below_autograd(forward, keys, arguments)
-        y, _, _, reserve, hs, cs = results
+        y, _, _, reserve, *states = results
+        plain = keys is None and not constants[ALL_STATES]  # then hs and cs are empty
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, reserve, hs, cs, x, hx, cx, *others, *weights)
+        # torch.nn lets its output be written in place. So y is saved under a version of its own,
+        # that of the output is looked at in backward, and where it rose y is computed again.
+        ctx.output = _version_of(y)
+        ctx.states = states if plain else ()
+        kept = () if plain else states
+        ctx.save_for_backward(y.data, reserve, *kept, x, hx, cx, *others, *weights)
         ctx.constants, ctx.save = constants, save
-        if keys is None and not constants[ALL_STATES]:
+        if plain:
             return results[:3]
         ctx.mark_non_differentiable(reserve)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        y, reserve, hs, cs, *tensors = ctx.saved_tensors
+        y, reserve, *saved = ctx.saved_tensors
+        saved = (*ctx.states, *saved)
+        hs, cs, tensors = saved[0], saved[1], saved[2:]
         grads = (*grads[:3], *(grads[4:] or (None, None)))
         needs = list(ctx.needs_input_grad[4:])
-        call = Call(tuple(tensors), ctx.constants)
+        call = Call(tensors, ctx.constants)
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
             return (*[None] * 4, *_plain_gradients(call, needs, grads))
-        if not ctx.save:
+        if not ctx.save or ctx.output._version:
             with torch.no_grad():
-                _, _, _, reserve, _, _ = forward(*call.arguments(), True)
+                y, _, _, reserve, hs, cs = forward(*call.arguments(), True)
         arguments = (*grads, y, reserve, hs, cs, needs, *call.arguments())
         if torch.is_grad_enabled() or not eager((*grads, *tensors)):
             *states, dweights = backward(*arguments)
@@ -238,6 +260,10 @@ class _Forward(torch.autograd.Function):
             *states, dweights = _below_autograd(backward, None, arguments)
         found = zip((*states, *dweights), needs, strict=True)
         return (*[None] * 4, *(g if n else None for g, n in found))
+
+
+# As Function.apply, without its 2 us for tensors that torch.func's transforms left behind.
+_apply = super(torch.autograd.Function, _Forward).apply
 
 
 def _plain_gradients(
@@ -382,7 +408,7 @@ def run(call: tuple, graph: bool, save: bool) -> tuple:
     if not eager(tensors):
         results = forward(*call, save)
     elif graph:
-        results = _Forward.apply(None, save, constants, given.others(), *given.differentiable())
+        results = _apply(None, save, constants, given.others(), *given.differentiable())
     else:
         results = _below_autograd(forward, None, (*call, save))
     return results[:3] + (results[4:] or (None, None))
@@ -397,7 +423,7 @@ def run_plain(
     """
     if graph:
         constants = (0.0, *stack, 0.0, 0.0, False, False)
-        return _Forward.apply(None, save, constants, (None,) * OTHERS, x, hx, cx, *weights)
+        return _apply(None, save, constants, (None,) * OTHERS, x, hx, cx, *weights)
     with torch._C._AutoDispatchBelowAutograd():
         return _infer(x, hx, cx, weights, *stack)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fusedrnn import modules
 
@@ -23,7 +27,76 @@ PAIRS: dict[type, type] = {
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def swap(model: Model) -> Model:
+@dataclass(frozen=True)
+class Layer:
+    """What became of one recurrent layer."""
+
+    name: str
+    """As in `model.named_modules()`: "" where the model itself is the layer."""
+    before: str
+    after: str
+    """The class, with its package: "torch.nn.LSTM", "fusedrnn.LSTM"."""
+    reason: str
+    """Why it was left; of a changed one what keeps the kernels from it, else empty."""
+
+    @property
+    def changed(self) -> bool:
+        return self.before != self.after
+
+    def __str__(self) -> str:
+        what = f"{self.before} -> {self.after}" if self.changed else f"left {self.before}"
+        return f"{self.name or '(the model itself)'}: {what}" + (self.reason and f": {self.reason}")
+
+
+class Report(Generic[Model]):
+    """What `swap` or `unswap` did: `layers`, `changed` and `left` of them, and the `model`.
+
+    Printed, it has a line for each layer. It is not the model, and says so where used as one.
+    """
+
+    def __init__(self, function: str, model: Model, layers: tuple[Layer, ...]) -> None:
+        self._function = function
+        self.model = model
+        self.layers = layers
+
+    @property
+    def changed(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.changed)
+
+    @property
+    def left(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if not layer.changed)
+
+    def __repr__(self) -> str:
+        of = f"fusedrnn.{self._function} of {type(self.model).__name__}"
+        if not self.layers:
+            return f"{of}: it has no recurrent layers of torch.nn"
+        counts = f"{len(self.changed)} changed, {len(self.left)} left"
+        return "\n  ".join([f"{of}: {counts}", *map(str, self.layers)])
+
+    def _misused(self) -> str:
+        call = f"fusedrnn.{self._function}(model)"
+        return (
+            f"{call} changes the model in place and returns a report of it: write {call} alone, or "
+            f"model = {call}.model"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(self._misused())
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise TypeError(self._misused())
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # saved or copied in the model's place
+        raise TypeError(self._misused())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"a report has no {name!r}. {self._misused()}")
+
+
+def swap(model: Model) -> Report[Model]:
     """Makes every torch.nn RNN, GRU, LSTM and cell in `model` a fused one, in place.
 
     Only the class of each instance changes, so parameters (shared and tied ones too), buffers,
@@ -31,18 +104,19 @@ def swap(model: Model) -> Model:
     of torch.nn's classes are left alone: their own code may rely on what torch.nn's does.
 
     Returns:
-        `model` itself.
+        A report: each recurrent layer's name, and whether it was swapped or left, and why.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    return _change(model, PAIRS)
+    return _change("swap", model, PAIRS, _why_not_swapped)
 
 
-def unswap(model: Model) -> Model:
-    """Undoes `swap`, in place: every fused layer becomes torch.nn's. Returns `model` itself.
+def unswap(model: Model) -> Report[Model]:
+    """Undoes `swap`, in place: every fused layer becomes torch.nn's. Returns a report, as `swap`.
 
     Raises:
+        TypeError: `model` is not a torch.nn.Module.
         ValueError: a layer has a regulariser or layer normalisation, which torch.nn does not
             know; nothing is changed.
     """
@@ -50,13 +124,78 @@ def unswap(model: Model) -> Model:
         regularisers = module.only_ours() if isinstance(module, modules._Fused) else None
         if regularisers:
             raise ValueError(f"torch.nn has no {regularisers}: {module}")
-    return _change(model, {fused: plain for plain, fused in PAIRS.items()})
+    back = {fused: plain for plain, fused in PAIRS.items()}
+    return _change("unswap", model, back, _why_not_unswapped)
 
 
-def _change(model: Model, classes: dict[type, type]) -> Model:
+def _change(
+    function: str,
+    model: Model,
+    classes: dict[type, type],
+    why_not: Callable[[nn.Module], str | None],
+) -> Report[Model]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
+    layers = []
+    for name, module in model.named_modules():
+        before = _class_of(module)
         if type(module) in classes:
             module.__class__ = classes[type(module)]
-    return model
+            layers.append(Layer(name, before, _class_of(module), _runs_elsewhere(module)))
+        else:
+            reason = why_not(module)
+            if reason is not None:
+                layers.append(Layer(name, before, before, reason))
+    return Report(function, model, tuple(layers))
+
+
+def _class_of(module: nn.Module) -> str:
+    cls = type(module)
+    if cls in PAIRS:
+        return f"torch.nn.{cls.__name__}"
+    return f"fusedrnn.{cls.__name__}" if cls in PAIRS.values() else cls.__name__
+
+
+def _runs_elsewhere(module: nn.Module) -> str:
+    """What leaves the calls of a fused layer to torch.nn's code, as its weights are now."""
+    weight = next(module.parameters(), None) if isinstance(module, modules._Fused) else None
+    if weight is None or weight.is_meta:
+        return ""
+    reason = modules.no_kernel(weight)
+    return f"torch.nn's code runs, because {reason}" if reason else ""
+
+
+def _why_not_swapped(module: nn.Module) -> str | None:
+    """None of what is no recurrent layer."""
+    name, where = type(module).__name__, type(module).__module__
+    if isinstance(module, torch.jit.ScriptModule):
+        name = getattr(module, "original_name", "")
+        if name in (cls.__name__ for cls in PAIRS):
+            return "compiled by TorchScript: swap before torch.jit does"
+        return None
+    if where.startswith("torch.ao.nn.quantized") and name in ("LSTM", "GRU"):
+        return "quantized: its weights are integers"
+    if type(module) in PAIRS.values():
+        return "fusedrnn's already"
+    for plain, fused in PAIRS.items():
+        if not isinstance(module, plain):
+            continue
+        if parametrize.is_parametrized(module):
+            return "parametrized, which gave it a class of its own: swap before that"
+        if isinstance(module, fused):
+            return "a subclass of fusedrnn's"
+        return (
+            f"a subclass of torch.nn.{plain.__name__}, whose own code may rely on torch.nn's: let "
+            f"it derive from fusedrnn.{plain.__name__}"
+        )
+    return None
+
+
+def _why_not_unswapped(module: nn.Module) -> str | None:
+    """None of what is no recurrent layer."""
+    for plain, fused in PAIRS.items():
+        if isinstance(module, fused):
+            return f"a subclass of fusedrnn.{fused.__name__}, whose own code may rely on it"
+        if isinstance(module, plain):
+            return "not fusedrnn's"
+    return None

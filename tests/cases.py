@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn import _C
 
 # name -> (class name, extra constructor arguments as a function of hidden_size)
 CELLS: dict[str, tuple[str, Any]] = {
@@ -73,17 +72,3 @@ def run(
     grads = torch.autograd.grad(loss, list(inputs.values()))
     results |= {f"grad {name}": g for name, g in zip(inputs, grads, strict=True)}
     return {name: r.detach().cpu() for name, r in results.items()}
-
-
-def cpu_plan(
-    mode: str, input_size: int, hidden_size: int, num_layers: int = 1, **more: Any
-) -> dict[str, Any]:
-    """The plan of a call of plain float32 layers on the CPU, but for what `more` says."""
-    plain = {
-        "dtype": "float32",
-        "proj_size": 0,
-        **dict.fromkeys(("one_hot", "bidirectional", "layer_norm", "zoneout"), False),
-        **dict.fromkeys(("recurrent_dropout", "resets", "return_all", "backward"), False),
-    }
-    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-    return _C.cpu_plan(**{"mode": mode, **plain, **sizes, **more})

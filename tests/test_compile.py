@@ -345,12 +345,12 @@ def test_fx_keeps_layers_as_leaves():
 
     model, x = Model(), torch.randn(5, 2, 3)
     expected = model(x)
-    graphs = [torch.fx.symbolic_trace(m) for m in (model, fusedrnn.swap(model))]
+    graphs = [torch.fx.symbolic_trace(m) for m in (model, fusedrnn.swap(model).model)]
     nodes = [[(n.op, str(n.target)) for n in graph.graph.nodes] for graph in graphs]
     assert nodes[1] == nodes[0]
     assert type(graphs[1].gru) is fusedrnn.GRU
     torch.testing.assert_close(graphs[1](x), expected)
-    traced_first = fusedrnn.swap(graphs[0])
+    traced_first = fusedrnn.swap(graphs[0]).model
     assert type(traced_first.lstm) is fusedrnn.LSTM
     torch.testing.assert_close(traced_first(x), expected)
 
@@ -400,7 +400,7 @@ def test_script_takes_torchs_layer(name, tmp_path):
     for found in (scripted(x), torch.jit.load(tmp_path / "model.pt")(x)):
         torch.testing.assert_close(found, expected)
     assert type(model[0]) is getattr(nn, name)  # as the warning says
-    assert type(fusedrnn.swap(model)[0]) is getattr(fusedrnn, name)
+    assert type(fusedrnn.swap(model).model[0]) is getattr(fusedrnn, name)
     assert any(p is weight for p in model.parameters())
     torch.testing.assert_close(model(x), expected)
 

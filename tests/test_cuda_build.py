@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulator import ROOT, setup_script
+from compiling import ROOT, setup_script
 
 from fusedrnn import _C
 
@@ -112,20 +113,20 @@ def test_nothing_is_spilled():
 
 
 @functools.cache
-def instructions(arch: str) -> dict[str, set[str]]:
-    """The instructions of every kernel of an architecture."""
+def instructions(arch: str) -> dict[str, Counter[str]]:
+    """The instructions of every kernel of an architecture, and how many of each."""
     disassembler = Path(tool("nvdisasm")).parent
     command = [tool("cuobjdump"), "--dump-sass", "--gpu-architecture", arch, BINARY]
     env = {"PATH": f"{disassembler}:/usr/bin:/bin"}
-    found: dict[str, set[str]] = {}
+    found: dict[str, Counter[str]] = {}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout
-    current: set[str] = set()
+    current: Counter[str] = Counter()
     for line in process.stdout:
         if function := re.match(r"\s*Function : (\S+)", line):
-            current = found.setdefault(function[1], set())
+            current = found.setdefault(function[1], Counter())
         elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
-            current.add(code[1])
+            current[code[1]] += 1
     assert process.wait() == 0
     return dict(zip(readable(list(found)), found.values(), strict=True))
 
@@ -143,8 +144,15 @@ def test_tensor_cores_and_wide_loads_are_used(arch):
         assert any(wanted in i for i in kinds) if half or tf32 else "FFMA" in used, (name, kinds)
         assert "LDS.128" in used, name  # weights, 16 bytes of each lane
         assert not {i for i in used if i.startswith(("LDL", "STL"))}, name
-        # Blocks of a cluster send 16 bytes at a time, counted where they land.
-        assert ("STAS.128" in used) == ("true>" in name), name
+        # What blocks send each other goes 16 bytes at a time, in a cluster counted where it lands.
+        # Backward sends sums of 1, 2, 4 and 8 parts, for the layer and for the one below.
+        sends = 2 * 4 if "backward" in name else 1
+        stores = {i: used[i] for i in ("STAS.128", "STG.E.128")}
+        cluster = "true>" in name
+        assert (stores["STAS.128"] > 0) == cluster, (name, stores)
+        assert stores["STAS.128" if cluster else "STG.E.128"] >= sends, (name, stores)
+        if not cluster and "forward" in name:
+            assert "LDG.E.128" in used, name  # h of the other blocks
 
 
 @pytest.fixture(scope="module")

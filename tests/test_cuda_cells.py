@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import bindings
 import pytest
 import torch
+from cases import DTYPES
 from emulator import run
-from emulator.cell_step import CELLS, DTYPES, CellBackward, CellForward
 from torch import Tensor
 
 from fusedrnn import reference
 
+CELLS = list(reference.STEPS)
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 # The slot that holds each gate: of W_ih, of W_hh; torch.nn's order where a cell is not named.
 SLOTS = {"GRU": ((1, 2, 0), (1, 2, 3))}
@@ -32,8 +34,8 @@ def compute(dtype: torch.dtype) -> torch.dtype:
 
 def cell_params(kind, mode: str, dtype: torch.dtype, batch: int, hidden: int, **fields):
     return kind(
-        cell=CELLS.index(mode),
-        dtype=DTYPES.index(dtype),
+        cell=bindings.Cell[mode],
+        dtype=bindings.DType[str(dtype).removeprefix("torch.")],
         batch=batch,
         hidden_size=hidden,
         **fields,
@@ -47,7 +49,7 @@ def assert_near(name: str, ours: Tensor, exact: Tensor, eps: float) -> None:
 
 
 def test_all_cells_of_the_list_are_here():
-    assert list(GATES) == CELLS == list(reference.STEPS)
+    assert list(GATES) == CELLS == [cell.name for cell in bindings.Cell]
 
 
 def test_a_half_rounds_like_torch():
@@ -57,12 +59,12 @@ def test_a_half_rounds_like_torch():
     x = torch.cat([x, -x, x * 1e4])
     for dtype in (torch.bfloat16, torch.float16):
         h, y = torch.full_like(x, NAN), torch.full(x.shape, NAN, dtype=dtype)
-        params = cell_params(CellForward, "LSTM", dtype, 1, len(x), steps=1)
+        params = cell_params(bindings.CellForward, "LSTM", dtype, 1, len(x), steps=1)
         run("projection_forward", params, {"gates_x": x, "h": h, "y": y}).check()
         assert torch.equal(y.isnan(), x.isnan())
         assert torch.equal(y.nan_to_num(nan=1), x.to(dtype).nan_to_num(nan=1))
         # And back: a bias of the storage type on gates that are zero.
-        params = cell_params(CellForward, "RNN_RELU", dtype, 1, len(x), steps=1)
+        params = cell_params(bindings.CellForward, "RNN_RELU", dtype, 1, len(x), steps=1)
         run("cell_forward", params, {"gates_x": torch.zeros_like(x), "b_ih": y, "h": h}).check()
         assert torch.equal(h.nan_to_num(nan=1), torch.relu(y.float()).nan_to_num(nan=1))
 
@@ -93,7 +95,7 @@ def check_one_step(
     rest = operand.clone()
     saved, saved_c = poison(batch, SAVED.get(mode, 0), hidden, like=dtype), poison(batch, hidden)
     params = cell_params(
-        CellForward, mode, dtype, batch, hidden, step=1, steps=3,
+        bindings.CellForward, mode, dtype, batch, hidden, step=1, steps=3,
         gates_x_stride=gates_x.stride(0), gates_h_stride=gates_h.stride(0), y_stride=y.stride(0),
     )  # fmt: skip
     arrays = {"lengths": lengths, "gates_x": gates_x, "gates_h": gates_h, "b_ih": b_ih}
@@ -129,7 +131,7 @@ def check_one_step(
     dgates = poison(batch, S, hidden, like=dtype)
     hidden_out = poison(batch, hidden, like=dtype) if lstm else None
     params = cell_params(
-        CellBackward, mode, dtype, batch, hidden, step=1, steps=3,
+        bindings.CellBackward, mode, dtype, batch, hidden, step=1, steps=3,
         h_stride=y.stride(0), dy_stride=dy.stride(0),
     )  # fmt: skip
     h_prev = torch.zeros(batch, 2, hidden, dtype=dtype)[:, 0].copy_(h0)
@@ -212,11 +214,11 @@ class Layer:
             arrays |= {"c": c, "saved": self.saved[t], "saved_c": self.saved_c[t]}
             arrays |= {"operand": operand} if w_hr else {"h": h, "y": self.y[t]}
             strides = {"gates_x_stride": G, "gates_h_stride": G, "y_stride": P}
-            self.run("cell_forward", CellForward, t, n, arrays, H, **strides)
+            self.run("cell_forward", bindings.CellForward, t, n, arrays, H, **strides)
             if w_hr:
                 arrays = {"gates_x": operand @ w_hr[0].T, "h": h, "y": self.y[t]}
                 strides = {"gates_x_stride": P, "y_stride": P}
-                self.run("projection_forward", CellForward, t, n, arrays, P, **strides)
+                self.run("projection_forward", bindings.CellForward, t, n, arrays, P, **strides)
         return self.y, h, c
 
     def backward(self, dy: Tensor, dhn: Tensor, dcn: Tensor | None) -> dict[str, Tensor]:
@@ -237,7 +239,7 @@ class Layer:
             if w_hr:
                 arrays = {"dh": dh, "dh_product": product, "dy": dy[t], "dgates": dproj[t]}
                 strides = {"dy_stride": P, "h_stride": P}
-                self.run("projection_backward", CellBackward, t, n, arrays, P, **strides)
+                self.run("projection_backward", bindings.CellBackward, t, n, arrays, P, **strides)
                 arrays = {"dy": dproj[t] @ w_hr[0], "hidden": hidden[t]}
                 strides = {"dy_stride": H}
             else:
@@ -248,14 +250,14 @@ class Layer:
             if dc is not None:
                 arrays |= {"c": self.saved_c[t], "c0": self.c0}
                 arrays["c_prev"] = self.saved_c[before] if inside else None
-            self.run("cell_backward", CellBackward, t, n, arrays, H, **strides)
+            self.run("cell_backward", bindings.CellBackward, t, n, arrays, H, **strides)
             product = dh.new_full((B, P), NAN) if product is None else product
             product[:n] = dgates[t][:n, h_slots].reshape(n, -1) @ w_hh
         end = self.steps if self.reverse else -1
         last = "projection_backward" if w_hr else "cell_backward"
         # Of packed rows each kept the product of its own last step.
         arrays = {"dh": dh, "dh_product": product} | ({"lengths": None} if self.packed else {})
-        self.run(last, CellBackward, end, B, arrays, P)
+        self.run(last, bindings.CellBackward, end, B, arrays, P)
 
         dgates_x = dgates[:, :, x_slots].reshape(T, B, -1)
         dgates_h = dgates[:, :, h_slots].reshape(T, B, -1)
@@ -311,5 +313,5 @@ def test_a_layer(mode, proj, reverse, rows):
 
 def test_nothing_to_do_is_no_launch():
     for batch, hidden in ((0, 5), (5, 0)):
-        params = cell_params(CellForward, "GRU", torch.float32, batch, hidden, steps=1)
+        params = cell_params(bindings.CellForward, "GRU", torch.float32, batch, hidden, steps=1)
         run("cell_forward", params, {}).check()

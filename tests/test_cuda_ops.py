@@ -16,13 +16,18 @@ import test_numbers
 import test_ops
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
-from emulator import ROOT, build, setup_script
+from compiling import ROOT, setup_script
+from emulator import build
+from emulator import ops as emulated
 from emulator.ops import instead_of_cpu, load
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fusedrnn import ops, reference
 
-BACKENDS = {"stepwise": DTYPES, "grid": DTYPES[1:], "cluster": DTYPES[1:]}
+# By FUSEDRNN_PLAN. Small layers run in teams of one block, but for where there have to be several:
+# those are given more units than a block has.
+SEVERAL_BLOCKS = ("grid,units=8", "cluster")
+BACKENDS = {"stepwise": DTYPES, "grid": DTYPES[1:], **dict.fromkeys(SEVERAL_BLOCKS, DTYPES[1:])}
 
 
 def takes(backend: str, cell: str) -> bool:
@@ -38,6 +43,8 @@ RUNS = pytest.mark.parametrize(
 @pytest.fixture
 def backend(request, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_PLAN", request.param)
+    if request.param in SEVERAL_BLOCKS:
+        monkeypatch.setattr(test_ops, "HIDDEN", 9)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with instead_of_cpu(seed=1):
         yield request.param
@@ -86,6 +93,7 @@ SHAPES = [
 @RUNS
 def test_matches_torch(backend, cell, shape):
     T, B, inputs, hidden, layers, bidirectional, bias, batch_first, states = shape
+    hidden += 8 if backend in SEVERAL_BLOCKS else 0
     for dtype in BACKENDS[backend]:
         plain, fused = make_pair(
             cell, inputs, hidden, num_layers=layers, bidirectional=bidirectional, bias=bias,
@@ -168,7 +176,7 @@ def test_dropout_between_layers(backend, cell, kind):
         assert (ours.double() - exact).abs().max() <= few * exact.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["grid", "cluster"], indirect=True)
+@pytest.mark.parametrize("backend", list(BACKENDS)[1:], indirect=True)
 def test_tf32_is_used_where_torch_permits_it(backend, monkeypatch):
     plain, fused = make_pair("lstm", 3, 33)
     x = torch.randn(4, 5, 3)
@@ -241,6 +249,16 @@ def test_masks_lengths_and_integers(cell, kind, one_hot):
         load().seed(2)  # another order of threads, the same bits
         for a, b in zip(once, fused_results(call, grads_out), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("filled", "stepwise")
+@pytest.mark.parametrize("cell", CELLS)
+def test_products_read_only_what_was_written(cell, monkeypatch):
+    """Rows without a step too, though nothing depends on what comes out for them."""
+    monkeypatch.setattr(emulated, "products_are_finite", True)
+    call = test_ops.backward_arguments(cell=cell, kind="lengths", dtype=torch.bfloat16)
+    load().backward(*call.values())
+    assert emulated.products_are_finite
 
 
 @pytest.mark.usefixtures("stepwise")
@@ -318,7 +336,8 @@ def test_a_failed_launch_names_the_plan(backend):
     expected = load().forward(*call.values())
     for launches in (0, 1):
         load().fail_after(launches)
-        with pytest.raises(RuntimeError, match=rf"fusedrnn: .* failed with the plan '{backend}.*'"):
+        name = backend.split(",")[0]
+        with pytest.raises(RuntimeError, match=rf"fusedrnn: .* failed with the plan '{name}.*'"):
             load().forward(*call.values())
     load().fail_after(-1)
     assert torch.equal(load().forward(*call.values())[0], expected[0])
@@ -360,11 +379,17 @@ def test_float32_where_tf32_is_not_permitted(precision):
 def addresses():
     """A program of its own, run under AddressSanitizer: every kind of call once."""
     with instead_of_cpu("address", seed=1):
-        for cell in CELLS:
-            for kind in test_ops.KINDS:
-                for dtype in (torch.float32, torch.bfloat16):
-                    call = test_ops.backward_arguments(cell=cell, kind=kind, mask=True, dtype=dtype)
-                    ops.backward(*call.values())
+        for plan, test_ops.HIDDEN in (("", 3), *((plan, 9) for plan in SEVERAL_BLOCKS)):
+            os.environ["FUSEDRNN_PLAN"] = plan
+            for cell in CELLS:
+                if plan and not takes(plan, cell):
+                    continue
+                for kind in test_ops.KINDS:
+                    for dtype in (torch.float32, torch.bfloat16):
+                        call = test_ops.backward_arguments(
+                            cell=cell, kind=kind, mask=True, dtype=dtype
+                        )
+                        ops.backward(*call.values())
     print("no error")
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 
+import bindings
 import pytest
 import torch
-from emulator import ROOT
+from compiling import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fusedrnn
 from benchmarks import plans
-from fusedrnn import _C, cuda
+from fusedrnn import cuda
 
 CELLS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 # Clusters of up to 8 blocks, and less than half an H200's shared memory.
-SMALL = plans.Device(120, 170, 101376, (170, 85, 56, 42, 34, 28, 24, 21, *[0] * 8))
+SMALL = cuda.Spec(
+    capability=120, processors=170, shared_bytes=101376, clusters=(170, 85, 56, 42, 34, 28, 24, 21)
+)
 DEVICES = {**plans.DEVICES, "small": SMALL}
 
 
@@ -25,10 +28,20 @@ def plan(
     batch=32, backward=False, tf32=False, device="H200", forced="",
 ):  # fmt: skip
     spec = DEVICES[device] if isinstance(device, str) else device
-    names = "backend layers team units rows slices at_once shared_bytes microseconds text".split()
-    shape = (mode, dtype, hidden, proj, layers, bidirectional, steps, batch)
-    values = _C.cuda_plan(*shape, backward, tf32, *spec, forced)
-    return dict(zip(names, values, strict=True))
+    problem = bindings.Problem(
+        cell=bindings.Cell[mode],
+        dtype=bindings.DType[dtype],
+        hidden_size=hidden,
+        proj_size=proj,
+        num_layers=layers,
+        num_directions=2 if bidirectional else 1,
+    )
+    request = bindings.CudaRequest(steps=steps, batch=batch, backward=backward, tf32=tf32)
+    return bindings.plan_cuda(problem, request, bindings.DeviceSpec(**spec), forced)
+
+
+def backend(**shape) -> str:
+    return plan(**shape).backend.name
 
 
 @given(
@@ -46,51 +59,81 @@ def plan(
 def test_every_shape_has_a_plan_that_fits(device, **shape):
     spec = DEVICES[device]
     p = plan(device=device, **shape)
-    if p["backend"] == "stepwise":
+    if p.backend.name == "stepwise":
         return
-    stages = p["layers"] * (2 if shape["bidirectional"] else 1)
+    s = p.shape
+    stages = p.layers * (2 if shape["bidirectional"] else 1)
     assert shape["dtype"] != "float64"
-    assert p["shared_bytes"] <= spec.shared_bytes
-    assert p["units"] * p["rows"] <= 256 and p["units"] * p["team"] >= shape["hidden"]
-    assert p["units"] * (p["team"] - 1) < shape["hidden"], "a block without units"
-    assert p["rows"] * p["slices"] >= shape["batch"] and 1 <= p["at_once"] <= p["slices"]
-    assert stages <= 16 and p["layers"] <= shape["layers"]
-    if p["backend"] == "cluster":
-        assert spec.capability >= 90 and p["team"] <= 16
+    assert s.shared_bytes <= spec["shared_bytes"]
+    assert s.units * s.rows <= 256 and s.units * s.team >= shape["hidden"]
+    assert s.units * (s.team - 1) < shape["hidden"], "a block without units"
+    assert s.rows * p.slices >= shape["batch"] and 1 <= p.at_once <= p.slices
+    assert stages <= 16 and p.layers <= shape["layers"]
+    if p.backend.name == "cluster":
+        assert spec["capability"] >= 90 and 2 <= s.team <= 16
         # A processor has 1 KiB more than a block may ask for; each block takes that much beside.
-        assert 2 * (p["shared_bytes"] + 1024) > spec.shared_bytes + 1024, "two on a processor"
-        if p["layers"] > 1:
-            assert p["at_once"] * stages <= spec.clusters[p["team"] - 1]
-    else:
-        assert p["at_once"] * stages * p["team"] <= spec.processors
+        assert 2 * (s.shared_bytes + 1024) > spec["shared_bytes"] + 1024, "two on a processor"
+        if p.layers > 1:
+            assert p.at_once * stages <= spec["clusters"][s.team - 1]
+    elif s.team > 1 or p.layers > 1:
+        assert p.at_once * stages * s.team <= spec["processors"]
+    else:  # blocks that do not wait for each other
+        assert p.at_once == p.slices
 
 
 def test_layers_in_both_directions_do_not_chain():
-    assert plan(layers=4, bidirectional=True)["layers"] == 1
-    assert plan(layers=4)["layers"] == 4
+    assert plan(layers=4, bidirectional=True).layers == 1
+    assert plan(layers=4).layers == 4
 
 
 def test_what_has_no_persistent_kernel():
-    assert plan(dtype="float64")["backend"] == "stepwise"
-    assert plan(proj=64)["backend"] == "stepwise"
-    old = plans.Device(75, 40, 65536)
-    assert plan(device=old)["backend"] == "stepwise"
-    assert plan(device="A100")["backend"] == "grid"
+    assert backend(dtype="float64") == "stepwise"
+    assert backend(proj=64) == "stepwise"
+    old = cuda.Spec(capability=75, processors=40, shared_bytes=65536, clusters=())
+    assert backend(device=old) == "stepwise"
+    assert backend(device="A100") == "grid"
 
 
 def test_a_gpu_without_room_for_clusters():
     """As many as the driver says run at once, 0 where none of a size can."""
-    none = plans.DEVICES["H200"]._replace(clusters=(0,) * 16)
-    assert plan(device=none)["backend"] == "grid"
-    few = plans.DEVICES["H200"]._replace(clusters=(132, 66, *(0,) * 14))
-    assert plan(device=few)["team"] <= 2 or plan(device=few)["backend"] == "grid"
+    none = plans.DEVICES["H200"] | {"clusters": (0,) * 16}
+    assert backend(device=none) == "grid"
+    few = plans.DEVICES["H200"] | {"clusters": (132, 66)}
+    assert plan(device=few).shape.team <= 2 or backend(device=few) == "grid"
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "mode, dtype, tf32, hidden",
+    [
+        *((mode, "float32", False, 1) for mode in CELLS),
+        ("RNN_TANH", "float32", False, 32),
+        ("RNN_TANH", "float32", True, 16),
+        ("LSTM", "bfloat16", False, 8),
+        ("GRU", "float16", False, 8),
+        ("RNN_TANH", "bfloat16", False, 16),
+        ("LSTM", "float32", False, 33),
+    ],
+)
+def test_small_layers_take_a_block(mode, dtype, tf32, hidden, backward):
+    """No cluster, which needs two: a block that exchanges nothing, on every kind of GPU."""
+    for device in DEVICES:
+        shape = {"mode": mode, "dtype": dtype, "tf32": tf32, "hidden": hidden}
+        p = plan(**shape, batch=8, backward=backward, device=device)
+        assert (p.backend.name, p.shape.team, p.at_once) == ("grid", 1, p.slices)
+        assert "teams of one block of" in str(p)
+
+
+def test_a_large_batch_of_a_small_layer_is_one_launch():
+    p = plan(hidden=16, batch=5000)
+    assert p.shape.team == 1 and p.at_once == p.slices > 132
 
 
 def test_a_plan_can_be_forced():
     p = plan(forced="grid,units=8,rows=8,layers=1", layers=3)
-    assert (p["backend"], p["units"], p["rows"], p["layers"]) == ("grid", 8, 8, 1)
-    assert plan(forced="stepwise")["backend"] == "stepwise"
-    assert plan(forced="cluster")["backend"] == "cluster"
+    assert (p.backend.name, p.shape.units, p.shape.rows, p.layers) == ("grid", 8, 8, 1)
+    assert backend(forced="stepwise") == "stepwise"
+    assert backend(forced="cluster") == "cluster"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +145,7 @@ def test_a_plan_can_be_forced():
         ("rows=8x", "has 'rows=8x'"),
         ("grid,units=6", "cannot run this shape on this device"),
         ("cluster,rows=4000", "cannot run this shape"),
+        ("cluster,units=256", "cannot run this shape"),  # a block alone is no cluster
     ],
 )
 def test_a_plan_that_cannot_be(forced, message):

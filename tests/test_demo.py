@@ -229,7 +229,11 @@ def test_interrupted_run_keeps_what_it_learned(story, tmp_path, capsys, monkeypa
         (b"plenty " * 100, ["--max-tokens=9"], "too few"),
         (b"plenty " * 100, ["--prefix=zebra!"], "prefix has characters"),
         (b"plenty " * 100, ["--prefix="], "prefix is empty"),
-        (b"plenty " * 100, ["--device=toaster"], "'toaster' cannot be used"),
+        (
+            b"plenty " * 100,
+            ["--device=toaster"],
+            "'toaster' cannot be used: torch has no device of this name",
+        ),
         (b"plenty " * 100, ["--device=meta"], "'meta' cannot be used"),
         (b"plenty " * 100, ["--device=cuda:99"], "'cuda:99' cannot be used"),
         (b"plenty " * 100, ["--out=/dev/null/x"], "cannot make /dev/null/x"),

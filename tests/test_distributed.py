@@ -136,7 +136,7 @@ def test_two_processes_are_one(how, tmp_path):
 def test_one_checkpoint_for_both(tmp_path):
     """torch.distributed.checkpoint in a single process: torch.nn's layers read what ours wrote."""
     model, x, _, _ = make()
-    plain = fusedrnn.unswap(copy.deepcopy(model))
+    plain = fusedrnn.unswap(copy.deepcopy(model)).model
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1)

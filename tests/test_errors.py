@@ -6,6 +6,7 @@ EXCEPT says why and what ours says.
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
+from fusedrnn import ops
 
 T, B, INPUT, HIDDEN = 5, 2, 3, 4
 LSTMS = ("lstm", "lstm-proj")
@@ -330,7 +332,8 @@ def built(make, args, kwargs):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kind, found = outcome(lambda: make(*args, **kwargs))
-    return kind, found if kind else repr(found), [(w.category, str(w.message)) for w in caught]
+    found = found if kind else repr(found).removeprefix("fusedrnn.")
+    return kind, found, [(w.category, str(w.message)) for w in caught]
 
 
 @pytest.mark.parametrize("which", CONSTRUCTORS)
@@ -366,10 +369,19 @@ def test_right_calls_warn_of_nothing(cell):
 # lengths, which torch.nn does not know: name -> (lengths, exception, its words)
 
 LENGTHS = {
-    "a list": ([5, 3], TypeError, "lengths should be a Tensor, got: list"),
-    "a number": (5, TypeError, "lengths should be a Tensor, got: int"),
-    "float": (torch.tensor([5.0, 3.0]), TypeError, "lengths should be integers, got torch.float32"),
-    "bool": (torch.tensor([True, True]), TypeError, "lengths should be integers, got torch.bool"),
+    "a number": (5, TypeError, "lengths should be a Tensor, an array or a list, got: int"),
+    "strings": (
+        ["5", "3"],
+        TypeError,
+        "lengths should be a Tensor, got a list of which",
+    ),
+    "ragged": ([[5], [3, 1]], TypeError, "lengths should be a Tensor, got a list of which torch"),
+    "a short list": ([5], RuntimeError, "lengths of shape (2,), got [1]"),
+    "float": (torch.tensor([5.0, 3.0]), TypeError, "got torch.float32: write lengths.long()"),
+    "fractions": ([1.0, 0.6], TypeError, "(lengths * T).round().long() where they are fractions"),
+    "bool": (torch.tensor([True, True]), TypeError, "integers, got torch.bool: write mask.sum(-1)"),
+    "a mask": (torch.ones(2, 5, dtype=torch.bool), TypeError, "write mask.sum(-1)"),
+    "packed": (packed(), TypeError, "should be a Tensor, an array or a list, got: PackedSequence"),
     "complex": (torch.tensor([5j, 3j]), TypeError, "should be integers, got torch.complex64"),
     "too few": (torch.tensor([5]), RuntimeError, "lengths of shape (2,), got [1]"),
     "too many": (torch.tensor([5, 3, 1]), RuntimeError, "lengths of shape (2,), got [3]"),
@@ -412,6 +424,42 @@ def test_lengths_of_any_integers(dtype):
     assert torch.equal(fused(x, lengths=torch.tensor([5, 0, 3]).to(dtype))[0], expected)
     strided = torch.tensor([5, 9, 0, 9, 3]).to(dtype)[::2]
     assert torch.equal(fused(x, lengths=strided)[0], expected)
+
+
+# Errors of the ops themselves
+
+OP_CALLS = {
+    "lengths": lambda x, w: fusedrnn.GRU(INPUT, HIDDEN)(x, lengths=[T + 1, T]),
+    "index": lambda x, w: fusedrnn.GRU(INPUT, HIDDEN)(x[..., 0].long() + INPUT),
+    "no weights": lambda x, w: ops.infer(x, None, None, [], *GRU),
+    "weights' shape": lambda x, w: ops.infer(x[..., 1:], None, None, w, *GRU),
+    "weights' dtype": lambda x, w: ops.infer(x.double(), None, None, w, *GRU),
+    "state": lambda x, w: ops.infer(x, zeros(1, 1, 1), None, w, *GRU),
+    "cell": lambda x, w: ops.infer(x, None, zeros(1, B, HIDDEN), w, *GRU),
+    "mode": lambda x, w: ops.infer(x, None, None, w, "CELL", *GRU[1:]),
+    "dimensions": lambda x, w: ops.infer(x[0, 0], None, None, w, *GRU),
+    "complex": lambda x, w: ops.infer(x.to(torch.complex64), None, None, w, *GRU),
+}
+GRU = ("GRU", HIDDEN, 0, 1, True, False)
+
+
+@pytest.mark.parametrize("which", OP_CALLS)
+def test_errors_name_no_line_of_ours(which):
+    weights = [w.detach() for w in fusedrnn.GRU(INPUT, HIDDEN).parameters()]
+    with torch.no_grad(), pytest.raises((RuntimeError, IndexError)) as error:
+        OP_CALLS[which](zeros(T, B, INPUT), weights)
+    assert str(error.value).startswith("fusedrnn: ")
+    assert "csrc" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_check_names_a_line():
+    """Neither on a GPU. These macros of torch's put file and line into what they say."""
+    macros = ("STD_TORCH_CHECK(", "TORCH_CHECK(", "TORCH_ERROR_CODE_CHECK(")
+    folder = Path(__file__).parents[1] / "csrc"
+    sources = [p for p in folder.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".inc")]
+    assert len(sources) > 20
+    found = [p.name for p in sources if any(macro in p.read_text() for macro in macros)]
+    assert not found
 
 
 # After an error
@@ -469,3 +517,28 @@ def test_the_error_of_a_hook_on_saved_tensors():
     with hooks, pytest.raises(RuntimeError, match="disk full"):
         layer(zeros(T, B, INPUT))
     assert len(packed) == 2
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        (("LSTM",), {}, "expected keyword arguments only"),
+        ((), {}, "missing argument 'mode'"),
+        ((), {"mode": "LSTM", "dtype": "float32"}, "missing argument 'hidden_size'"),
+        ((), {"mode": "LSTM", "dtype": "float32", "hidden_size": "5"}, "integer"),
+        ((), {"mode": 5}, "argument"),
+    ],
+)
+def test_functions_of_the_binary_take_named_arguments(positional, named, message):
+    with pytest.raises(TypeError, match=message):
+        fusedrnn._C.reserve_bytes(*positional, **named)
+
+
+def test_names_that_the_binary_does_not_know():
+    config = {"hidden_size": 5, "proj_size": 0, "num_layers": 1, "bidirectional": False}
+    config |= {"zoneout": False, "all_states": False, "layer_norm": False}
+    assert fusedrnn._C.reserve_bytes(mode="LSTM", dtype="float32", **config) > 0
+    with pytest.raises(RuntimeError, match="int8"):
+        fusedrnn._C.reserve_bytes(mode="LSTM", dtype="int8", **config)
+    with pytest.raises(RuntimeError, match="LSTN"):
+        fusedrnn._C.reserve_bytes(mode="LSTN", dtype="float32", **config)

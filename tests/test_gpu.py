@@ -83,14 +83,19 @@ def test_forced_backends(cell, dtype, backend, monkeypatch):
     test_numbers.compare(plain, fused.cuda(), torch.randn(9, 33, 28).to(dtype), None)
 
 
-@pytest.mark.parametrize("backend", ["grid", "cluster"], indirect=True)
+@pytest.mark.parametrize(
+    "backend, hidden", [("grid", 128), ("cluster", 128), ("grid", 32)], indirect=["backend"]
+)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm-proj"])
-def test_layers_in_one_launch(cell, backend, monkeypatch):
-    """Clusters that wait for each other's flags need a launch that is cooperative as well."""
+def test_layers_in_one_launch(cell, backend, hidden, monkeypatch):
+    """Clusters that wait for each other's flags need a launch that is cooperative as well.
+
+    With 32 units a block runs a layer alone.
+    """
     monkeypatch.setenv("FUSEDRNN_PLAN", f"{backend},layers=2")
     if backend == "cluster" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters need sm_90")
-    plain, fused = make_pair(cell, 28, 128, num_layers=2)
+    plain, fused = make_pair(cell, 28, hidden, num_layers=2)
     test_numbers.compare(plain, fused.cuda(), torch.randn(35, 16, 28), None)
 
 

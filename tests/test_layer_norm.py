@@ -406,7 +406,7 @@ def test_torch_cannot_have_it(cell):
         fusedrnn.unswap(model)
     with pytest.raises(ValueError, match="layer_norm"):
         torch.jit.script(model)
-    assert type(fusedrnn.swap(model)[0]) is type(module)
+    assert type(fusedrnn.swap(model).model[0]) is type(module)
     assert "layer_norm=True" in repr(module)
     assert "layer_norm in the kernels" in fusedrnn.explain(module, torch.zeros(1, 1, WIDTH))
     assert torch.fx.symbolic_trace(model)(torch.ones(T, B, WIDTH))[0].shape[:2] == (T, B)

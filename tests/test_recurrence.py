@@ -176,8 +176,21 @@ def test_a_reset_ends_the_initial_state(cell):
 
 
 WRONG_RESETS = {
-    "list": ([[True]], TypeError, "resets should be a Tensor, got: list"),
-    "integers": (torch.zeros(T, B, dtype=torch.int64), TypeError, "resets should be bool"),
+    "a number": (1, TypeError, "resets should be a Tensor, an array or a list, got: int"),
+    "a short list": ([[True]], RuntimeError, r"shape \[6, 4\], got \[1, 1\]"),
+    "packed": (
+        pack_padded_sequence(torch.zeros(T, B, dtype=torch.bool), [T] * B),
+        TypeError,
+        "resets should be a Tensor, an array or a list, got: PackedSequence",
+    ),
+    "rewards": (
+        torch.full((T, B), 0.5),
+        ValueError,
+        "write resets != 0",
+    ),
+    "NaN": (torch.full((T, B), float("nan")), ValueError, "resets should be 0 or 1"),
+    "steps": (torch.arange(T * B).view(T, B), ValueError, "resets should be 0 or 1"),
+    "two a step": (torch.zeros(T, B, 2), RuntimeError, r"shape \[6, 4\], got \[6, 4, 2\]"),
     "transposed": (
         torch.zeros(B, T, dtype=torch.bool),
         RuntimeError,

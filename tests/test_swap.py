@@ -1,12 +1,11 @@
 """swap, unswap, explain and info, on models as people write them."""
 
 import copy
+import io
+import re
 
 import pytest
 import torch
-from cases import cpu_plan
-from hypothesis import given
-from hypothesis import strategies as st
 from tolerances import assert_as_exact_as_torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -109,10 +108,10 @@ def test_same_outputs_and_gradients(build, dtype):
             for p in moved.parameters():
                 p.mul_(1 + torch.finfo(dtype).eps * (2 * torch.rand_like(p) - 1))
         noise.append(results(moved, batch))
-    assert fusedrnn.swap(model) is model
+    assert fusedrnn.swap(model).model is model
     ours = results(model, batch)
     assert_as_exact_as_torch(ours, theirs, exact, noise)
-    assert fusedrnn.unswap(model) is model
+    assert fusedrnn.unswap(model).model is model
     again = results(model, batch)
     assert all(torch.equal(again[name], value) for name, value in theirs.items())
 
@@ -124,7 +123,6 @@ def test_only_classes_change(build):
     layers[0].train()
     parameters = dict(model.named_parameters())
     before = [(m, type(m), dict(vars(m))) for m in model.modules()]
-    text = repr(model)
     fusedrnn.swap(model)
     for module, cls, state in before:
         assert vars(module) == state
@@ -133,7 +131,6 @@ def test_only_classes_change(build):
             assert isinstance(module, cls)
         else:
             assert type(module) is cls
-    assert repr(model) == text
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert layers[0].training
     assert not model.training
@@ -152,9 +149,12 @@ def test_each_class_is_swapped():
 
 
 def test_swap_twice_is_swap_once():
-    model = fusedrnn.swap(fusedrnn.swap(CharModel()))
+    model = CharModel()
+    fusedrnn.swap(model)
+    fusedrnn.swap(model)
     assert type(model.rnn) is fusedrnn.LSTM
-    fusedrnn.unswap(fusedrnn.unswap(model))
+    fusedrnn.unswap(model)
+    fusedrnn.unswap(model)
     assert type(model.rnn) is nn.LSTM
 
 
@@ -209,7 +209,7 @@ class OwnFused(fusedrnn.LSTM):
 
 
 def test_subclasses_of_ours_are_left_alone():
-    assert type(fusedrnn.unswap(OwnFused(3, 4))) is OwnFused
+    assert type(fusedrnn.unswap(OwnFused(3, 4)).model) is OwnFused
 
 
 def test_nested_and_shared():
@@ -236,7 +236,8 @@ def test_tied_layers_share_their_parameter():
     x = torch.randn(3, 2, 4)
     model[1](model[0](x)[0])[0].sum().backward()
     grad = model[0].weight_hh_l0.grad.clone()
-    fusedrnn.unswap(model).zero_grad()
+    fusedrnn.unswap(model)
+    model.zero_grad()
     model[1](model[0](x)[0])[0].sum().backward()
     torch.testing.assert_close(grad, model[0].weight_hh_l0.grad)
 
@@ -244,7 +245,7 @@ def test_tied_layers_share_their_parameter():
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_the_model_itself_may_be_a_layer(name):
     model = getattr(nn, name)(3, 4)
-    assert fusedrnn.swap(model) is model
+    assert fusedrnn.swap(model).model is model
     assert type(model) is getattr(fusedrnn, name)
 
 
@@ -265,6 +266,97 @@ def test_only_modules(change, wrong):
         change(wrong)
 
 
+# What swap and unswap say
+
+
+def mixed():
+    parametrized = nn.utils.parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0")
+    layers = {
+        "plain": nn.LSTM(3, 4),
+        "own": OwnForward(3, 4),
+        "list": nn.ModuleList([nn.GRUCell(3, 4), nn.Linear(3, 4)]),
+        "parametrized": parametrized,
+        "scripted": torch.jit.script(nn.GRU(3, 4)),
+        "ours": fusedrnn.RNN(3, 4),
+        "derived": OwnFused(3, 4),
+    }
+    return nn.ModuleDict(layers)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_swap_says_what_it_did():
+    model = mixed()
+    report = fusedrnn.swap(model)
+    assert report.model is model
+    changed = {layer.name: (layer.before, layer.after) for layer in report.changed}
+    assert changed == {
+        "plain": ("torch.nn.LSTM", "fusedrnn.LSTM"),
+        "list.0": ("torch.nn.GRUCell", "fusedrnn.GRUCell"),
+    }
+    left = {layer.name: layer.reason for layer in report.left}
+    assert {name: reason.partition(":")[0].partition(",")[0] for name, reason in left.items()} == {
+        "own": "a subclass of torch.nn.LSTM",
+        "parametrized": "parametrized",
+        "scripted": "compiled by TorchScript",
+        "ours": "fusedrnn's already",
+        "derived": "a subclass of fusedrnn's",
+    }
+    lines = repr(report).splitlines()
+    assert lines[0] == "fusedrnn.swap of ModuleDict: 2 changed, 5 left"
+    assert "plain: torch.nn.LSTM -> fusedrnn.LSTM" in lines[1]
+    assert any(line.startswith("  own: left OwnForward: a subclass of") for line in lines)
+    back = fusedrnn.unswap(model)
+    assert {layer.name for layer in back.changed} == {"plain", "list.0", "ours"}
+    assert {layer.name: layer.reason.partition(",")[0] for layer in back.left} == {
+        "own": "not fusedrnn's",
+        "parametrized": "not fusedrnn's",
+        "derived": "a subclass of fusedrnn.LSTM",
+    }
+
+
+def test_a_report_of_nothing_and_of_the_model_itself():
+    assert repr(fusedrnn.swap(nn.Linear(3, 4))) == (
+        "fusedrnn.swap of Linear: it has no recurrent layers of torch.nn"
+    )
+    assert "(the model itself): torch.nn.GRU -> fusedrnn.GRU" in repr(fusedrnn.swap(nn.GRU(3, 4)))
+
+
+def test_a_report_says_where_no_kernel_runs():
+    (layer,) = fusedrnn.swap(nn.GRU(3, 4).to(torch.complex64)).changed
+    assert layer.reason == ("torch.nn's code runs, because there is no kernel for torch.complex64")
+
+
+MISUSES = {
+    "call": lambda model: model(torch.zeros(5, 2, 3)),
+    "attribute": lambda model: model.parameters(),
+    "train": lambda model: model.train(),
+    "index": lambda model: model[0],
+    "iterate": lambda model: list(model),
+    "copy": copy.deepcopy,
+    "save": lambda model: torch.save(model, io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+@pytest.mark.parametrize("change", [fusedrnn.swap, fusedrnn.unswap])
+def test_a_report_is_not_the_model(change, misuse):
+    """`model = fusedrnn.swap(model)` fails where it is used, and says what to write."""
+    model = change(nn.Sequential(nn.GRU(3, 4)))
+    words = f"write fusedrnn.{change.__name__}(model) alone"
+    with pytest.raises((TypeError, AttributeError), match=re.escape(words)):
+        MISUSES[misuse](model)
+    assert not hasattr(model, "weight")
+
+
+def test_the_representation_shows_whose_layer_it_is():
+    model = CharModel()
+    text = repr(model)
+    fusedrnn.swap(model)
+    assert repr(model) == text.replace("LSTM(", "fusedrnn.LSTM(")
+    assert repr(fusedrnn.LSTMCell(3, 4)) == "fusedrnn.LSTMCell(3, 4)"
+    assert repr(OwnFused(3, 4)) == "OwnFused(3, 4)"
+
+
 # explain and info
 
 
@@ -272,7 +364,7 @@ def test_only_modules(change, wrong):
 def test_explain_names_the_kernels(name):
     layer = getattr(fusedrnn, name)(3, 4)
     text = fusedrnn.explain(layer, torch.zeros(5, 2, 3))
-    assert text.startswith(f"{name}(3, 4) on (5, 2, 3) torch.float32 cpu:")
+    assert text.startswith(f"fusedrnn.{name}(3, 4) on (5, 2, 3) torch.float32 cpu:")
     assert "fused CPU kernels, forward " in text and "\n  backward " in text
 
 
@@ -290,40 +382,6 @@ def test_explain_counts_rows(x, batch_first, batch):
     layer = fusedrnn.GRU(3, 4, batch_first=batch_first)
     rows = "1 row" if batch == 1 else f"{batch} rows"
     assert f" in 1 task of up to {rows}, each" in fusedrnn.explain(layer, x)
-
-
-@given(
-    hidden=st.integers(1, 600),
-    layers=st.integers(1, 4),
-    batch=st.integers(0, 300),
-    steps=st.integers(0, 100),
-    threads=st.integers(1, 64),
-    backward=st.booleans(),
-)
-def test_the_plan_covers_the_batch(hidden, layers, batch, steps, threads, backward):
-    size = {"steps": steps, "batch": batch, "tokens": batch * steps, "backward": backward}
-    with pytest.MonkeyPatch.context() as context:
-        context.delenv("FUSEDRNN_THREADS")
-        plan = cpu_plan("GRU", 5, hidden, layers, threads=threads, **size)
-        few = cpu_plan("GRU", 5, hidden, layers, threads=max(1, threads - 1), **size)
-    used, rows, tasks, members = (
-        plan[name] for name in ("threads", "rows_per_task", "tasks", "members")
-    )
-    variant, fewer = plan["variant"], few["threads"]
-    assert 1 <= fewer <= used <= threads
-    assert (tasks - 1) * rows < batch <= tasks * rows if batch else tasks == 0
-    if plan["unpacked"]:
-        return
-    # As it is packed; backward leaves room for the gradients of the gates.
-    size = 6 if variant == "amx" else 4
-    large = 3 * hidden * hidden * size > 2 << 20
-    room = not backward or 64 * 3 * hidden * size <= 1 << 20
-    assert rows <= (64 if large and room else 32)
-    work = batch * steps * 3 * hidden * (5 + hidden + (layers - 1) * 2 * hidden + 8 * layers)
-    assert used == 1 or used * 2**20 <= work
-    assert members <= used and (members == 1 or large or (rows == 1 and tasks * members <= used))
-    few = large and batch <= 16 * used and tasks * members <= used
-    assert members == 1 or few or members**2 * 2**12 <= 3 * hidden * hidden
 
 
 def test_explain_says_what_is_slow(monkeypatch):
@@ -354,49 +412,16 @@ def test_explain_says_what_is_slow(monkeypatch):
     assert ("products on tiles" in found) == (_C.cpu_variant() == "amx")
 
 
-# Which calls read weights unpacked: an LSTM of 256 units has 2 MB of weights, of 512 units 8 MB.
-@pytest.mark.parametrize(
-    ("hidden", "steps", "batch", "more", "expected"),
-    [
-        (256, 1, 1, {}, {"unpacked": True, "alternates": False}),
-        (256, 8, 2, {}, {"unpacked": True}),
-        (256, 9, 2, {}, {"unpacked": False}),
-        (256, 3, 16, {}, {"unpacked": True}),
-        (256, 3, 17, {}, {"unpacked": False}),
-        (256, 3, 16, {"backward": True}, {"unpacked": False}),
-        (256, 1, 16, {"backward": True}, {"unpacked": True}),
-        (512, 8, 2, {}, {"unpacked": False, "unpacked_hh": True}),
-        (512, 1, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": True}),
-        (512, 2, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": False}),
-        (512, 1, 1, {"resets": True}, {"unpacked": False}),
-        (512, 1, 1, {"recurrent_dropout": True}, {"unpacked": False}),
-        (512, 1, 1, {"recurrent_dropout": True, "backward": True}, {"unpacked": True}),
-        (512, 1, 1, {"zoneout": True}, {"unpacked": False}),
-        (512, 1, 1, {"return_all": True}, {"unpacked": False}),
-        (512, 1, 1, {"layer_norm": True}, {"unpacked": False, "unpacked_hh": False}),
-        (512, 1, 1, {"one_hot": True}, {"unpacked": False}),
-        (256, 8, 4, {}, {"unpacked_hh": True}),
-        (256, 9, 4, {}, {"unpacked_hh": False}),
-        (256, 64, 1, {}, {"unpacked_hh": False}),
-        (1024, 64, 1, {}, {"unpacked_hh": True}),
-        (1024, 64, 5, {}, {"unpacked_hh": False}),
-    ],
-)
-def test_the_plan_of_few_tokens(hidden, steps, batch, more, expected):
-    size = {"steps": steps, "batch": batch, "tokens": steps * batch, "threads": 1, **more}
-    plan = cpu_plan("LSTM", hidden, hidden, **size)
-    assert {name: plan[name] for name in expected} == expected, plan
-
-
 def test_explain_says_why_not_ours():
     x = torch.zeros(5, 2, 3)
     assert "fusedrnn.swap" in fusedrnn.explain(nn.LSTM(3, 4), x)
     layer = fusedrnn.LSTM(3, 4)
     assert "no kernel for meta" in fusedrnn.explain(layer, x.to("meta"))
+    layer.to(torch.complex64)
     assert "no kernel for torch.complex64" in fusedrnn.explain(layer, x.to(torch.complex64))
 
 
-@pytest.mark.parametrize("wrong", [nn.Linear(3, 4), nn.LSTMCell(3, 4), None])
+@pytest.mark.parametrize("wrong", [nn.Linear(3, 4), nn.Sequential(), nn.LSTM, None])
 def test_explain_takes_layers(wrong):
     with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"):
         fusedrnn.explain(wrong, torch.zeros(5, 2, 3))
@@ -406,6 +431,114 @@ def test_explain_runs_nothing():
     layer = fusedrnn.LSTM(3, 4)
     layer.register_forward_pre_hook(lambda *_: pytest.fail("forward was called"))
     fusedrnn.explain(layer, torch.zeros(1_000_000, 1, 3))
+
+
+@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_explain_answers_for_every_layer_of_a_model(build, swapped):
+    model = build()
+    if swapped:
+        fusedrnn.swap(model)
+    state, modules = torch.get_rng_state(), [dict(vars(m)) for m in model.modules()]
+    text = fusedrnn.explain(model, *build.batch())
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            (line,) = [line for line in text.splitlines() if line.startswith(name)]
+            assert repr(layer) in line and ("torch.nn's own kernels" in line) != swapped
+    assert text.count("fused CPU kernels") == swapped * sum(
+        isinstance(layer, nn.RNNBase) for layer in model.modules()
+    )
+    assert [dict(vars(m)) for m in model.modules()] == modules
+    torch.set_rng_state(state)
+
+
+def test_explain_counts_calls():
+    model = fusedrnn.swap(Translator()).model
+    model.unused = nn.GRU(3, 4)
+    text = fusedrnn.explain(model, *Translator.batch())
+    assert "decoder (4 calls): fusedrnn.LSTM(6, 8, num_layers=2) on (1, 4, 6)" in text
+    assert "encoder: fusedrnn.LSTM" in text and "bridge: fusedrnn.RNNCell(8, 8) on (4, 8)" in text
+    assert "unused: not called" in text
+
+
+def test_explain_leaves_a_model_as_it_was():
+    """Its buffers, what it remembers, and torch's generator."""
+
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(3), nn.Dropout(0.5)
+            self.rnn, self.state = nn.GRU(3, 4), None
+
+        def forward(self, x):
+            y, self.state = self.rnn(self.drop(self.norm(x.mT).mT), self.state)
+            return y
+
+    model = fusedrnn.swap(Stateful()).model
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    generator = torch.get_rng_state()
+    assert "rnn: fusedrnn.GRU(3, 4) on (5, 2, 3)" in fusedrnn.explain(model, torch.randn(5, 2, 3))
+    torch.manual_seed(0)
+    assert model.state is None
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    torch.set_rng_state(generator)
+    x = torch.randn(5, 2, 3)
+    torch.set_rng_state(generator)
+    fusedrnn.explain(model, x)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+WRONG_CALLS = {
+    "1-D": (torch.zeros(3),),
+    "4-D": (torch.zeros(5, 2, 3, 1),),
+    "width": (torch.zeros(5, 2, 4),),
+    "dtype": (torch.zeros(5, 2, 3).double(),),
+    "no steps": (torch.zeros(0, 2, 3),),
+    "packed width": (pack_padded_sequence(torch.zeros(5, 2, 4), [5, 3]),),
+    "state rows": (torch.zeros(5, 2, 3), torch.zeros(1, 3, 4)),
+    "state dims": (torch.zeros(5, 2, 3), torch.zeros(1, 4)),
+    "None": (None,),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("which", WRONG_CALLS)
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_explain_raises_what_the_call_would(name, which, inside):
+    class Model(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args):
+            return self.layer(*args)
+
+    for package in (nn, fusedrnn):
+        layer = getattr(package, name)(3, 4)
+        with pytest.raises(Exception) as called:
+            layer(*WRONG_CALLS[which])
+        with pytest.raises(type(called.value)) as explained:
+            fusedrnn.explain(Model(layer) if inside else layer, *WRONG_CALLS[which])
+        if which != "None" or package is fusedrnn:
+            assert str(explained.value) == str(called.value)
+
+
+def test_explain_of_cells_and_of_what_torch_does_not_have():
+    x = torch.zeros(2, 3)
+    assert "torch.nn's own code" in fusedrnn.explain(nn.LSTMCell(3, 4), x)
+    for cell in (nn.GRUCell(3, 4), fusedrnn.GRUCell(3, 4)):
+        with pytest.raises(RuntimeError, match="inconsistent input_size: got 3 expected 5"):
+            fusedrnn.explain(type(cell)(5, 4), x)
+    layer, tokens = fusedrnn.GRU(3, 4), torch.zeros(5, 2, dtype=torch.int64)
+    assert "gathered" in fusedrnn.explain(layer, tokens, lengths=torch.tensor([5, 2]))
+    with pytest.raises(RuntimeError, match="lengths of shape"):
+        fusedrnn.explain(layer, tokens, lengths=torch.tensor([5]))
+    with pytest.raises(RuntimeError, match="Expected resets of shape"):
+        fusedrnn.explain(layer, tokens, resets=torch.zeros(4, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="does not match weight dtype"):
+        fusedrnn.explain(nn.GRU(3, 4), tokens)
+    with pytest.raises(TypeError, match="takes no lengths: fusedrnn.swap"):
+        fusedrnn.explain(nn.GRU(3, 4), torch.zeros(5, 2, 3), lengths=torch.tensor([5, 2]))
 
 
 def test_info():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, cpu_plan, make_pair, random_state, run
-from emulator import ROOT, setup_script
+from cases import CELLS, DTYPES, make_pair, random_state, run
+from compiling import ROOT, setup_script
 from test_numbers import compare
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -102,11 +102,10 @@ def test_same_bits_of_packed_rows(cell):
 def test_rows_together_because_of_large_weights(cell, hidden, dtype):
     """As right as alone, and the same bits; rows that end early rest meanwhile."""
     _, fused = make_pair(cell, 20, hidden, num_layers=2, dtype=dtype)
-    call = {"steps": 6, "batch": 6, "tokens": 22, "threads": 2}
-    members = cpu_plan(fused.mode, 20, hidden, 2, dtype=str(dtype)[6:], **call)["members"]
-    assert members == 2, "the plan makes no team of these"
     lengths = torch.tensor([4, 1, 6, 3, 2, 6])
     x = pack_padded_sequence(torch.randn(6, 6, 20).to(dtype), lengths, enforce_sorted=False)
+    (plans,) = with_threads((2,), lambda: fusedrnn.explain(fused, x))
+    assert "by 2 threads that divide the hidden units" in plans.splitlines()[1], plans
     states = random_state(fused, 6)
     assert_same_bits(list(with_threads((1, 2, 3, 4), lambda: run(fused, x, states))))
 

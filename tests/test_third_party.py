@@ -1,6 +1,6 @@
 """Models of other packages, swapped, train as before. Each needs its package:
 
-pip install sb3-contrib opacus pytorch-forecasting
+pip install sb3-contrib opacus pytorch-forecasting thop ptflops torchinfo
 """
 
 import pytest
@@ -80,7 +80,7 @@ def test_dp_lstm_of_opacus():
     from opacus.layers import DPLSTM
 
     torch.manual_seed(0)
-    theirs = fusedrnn.swap(nn.Sequential(DPLSTM(3, 4, num_layers=2, batch_first=True)))[0]
+    theirs = fusedrnn.swap(nn.Sequential(DPLSTM(3, 4, num_layers=2, batch_first=True))).model[0]
     assert type(theirs) is DPLSTM
     ours = fusedrnn.LSTM(3, 4, num_layers=2, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
@@ -95,3 +95,61 @@ def test_dp_lstm_of_opacus():
     for name, p in sampled.named_parameters():
         expected = found[name.removeprefix("_module.")]
         torch.testing.assert_close(p.grad_sample, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(8, 16, 2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+def test_opacus_replaces_what_was_unswapped():
+    """docs/swapping.md, this test and those below."""
+    pytest.importorskip("opacus")
+    from opacus.layers import DPLSTM
+    from opacus.validators import ModuleValidator
+
+    assert type(ModuleValidator.fix(Model()).rnn) is DPLSTM
+    model = fusedrnn.swap(Model()).model
+    assert type(ModuleValidator.fix(model).rnn) is fusedrnn.LSTM
+    assert type(ModuleValidator.fix(fusedrnn.unswap(model).model).rnn) is DPLSTM
+
+
+def test_thop_counts_with_its_own_hook():
+    thop = pytest.importorskip("thop")
+    from thop.rnn_hooks import count_lstm
+
+    x = torch.randn(4, 7, 8)
+    plain, _ = thop.profile(Model(), (x,), verbose=False)
+    fused = fusedrnn.swap(Model()).model
+    assert thop.profile(fused, (x,), verbose=False)[0] < plain
+    known = {fusedrnn.LSTM: count_lstm}
+    fused = fusedrnn.swap(Model()).model
+    assert thop.profile(fused, (x,), custom_ops=known, verbose=False)[0] == plain
+
+
+def test_ptflops_counts_with_its_own_hook():
+    ptflops = pytest.importorskip("ptflops")
+    from ptflops.pytorch_ops import rnn_flops_counter_hook
+
+    def count(model, **kwargs):
+        quiet = {"as_strings": False, "print_per_layer_stat": False, "backend": "pytorch"}
+        return ptflops.get_model_complexity_info(model, (7, 8), **quiet, **kwargs)[0]
+
+    plain, fused = Model(), fusedrnn.swap(Model()).model
+    known = {fusedrnn.LSTM: rnn_flops_counter_hook}
+    assert count(fused) < count(plain) == count(fused, custom_modules_hooks=known)
+
+
+def test_torchinfo_counts_the_same():
+    torchinfo = pytest.importorskip("torchinfo")
+    x = torch.randn(4, 7, 8)
+    plain, fused = (
+        torchinfo.summary(m, input_data=x, verbose=0)
+        for m in (Model(), fusedrnn.swap(Model()).model)
+    )
+    assert fused.total_mult_adds == plain.total_mult_adds
+    assert fused.total_params == plain.total_params

@@ -181,6 +181,6 @@ def test_quantize_dynamic_after_unswap():
     expected = quantize_dynamic(copy.deepcopy(model), {nn.LSTM})(x)[0]
     fusedrnn.swap(model)
     assert type(quantize_dynamic(copy.deepcopy(model), {nn.LSTM})[0]) is fusedrnn.LSTM
-    quantized = quantize_dynamic(fusedrnn.unswap(model), {nn.LSTM})
+    quantized = quantize_dynamic(fusedrnn.unswap(model).model, {nn.LSTM})
     assert type(quantized[0]).__module__.startswith("torch.ao")
     torch.testing.assert_close(quantized(x)[0], expected)

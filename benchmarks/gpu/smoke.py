@@ -37,7 +37,7 @@ def main() -> int:
                 module, data = case.module(dtype, device), case.data(dtype, device)
                 for mode in ("training", "inference"):
                     try:
-                        found = Unit(fusedrnn.swap(module), data, mode, True).results()
+                        found = Unit(fusedrnn.swap(module).model, data, mode, True).results()
                     except RuntimeError as error:
                         if UNFIT not in str(error):
                             raise

@@ -2,14 +2,13 @@
 // (arXiv:1607.06450, supplementary material):
 //
 //   W_ih x + b_ih  becomes  gain_ih * n(W_ih x) + b_ih,   W_hh h' + b_hh likewise
-//   tanh(c)        becomes  tanh(gain_c * n(c) + shift_c) where there is a c, which is carried as
-//   it is
+//   tanh(c)        becomes  tanh(gain_c * n(c) + shift_c) where there is a c; the next step gets c
 //
 //   n(a) = (a - mean(a)) / sqrt(var(a) + 1e-5)
 //
-// over the units of all gates that one range of x_ranges() has: an LSTM's i f g o together, a GRU's
-// r z and its n apart. So the products with W_ih and W_hh keep slots of their own, those of W_ih
-// first. What of it is element-wise is the cell's own mathematics.
+// over the units of all gates of one range of x_ranges(): i f g o of an LSTM together, r z of a GRU
+// and its n separately. So the products with W_ih and W_hh have separate slots, those of W_ih
+// first. The element-wise part is that of the plain cell.
 #pragma once
 #include "cells/common.h"
 
@@ -22,10 +21,10 @@ struct Normed : Cell {
   static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, kGates}}}; }
   static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, kGates, kGates}}}; }
 
-  // Saved for backward: the cell's own slots, the normalised products, the normalised c;
+  // Saved for backward: the slots of the plain cell, the normalised products, the normalised c;
   static constexpr int kSavedProducts = Cell::kSaved, kSavedCell = Cell::kSaved + kSlots;
   static constexpr int kSaved = kSavedCell + Cell::kHasCell;
-  // and 1 / sqrt(var + 1e-5): for each range those of x and of h, then that of c.
+  // and 1 / sqrt(var + 1e-5), for each range that of x and that of h, then that of c.
   static constexpr int kScales = 2 * decltype(Cell::x_ranges())::kCount + Cell::kHasCell;
 };
 

@@ -13,7 +13,6 @@ struct alignas(16) Words {
 }  // namespace fusedrnn
 
 #if defined(__CUDACC__)
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -60,17 +59,9 @@ __device__ inline uint32_t shared_address(const void* p) {
 
 // ---- barriers ----
 
-// A barrier of some warps of the block: `threads` in all, those that only arrive counted in.
-// id 1..15; 0 is __syncthreads.
-__device__ inline void sync_named(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void arrive_named(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // All threads of the cluster, in two halves: what was written before a thread arrives is seen, in
-// global and in anyone's shared memory, by all that have waited. Every thread does both, in turn.
+// global and in anyone's shared memory, by all that have waited. Every thread does both, in turn,
+// and the lanes of a warp together.
 __device__ inline void cluster_arrive() {
   FUSEDRNN_SM90("barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
@@ -78,30 +69,10 @@ __device__ inline void cluster_wait() {
   FUSEDRNN_SM90("barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 
-// All threads of a cooperative launch.
-__device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
-
 // ---- the cluster ----
 
-__device__ inline int cluster_rank() {
-  int rank = 0;
-  FUSEDRNN_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ inline int cluster_size() {
-  int size = 1;
-  FUSEDRNN_SM90("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return size;
-}
-
 // Where block `rank` has what this block has at `mine`, in shared memory. A block must not be
-// reached before it has begun nor after it has ended: the kernel's first and last act is a barrier.
-template <class T>
-__device__ inline T* cluster_map(T* mine, int rank) {
-  uint64_t theirs = 0;
-  FUSEDRNN_SM90("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
-  return reinterpret_cast<T*>(theirs);
-}
+// reached before it has begun nor after it has ended.
 __device__ inline uint32_t cluster_address(const void* mine, int rank) {
   uint32_t theirs = 0;
   FUSEDRNN_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)),
@@ -120,9 +91,6 @@ __device__ inline int load_acquire(const int* p) {
 __device__ inline void store_release(int* p, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
-__device__ inline void add_release(int* p, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
-}
 
 // Acquires a flag once it has come to `value`. One that never does ends the launch with an error:
 // this many looks take longer than any kernel does.
@@ -131,26 +99,20 @@ __device__ inline void wait_until(const int* p, int value) {
     if (looks == 1 << 24) __trap();
 }
 
-// ---- copies of a thread from global to shared memory ----
+// ---- global memory ----
 
-// 16 bytes, aligned, past the first cache.
-__device__ inline void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
-               "l"(global)
+// Stores 16 bytes, aligned, at once: of an assignment nvcc may make four stores.
+__device__ inline void store_words(Words* global, const Words& w) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(w.word[0]),
+               "r"(w.word[1]), "r"(w.word[2]), "r"(w.word[3])
                : "memory");
-}
-// Closes a group of the copies since the last.
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for all of this thread's groups but the newest N. Others see them after a barrier.
-template <int N>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // ---- mbarriers: barriers in shared memory that count arrivals and bytes ----
 
 // A phase ends when all arrivals have come, and all bytes that were announced; the next one begins
-// at once. The first phase has parity 0.
+// at once. The first phase has parity 0. There are at most 2^20 - 1 arrivals, and as many bytes on
+// their way. A block initialises, announces and waits in its own shared memory.
 using Mbarrier = uint64_t;
 
 __device__ inline void mbarrier_init(Mbarrier* m, int arrivals) {
@@ -161,15 +123,10 @@ __device__ inline void mbarrier_init(Mbarrier* m, int arrivals) {
 __device__ inline void mbarrier_init_fence() {
   FUSEDRNN_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
 }
-// Arrives, and announces `bytes` that copies will bring in this phase.
-__device__ inline void mbarrier_arrive(Mbarrier* m, int bytes = 0) {
+// Arrives, and announces `bytes` that stores will bring in this phase.
+__device__ inline void mbarrier_arrive(Mbarrier* m, int bytes) {
   FUSEDRNN_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(m)),
                 "r"(bytes) : "memory");
-}
-// Arrives at the mbarrier that block `rank` has where this block has `mine`.
-__device__ inline void mbarrier_arrive_at(Mbarrier* mine, int rank) {
-  FUSEDRNN_SM90("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-      cluster_address(mine, rank)) : "memory");
 }
 // True once the phase of this parity has ended; waits for that, but not for ever.
 __device__ inline bool mbarrier_try_wait(Mbarrier* m, int parity) {
@@ -188,38 +145,9 @@ __device__ inline void mbarrier_wait(Mbarrier* m, int parity) {
     if (looks == 1 << 24) __trap();
 }
 
-// What this thread wrote to shared memory is seen by the bulk copies it starts.
-__device__ inline void async_fence() {
-  FUSEDRNN_SM90("fence.proxy.async.shared::cta;" :: : "memory");
-}
-// Copies `bytes` and counts them at m; bytes and both addresses are multiples of 16.
-__device__ inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m) {
-  FUSEDRNN_SM90(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(m)) : "memory");
-}
-// Stores 4 or 8 bytes to where block `rank` has `mine`, and counts them where it has m.
-template <class T>
-__device__ inline void store_async(T* mine, T value, Mbarrier* m, int rank) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  const uint32_t to = cluster_address(mine, rank), at = cluster_address(m, rank);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    FUSEDRNN_SM90(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
-        "r"(bits), "r"(at) : "memory");
-  } else {
-    uint64_t bits;
-    memcpy(&bits, &value, 8);
-    FUSEDRNN_SM90(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
-        "l"(bits), "r"(at) : "memory");
-  }
-}
-
-// The same of 16 bytes, aligned.
+// Stores 16 bytes, aligned, to where block `rank` has `mine`, and counts them where it has m. The
+// cluster has two blocks or more. The store is seen by whoever waits for the bytes, and orders
+// nothing else that this thread did: see Arrivals in persistent/team.h.
 __device__ inline void store_async(Words* mine, const Words& w, Mbarrier* m, int rank) {
   FUSEDRNN_SM90(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
@@ -228,7 +156,7 @@ __device__ inline void store_async(Words* mine, const Words& w, Mbarrier* m, int
       "r"(cluster_address(m, rank)) : "memory");
 }
 
-// ---- matrix products of a warp: d += a b ----
+// ---- matrix products of a warp, all 32 lanes together: d += a b ----
 
 // With g = lane / 4 and t = lane % 4, of bfloat16 and float16 (K = 16; the lower half of a register
 // is the first of two):
@@ -265,15 +193,6 @@ __device__ inline uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
-}
-// Four 8 x 8 matrices of 2-byte elements from shared memory. Lane l points at row l % 8 (16 bytes,
-// aligned) of matrix l / 8, and gets in r[i] row l / 4 of matrix i at columns 2 (l % 4) and the
-// next: so the blocks (rows 0-7, 8-15) x (columns 0-7, 8-15) of A, by columns, are its registers a.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
 }
 
 }  // namespace fusedrnn

@@ -79,6 +79,9 @@ struct Candidate {
 
   int directions() const { return int(p.num_directions); }
   bool cluster() const { return plan.backend == CudaBackend::kCluster; }
+  bool alone() const { return plan.shape.team == 1; }
+  // Whether all teams of a launch have to run at once, because some wait for others.
+  bool together() const { return plan.layers > 1 || !(cluster() || alone()); }
 
   // Fills in what follows from backend, engine, layers, units and rows. False: it does not fit.
   bool complete(int units, int rows) {
@@ -92,15 +95,15 @@ struct Candidate {
     // Two blocks on a processor would each take twice as long, and their clusters wait for them:
     // half of what one may ask for, and what the system adds, keeps them apart.
     if (cluster()) s.shared_bytes = std::max(s.shared_bytes, round_up(device.shared_bytes / 2, 16));
-    if (cluster() && s.team > kLargestCluster) return false;
+    // Blocks of a cluster store to each other by st.async, which a cluster of one does not have.
+    if (cluster() && (alone() || s.team > kLargestCluster)) return false;
     const int teams = cluster() ? device.clusters[s.team] : device.processors / s.team;
     const int64_t slices = (r.batch + s.rows - 1) / s.rows;
     if (slices > INT32_MAX) return false;
     const int stages = plan.layers * directions();
     plan.slices = int(slices);
-    // Teams that wait for each other have to run together; those of a cluster launch that do not
-    // follow each other as there is room.
-    plan.at_once = cluster() && !chained ? plan.slices : std::min(plan.slices, teams / stages);
+    // Teams that need not run together follow each other as there is room.
+    plan.at_once = together() ? std::min(plan.slices, teams / stages) : plan.slices;
     if (teams == 0 || plan.at_once == 0) return false;
     plan.microseconds = estimate(teams, stages) / kCyclesPerMicrosecond;
     return true;
@@ -115,15 +118,16 @@ struct Candidate {
         2.0 * s.recurrent.split * s.rows * s.recurrent.partial_row * 4 / kSharedBytes;
     const double moved = r.backward ? 2.0 * s.team * s.units * s.rows * 4
                                     : double(s.team) * s.units * s.rows * tile.operand_bytes;
-    double step = product + sums + kCell + moved / kExchangeBytes;
+    const double transfer = alone() ? 0 : moved / kExchangeBytes;
+    const double latency = alone() ? 0 : cluster() ? kClusterExchange : kGridExchange;
+    double step = product + sums + kCell + transfer;
     double window = 0;  // while the exchange is on its way
     if (plan.layers > 1 && !r.backward) window = product + sums + kCell;
-    if (plan.layers > 1 && r.backward) step += product + sums + moved / kExchangeBytes;
-    step += std::max(cluster() ? kClusterExchange : kGridExchange, window);
+    if (plan.layers > 1 && r.backward) step += product + sums + transfer;
+    step += std::max(latency, window);
     const double depth = (plan.layers - 1) * (r.backward ? 2.0 : 1.0);
-    const int runs = cluster() && plan.layers == 1
-                         ? int((int64_t(plan.slices) * stages + teams - 1) / teams)
-                         : plan.launches();
+    const int runs =
+        together() ? plan.launches() : int((int64_t(plan.slices) * stages + teams - 1) / teams);
     const int groups = divide_up(int(p.num_layers), plan.layers);
     const double weights = tiles * kTileBytes / kExchangeBytes;
     const double steps = double(r.steps) + depth;
@@ -202,9 +206,10 @@ std::string describe(const CudaPlan& plan) {
   const PersistentShape& s = plan.shape;
   auto number = [](int n) { return std::to_string(n); };
   text += ": " + number(plan.slices) + " x " + number(s.rows) + " rows, teams of " +
-          number(s.team) + " blocks of " + number(s.units) + " units, " + number(plan.layers) +
-          (plan.layers == 1 ? " layer" : " layers") + " a launch, " + kEngines[int(plan.engine)] +
-          ", " + number(s.shared_bytes >> 10) + " KiB of shared memory";
+          (s.team == 1 ? "one block" : number(s.team) + " blocks") + " of " + number(s.units) +
+          " units, " + number(plan.layers) + (plan.layers == 1 ? " layer" : " layers") +
+          " a launch, " + kEngines[int(plan.engine)] + ", " + number(s.shared_bytes >> 10) +
+          " KiB of shared memory";
   if (plan.launches() > 1) text += ", " + number(plan.launches()) + " launches";
   return text;
 }

@@ -3,7 +3,7 @@
 //
 // A team of `team` blocks runs one layer in one direction for `rows` rows of the batch. Each block
 // owns `units` hidden units with all their gates and keeps their weights in shared memory for all
-// steps.
+// steps. A team of one block keeps all else there too: nothing is exchanged.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -45,7 +45,8 @@ struct PersistentShape {
   int x_row;                      // operands from one row of the batch to the next
   int input_row;                  // the same of the input of a chained layer
   ProductShape recurrent, input;  // the second of chained layers only
-  int x, input_x, staging;        // where they begin, in bytes
+  int x, input_x;                 // where they begin, in bytes
+  int staging;                    // forward, of teams of several blocks
   int inbox;                      // backward, of clusters
   int arrivals;                   // of clusters: two mbarriers
   int shared_bytes;
@@ -106,7 +107,7 @@ inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int
   s.input_x = chained ? memory.take(s.rows * s.x_row * tile.operand_bytes) : 0;
   s.recurrent.partial = s.input.partial =
       memory.take(s.recurrent.split * s.rows * s.recurrent.partial_row * 4);
-  s.staging = memory.take(s.rows * units * tile.operand_bytes);
+  s.staging = memory.take(s.team > 1 ? s.rows * units * tile.operand_bytes : 0);
   s.arrivals = memory.take(cluster ? 16 : 0);
   s.shared_bytes = memory.used;
   return s;

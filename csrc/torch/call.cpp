@@ -19,8 +19,8 @@ Tensor as_type(const Tensor& t, ScalarType type) {
 }
 
 void check_integers(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 1, "fusedrnn: expected ", name, " of 1 dimension, got ", t.dim());
-  STD_TORCH_CHECK(is_integer(t.scalar_type()), "fusedrnn: expected ", name, " of integers");
+  FUSEDRNN_EXPECT(t.dim() == 1, "fusedrnn: expected ", name, " of 1 dimension, got ", t.dim());
+  FUSEDRNN_EXPECT(is_integer(t.scalar_type()), "fusedrnn: expected ", name, " of integers");
 }
 
 }  // namespace
@@ -48,18 +48,18 @@ Call::Call(const Inputs& in, const Config& config)
     x = as_contiguous(x);
   }
   if (in.batch_sizes) {
-    STD_TORCH_CHECK(x.dim() == 2 - one_hot, "fusedrnn: packed ",
+    FUSEDRNN_EXPECT(x.dim() == 2 - one_hot, "fusedrnn: packed ",
                     one_hot ? "integer input has 1 dimension" : "input has 2 dimensions", ", got ",
                     x.dim());
-    STD_TORCH_CHECK(!in.lengths, "fusedrnn: packed input takes no lengths");
+    FUSEDRNN_EXPECT(!in.lengths, "fusedrnn: packed input takes no lengths");
     read_batch_sizes(*in.batch_sizes);
   } else {
-    STD_TORCH_CHECK(x.dim() == 3 - one_hot, "fusedrnn: expected input of ", 3 - one_hot,
+    FUSEDRNN_EXPECT(x.dim() == 3 - one_hot, "fusedrnn: expected input of ", 3 - one_hot,
                     " dimensions, got ", x.dim());
     steps = x.size(0), batch = x.size(1), tokens = checked_product(steps, batch);
     if (in.lengths) {
       check_integers("lengths", *in.lengths);
-      STD_TORCH_CHECK(in.lengths->size(0) == batch, "fusedrnn: expected ", batch, " lengths, got ",
+      FUSEDRNN_EXPECT(in.lengths->size(0) == batch, "fusedrnn: expected ", batch, " lengths, got ",
                       in.lengths->size(0));
       lengths = in.lengths;
     }
@@ -68,7 +68,7 @@ Call::Call(const Inputs& in, const Config& config)
   hx = as_contiguous(in.hx), cx = as_contiguous(in.cx), resets = as_contiguous(in.resets);
   if (hx) check_like("hx", *hx, like), check_shape("hx", *hx, {directions(), batch, p.out_size()});
   if (cx) {
-    STD_TORCH_CHECK(traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
+    FUSEDRNN_EXPECT(traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
     check_like("cx", *cx, like), check_shape("cx", *cx, {directions(), batch, p.hidden_size});
   }
   weights.reserve(in.weights.size());
@@ -84,16 +84,16 @@ void Call::check_regularisers() const {
   const Problem& p = problem;
   const RegulariserTensors& r = regularisers;
   if (r.mask) {
-    STD_TORCH_CHECK(r.mask->scalar_type() == ScalarType::Byte && r.mask->device() == x.device(),
+    FUSEDRNN_EXPECT(r.mask->scalar_type() == ScalarType::Byte && r.mask->device() == x.device(),
                     "fusedrnn: expected the dropout mask as uint8 on the device of the input");
     check_shape("the dropout mask", *r.mask, {p.num_layers - 1, tokens, out_width()});
   }
-  STD_TORCH_CHECK(r.dropout >= 0 && r.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
+  FUSEDRNN_EXPECT(r.dropout >= 0 && r.dropout <= 1, "fusedrnn: dropout must lie in [0, 1]");
   auto check_mask = [&](const char* name, const OptionalTensor& t, ScalarType type,
                         const std::vector<int64_t>& sizes) {
     if (!t) return;
-    STD_TORCH_CHECK(t->scalar_type() == type, "fusedrnn: ", name, " has a wrong dtype");
-    STD_TORCH_CHECK(t->device() == x.device(), "fusedrnn: ", name,
+    FUSEDRNN_EXPECT(t->scalar_type() == type, "fusedrnn: ", name, " has a wrong dtype");
+    FUSEDRNN_EXPECT(t->device() == x.device(), "fusedrnn: ", name,
                     " is on another device than the input");
     check_shape(name, *t, sizes);
   };
@@ -102,25 +102,25 @@ void Call::check_regularisers() const {
   check_mask("h_mask", r.h_mask, compute(), {directions(), batch, p.out_size()});
   check_mask("zone_h", r.zone_h, ScalarType::Byte, {directions(), tokens, p.out_size()});
   check_mask("zone_c", r.zone_c, ScalarType::Byte, {directions(), tokens, p.hidden_size});
-  STD_TORCH_CHECK((!r.zone_h || r.zoneout_h > 0) && (!r.zone_c || r.zoneout_c > 0),
+  FUSEDRNN_EXPECT((!r.zone_h || r.zoneout_h > 0) && (!r.zone_c || r.zoneout_c > 0),
                   "fusedrnn: zoneout's masks need zoneout above 0");
 }
 
 void Call::read_batch_sizes(const Tensor& given) {
   batch_sizes = int64_values("batch_sizes", given);
   steps = batch_sizes.size(), tokens = x.size(0);
-  STD_TORCH_CHECK(steps > 0, "fusedrnn: batch_sizes is empty");
+  FUSEDRNN_EXPECT(steps > 0, "fusedrnn: batch_sizes is empty");
   batch = batch_sizes[0];
   int64_t sum = 0;
   for (int64_t t = 0; t < steps; t++) {
     const int64_t rows = batch_sizes[t];
-    STD_TORCH_CHECK(rows > 0 && (t == 0 || rows <= batch_sizes[t - 1]),
+    FUSEDRNN_EXPECT(rows > 0 && (t == 0 || rows <= batch_sizes[t - 1]),
                     "fusedrnn: batch_sizes must be positive and not rise");
-    STD_TORCH_CHECK(rows <= tokens - sum, "fusedrnn: batch_sizes add up to more than ", tokens,
+    FUSEDRNN_EXPECT(rows <= tokens - sum, "fusedrnn: batch_sizes add up to more than ", tokens,
                     " tokens");
     sum += rows;
   }
-  STD_TORCH_CHECK(sum == tokens, "fusedrnn: batch_sizes add up to ", sum, ", not to ", tokens,
+  FUSEDRNN_EXPECT(sum == tokens, "fusedrnn: batch_sizes add up to ", sum, ", not to ", tokens,
                   " tokens");
 }
 
@@ -157,17 +157,18 @@ Weights Call::weights_of(int64_t layer, int64_t dir) const {
 // seven tensors.
 Tensor Call::empty(const std::vector<int64_t>& sizes, ScalarType type) const {
   constexpr size_t kMostDims = 4;
-  STD_TORCH_CHECK(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");
+  FUSEDRNN_EXPECT(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");
   int64_t strides[kMostDims], stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i]))
     strides[i] = stride;
   const torch::stable::Device device = like.device();
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
-      device.index(), &made));
+      device.index(), &made);
+  FUSEDRNN_EXPECT_TORCH(error, "allocate a tensor of shape " + show(sizes));
   return Tensor(made);
 }
 
@@ -199,12 +200,12 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   const std::vector<int64_t> hidden{call.directions(), call.batch, p.out_size()},
       cells{call.directions(), call.batch, p.hidden_size},
       outputs = call.token_sizes(call.out_width());
-  STD_TORCH_CHECK(needs.size() == 3 + call.weights.size(), "fusedrnn: expected ",
+  FUSEDRNN_EXPECT(needs.size() == 3 + call.weights.size(), "fusedrnn: expected ",
                   3 + call.weights.size(), " needs, got ", needs.size());
   auto check_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                          ScalarType type) {
     check_shape(name, t, sizes);
-    STD_TORCH_CHECK(t.is_contiguous() && t.device() == call.x.device() && t.scalar_type() == type,
+    FUSEDRNN_EXPECT(t.is_contiguous() && t.device() == call.x.device() && t.scalar_type() == type,
                     "fusedrnn: expected ", name, " as forward made it");
   };
   check_like("the output", saved.y, call.like);
@@ -217,7 +218,7 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
                       const std::vector<int64_t>& sizes) -> OptionalTensor {
     if (!g) return std::nullopt;
     check_shape(name, *g, sizes);
-    STD_TORCH_CHECK(g->device() == call.x.device(), "fusedrnn: ", name,
+    FUSEDRNN_EXPECT(g->device() == call.x.device(), "fusedrnn: ", name,
                     " is on another device than the input");
     return as_contiguous(as_type(*g, call.compute()));
   };
@@ -232,7 +233,7 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   auto result = [&](bool needed, const std::vector<int64_t>& sizes) {
     return call.empty(needed ? sizes : std::vector<int64_t>{0}, call.compute());
   };
-  STD_TORCH_CHECK(!needs[0] || !p.one_hot, "fusedrnn: integer input has no gradient");
+  FUSEDRNN_EXPECT(!needs[0] || !p.one_hot, "fusedrnn: integer input has no gradient");
   need_x = needs[0], need_hx = needs[1], need_cx = needs[2] && has_cell;
   x = result(need_x, call.token_sizes(p.input_size));
   hx = result(need_hx, hidden);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "plan/problem.h"
+#include "torch/error.h"
 
 namespace fusedrnn {
 
@@ -48,18 +49,18 @@ template <class Sizes = std::initializer_list<int64_t>>
 void check_shape(const char* name, const Tensor& t, const Sizes& sizes) {
   bool same = t.dim() == int64_t(sizes.size());
   for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == std::data(sizes)[i];
-  STD_TORCH_CHECK(same, "fusedrnn: expected ", name, " of shape ", show(sizes), ", got ", show(t));
+  FUSEDRNN_EXPECT(same, "fusedrnn: expected ", name, " of shape ", show(sizes), ", got ", show(t));
 }
 inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fusedrnn: ", name,
+  FUSEDRNN_EXPECT(t.scalar_type() == x.scalar_type(), "fusedrnn: ", name,
                   " has another dtype than the input");
-  STD_TORCH_CHECK(t.device() == x.device(), "fusedrnn: ", name,
+  FUSEDRNN_EXPECT(t.device() == x.device(), "fusedrnn: ", name,
                   " is on another device than the input");
 }
 
 inline int64_t checked_product(int64_t a, int64_t b) {
   int64_t out;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &out), "fusedrnn: sizes overflow 64 bits");
+  FUSEDRNN_EXPECT(!__builtin_mul_overflow(a, b, &out), "fusedrnn: sizes overflow 64 bits");
   return out;
 }
 
@@ -86,7 +87,7 @@ inline DType dtype_of(ScalarType t) {
 #include "plan/dtypes.inc"
 #undef DTYPE
     default:
-      STD_TORCH_CHECK(false, "fusedrnn: expected ", dtype_names(), ", got another dtype");
+      FUSEDRNN_EXPECT(false, "fusedrnn: expected ", dtype_names(), ", got another dtype");
   }
   return DType::kFloat32;
 }
@@ -97,14 +98,14 @@ inline ScalarType compute_type(DType t) {
 inline Cell cell_of(const std::string& mode) {
   for (int i = 0; i < int(Cell::kCount); i++)
     if (mode == traits(Cell(i)).mode) return Cell(i);
-  STD_TORCH_CHECK(false, "fusedrnn: unknown mode ", mode);
+  FUSEDRNN_EXPECT(false, "fusedrnn: unknown mode ", mode);
   return Cell::kCount;
 }
 
 // The tensor that has the dtype of all that is computed: not the input where it is integers.
 inline const Tensor& typed(const Tensor& x, const std::vector<Tensor>& weights) {
   if (!is_integer(x.scalar_type())) return x;
-  STD_TORCH_CHECK(!weights.empty(), "fusedrnn: expected weights, got none");
+  FUSEDRNN_EXPECT(!weights.empty(), "fusedrnn: expected weights, got none");
   return weights[0];
 }
 
@@ -113,16 +114,16 @@ inline void read_input(Problem& p, const Tensor& x, const Tensor& like) {
   p.one_hot = is_integer(x.scalar_type());
   p.dtype = dtype_of(like.scalar_type());
   if (p.one_hot) {
-    STD_TORCH_CHECK(x.dim() == 1 || x.dim() == 2,
+    FUSEDRNN_EXPECT(x.dim() == 1 || x.dim() == 2,
                     "fusedrnn: expected integer input of 1 (packed) or 2 dimensions, got ",
                     x.dim());
-    STD_TORCH_CHECK(like.dim() == 2, "fusedrnn: expected weight_ih of 2 dimensions, got ",
+    FUSEDRNN_EXPECT(like.dim() == 2, "fusedrnn: expected weight_ih of 2 dimensions, got ",
                     like.dim());
-    STD_TORCH_CHECK(x.device() == like.device(),
+    FUSEDRNN_EXPECT(x.device() == like.device(),
                     "fusedrnn: the weights are on another device than the input");
     p.input_size = like.size(1);
   } else {
-    STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3,
+    FUSEDRNN_EXPECT(x.dim() == 2 || x.dim() == 3,
                     "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
     p.input_size = x.size(x.dim() - 1);
   }
@@ -133,7 +134,7 @@ inline void check_weights(const Problem& p, const std::vector<Tensor>& weights,
                           const Tensor& like) {
   const size_t each = p.weights_per_direction();
   const int64_t directions = checked_product(p.num_layers, p.num_directions);
-  STD_TORCH_CHECK(int64_t(weights.size()) == checked_product(directions, each),
+  FUSEDRNN_EXPECT(int64_t(weights.size()) == checked_product(directions, each),
                   "fusedrnn: expected ", directions, " x ", each, " weights, got ", weights.size());
   checked_product(traits(p.cell).gates, p.hidden_size);
   size_t i = 0;
@@ -164,18 +165,18 @@ inline Problem problem_of(const Config& c, const RegulariserTensors& r, const Te
   p.num_layers = c.num_layers;
   p.num_directions = c.bidirectional ? 2 : 1;
   p.bias = c.bias;
-  STD_TORCH_CHECK(r.zoneout_h >= 0 && r.zoneout_h <= 1 && r.zoneout_c >= 0 && r.zoneout_c <= 1,
+  FUSEDRNN_EXPECT(r.zoneout_h >= 0 && r.zoneout_h <= 1 && r.zoneout_c >= 0 && r.zoneout_c <= 1,
                   "fusedrnn: zoneout must lie in [0, 1]");
   p.zoneout = r.zoneout_h > 0 || r.zoneout_c > 0;
   p.all_states = c.all_states;
   p.layer_norm = c.layer_norm;
-  STD_TORCH_CHECK(p.hidden_size > 0 && p.num_layers > 0,
+  FUSEDRNN_EXPECT(p.hidden_size > 0 && p.num_layers > 0,
                   "fusedrnn: hidden_size and num_layers must be positive");
-  STD_TORCH_CHECK(p.proj_size >= 0 && p.proj_size < p.hidden_size,
+  FUSEDRNN_EXPECT(p.proj_size >= 0 && p.proj_size < p.hidden_size,
                   "fusedrnn: proj_size must lie in [0, hidden_size)");
-  STD_TORCH_CHECK(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
-  STD_TORCH_CHECK(!r.zoneout_c || traits(p.cell).has_cell, "fusedrnn: only LSTM takes zoneout_c");
-  STD_TORCH_CHECK(!p.layer_norm || p.cell == Cell::kGru || p.cell == Cell::kLstm,
+  FUSEDRNN_EXPECT(!p.proj_size || traits(p.cell).has_cell, "fusedrnn: only LSTM takes proj_size");
+  FUSEDRNN_EXPECT(!r.zoneout_c || traits(p.cell).has_cell, "fusedrnn: only LSTM takes zoneout_c");
+  FUSEDRNN_EXPECT(!p.layer_norm || p.cell == Cell::kGru || p.cell == Cell::kLstm,
                   "fusedrnn: only LSTM and GRU take layer_norm");
   check_weights(p, weights, like);
   return p;

@@ -30,7 +30,7 @@ struct CpuCall : Call {
   bool padded_rows = false;  // some tokens do not exist: what lies there must be zeroed
 
   CpuCall(const Inputs& in, const Config& config) : Call(in, config) {
-    STD_TORCH_CHECK(x.is_cpu(), "fusedrnn: expected CPU tensors");
+    FUSEDRNN_EXPECT(x.is_cpu(), "fusedrnn: expected CPU tensors");
   }
 
   void fill(Common& a) {
@@ -87,7 +87,7 @@ struct CpuCall : Call {
   std::vector<int64_t> checked_lengths() {
     std::vector<int64_t> found = int64_values("lengths", *lengths);
     for (int64_t n : found) {
-      STD_TORCH_CHECK(n >= 0 && n <= steps, "fusedrnn: expected lengths in [0, ", steps, "], got ",
+      FUSEDRNN_EXPECT(n >= 0 && n <= steps, "fusedrnn: expected lengths in [0, ", steps, "], got ",
                       n);
       padded_rows |= n < steps;
     }

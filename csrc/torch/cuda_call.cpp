@@ -15,13 +15,13 @@ void aten_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
   // The out variants: autocast leaves them alone.
   if (a.scalar_type() == out.scalar_type()) {
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    FUSEDRNN_EXPECT_TORCH(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION),
+                          "run mm");
     torch::stable::detail::to<Tensor>(stack[0]);
   } else {
     std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    FUSEDRNN_EXPECT_TORCH(
+        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION), "run mm");
     torch::stable::detail::to<Tensor>(stack[0]);
   }
 }
@@ -36,7 +36,7 @@ char* byte_at(const Tensor& reserve, int64_t offset) {
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     : Call(in, config), device_(x), through_float64_(false), tokens_{} {
   // The modules leave these to the plain PyTorch implementation.
-  STD_TORCH_CHECK(
+  FUSEDRNN_EXPECT(
       !resets && !regularisers.h_mask && !problem.zoneout && !problem.all_states &&
           !problem.layer_norm,
       "fusedrnn: no CUDA kernel has resets, recurrent dropout, zoneout, all states or layer_norm");
@@ -49,9 +49,9 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
   }
   DeviceSpec device{};
   const int error = device_spec(&device);
-  STD_TORCH_CHECK(error == 0, "fusedrnn: asking the device failed: ", error_text(error));
+  FUSEDRNN_EXPECT(error == 0, "fusedrnn: asking the device failed: ", error_text(error));
   std::string reason;
-  STD_TORCH_CHECK(
+  FUSEDRNN_EXPECT(
       plan_cuda(problem, {steps, batch, backward, tf32}, device, forced_plan(), &plan, &reason),
       "fusedrnn: ", reason);
 
@@ -80,7 +80,7 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
 }
 
 void CudaCall::check(int error, const char* what) const {
-  STD_TORCH_CHECK(error == 0, "fusedrnn: ", what, " failed with the plan '", describe(plan),
+  FUSEDRNN_EXPECT(error == 0, "fusedrnn: ", what, " failed with the plan '", describe(plan),
                   "': ", error_text(error));
 }
 

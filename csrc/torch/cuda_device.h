@@ -17,14 +17,14 @@ namespace fusedrnn {
 class CurrentDevice {
  public:
   explicit CurrentDevice(const Tensor& x) : guard_(checked_index(x)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    FUSEDRNN_EXPECT_TORCH(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_),
+                          "give the current CUDA stream");
   }
   void* stream() const { return stream_; }  // torch's current one
 
  private:
   static int32_t checked_index(const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda() && aoti_torch_get_current_cuda_stream,
+    FUSEDRNN_EXPECT(x.is_cuda() && aoti_torch_get_current_cuda_stream,
                     "fusedrnn: expected CUDA tensors");
     return x.get_device_index();
   }

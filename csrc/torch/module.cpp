@@ -9,6 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
 #include "plan/cuda_plan.h"
+#include "torch/named_arguments.h"
 #include "torch/ops.h"
 #include "torch/switches.h"
 
@@ -21,70 +22,74 @@ template <class F>
 PyObject* guarded(F f) {
   try {
     return f();
+  } catch (const PythonError&) {
+    return nullptr;
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
     return nullptr;
   }
 }
 
-DType dtype_named(const std::string& name) {
+// A function of keyword arguments as the method table has it.
+template <PyObject* (*function)(const NamedArguments&)>
+PyObject* call_by_name(PyObject*, PyObject* positional, PyObject* named) {
+  if (PyTuple_Size(positional)) {
+    PyErr_SetString(PyExc_TypeError, "expected keyword arguments only");
+    return nullptr;
+  }
+  return guarded([&] { return function(NamedArguments(named)); });
+}
+template <PyObject* (*function)(const NamedArguments&)>
+PyMethodDef by_name(const char* name, const char* doc) {
+  const auto pointer = reinterpret_cast<void (*)()>(call_by_name<function>);
+  return {name, reinterpret_cast<PyCFunction>(pointer), METH_VARARGS | METH_KEYWORDS, doc};
+}
+
+DType dtype_of(const std::string& name) {
   for (int i = 0; i < int(DType::kCount); i++)
     if (name == traits(DType(i)).name) return DType(i);
   throw std::runtime_error("fusedrnn: unknown dtype " + name);
 }
 
-Problem problem_named(const char* mode, const std::string& dtype, int64_t hidden, int64_t proj,
-                      int64_t layers, bool bidirectional) {
+// Of `mode`, `dtype`, `hidden_size`, `proj_size`, `num_layers` and `bidirectional`.
+Problem problem_of(const NamedArguments& a) {
   Problem p{};
-  p.cell = cell_of(mode);
-  p.dtype = dtype_named(dtype);
-  p.hidden_size = hidden, p.proj_size = proj, p.num_layers = layers;
-  p.num_directions = bidirectional ? 2 : 1;
+  p.cell = cell_of(a.text("mode"));
+  p.dtype = dtype_of(a.text("dtype"));
+  p.hidden_size = a.integer("hidden_size"), p.proj_size = a.integer("proj_size");
+  p.num_layers = a.integer("num_layers"), p.num_directions = a.flag("bidirectional") ? 2 : 1;
   return p;
 }
 
-PyObject* reserve_bytes(PyObject*, PyObject* args) {
-  const char *mode, *dtype;
-  long long hidden, proj, layers;
-  int bidirectional, zoneout, all_states, layer_norm;
-  if (!PyArg_ParseTuple(args, "ssLLLpppp", &mode, &dtype, &hidden, &proj, &layers, &bidirectional,
-                        &zoneout, &all_states, &layer_norm))
-    return nullptr;
-  return guarded([&] {
-    Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    p.zoneout = zoneout, p.all_states = all_states, p.layer_norm = layer_norm;
-    return PyLong_FromLongLong(Reserve(p).bytes_per_token());
-  });
+PyObject* reserve_bytes(const NamedArguments& a) {
+  Problem p = problem_of(a);
+  p.zoneout = a.flag("zoneout"), p.all_states = a.flag("all_states");
+  p.layer_norm = a.flag("layer_norm");
+  return PyLong_FromLongLong(Reserve(p).bytes_per_token());
 }
 
-PyObject* cuda_plan(PyObject*, PyObject* args) {
-  const char *mode, *dtype, *forced;
-  long long hidden, proj, layers, steps, batch;
-  int bidirectional, backward, tf32;
+DeviceSpec device_of(const NamedArguments& a) {
   DeviceSpec device{};
-  PyObject* clusters;
-  if (!PyArg_ParseTuple(args, "ssLLLpLLppiiiO!s", &mode, &dtype, &hidden, &proj, &layers,
-                        &bidirectional, &steps, &batch, &backward, &tf32, &device.capability,
-                        &device.processors, &device.shared_bytes, &PyTuple_Type, &clusters,
-                        &forced))
-    return nullptr;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(clusters) && i < kLargestCluster; i++) {
-    device.clusters[i + 1] = int(PyLong_AsLong(PyTuple_GetItem(clusters, i)));
-    if (PyErr_Occurred()) return nullptr;
+  device.capability = int(a.integer("capability"));
+  device.processors = int(a.integer("processors"));
+  device.shared_bytes = int(a.integer("shared_bytes"));
+  const std::vector<int64_t> clusters = a.integers("clusters");
+  for (size_t i = 0; i < clusters.size() && i < kLargestCluster; i++)
+    device.clusters[i + 1] = int(clusters[i]);
+  return device;
+}
+
+PyObject* cuda_plan(const NamedArguments& a) {
+  const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
+                            a.flag("tf32")};
+  CudaPlan plan;
+  std::string reason;
+  if (!plan_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
+                 &plan, &reason)) {
+    PyErr_SetString(PyExc_ValueError, reason.c_str());
+    throw PythonError();
   }
-  return guarded([&] {
-    const Problem p = problem_named(mode, dtype, hidden, proj, layers, bidirectional);
-    CudaPlan plan;
-    std::string reason;
-    if (!plan_cuda(p, {steps, batch, backward != 0, tf32 != 0}, device, forced, &plan, &reason)) {
-      PyErr_SetString(PyExc_ValueError, reason.c_str());
-      return static_cast<PyObject*>(nullptr);
-    }
-    return Py_BuildValue("(siiiiiiids)", kCudaBackendNames[int(plan.backend)], plan.layers,
-                         plan.shape.team, plan.shape.units, plan.shape.rows, plan.slices,
-                         plan.at_once, plan.shape.shared_bytes, plan.microseconds,
-                         describe(plan).c_str());
-  });
+  return PyUnicode_FromString(describe(plan).c_str());
 }
 
 PyObject* cuda_device(PyObject*, PyObject*) {
@@ -98,7 +103,8 @@ PyObject* cuda_device(PyObject*, PyObject*) {
     PyObject* clusters = PyTuple_New(kLargestCluster);
     for (int i = 0; clusters && i < kLargestCluster; i++)
       PyTuple_SetItem(clusters, i, PyLong_FromLong(device.clusters[i + 1]));
-    return Py_BuildValue("(iiiN)", device.capability, device.processors, device.shared_bytes,
+    return Py_BuildValue("{sisisisN}", "capability", device.capability, "processors",
+                         device.processors, "shared_bytes", device.shared_bytes, "clusters",
                          clusters);
   });
 }
@@ -119,66 +125,19 @@ PyObject* cpu_variant(PyObject*, PyObject*) {
   return guarded([] { return PyUnicode_FromString(this_machine(1).variants[0].name); });
 }
 
-// Keyword arguments by their names.
-class Named {
- public:
-  explicit Named(PyObject* given) : given_(given) {}
-
-  int64_t integer(const char* name) const {
-    const int64_t value = PyLong_AsLongLong(find(name));
-    check(name);
-    return value;
-  }
-  bool flag(const char* name) const {
-    const int value = PyObject_IsTrue(find(name));
-    check(name);
-    return value;
-  }
-  std::string text(const char* name) const {
-    const char* value = PyUnicode_AsUTF8AndSize(find(name), nullptr);
-    check(name);
-    return value;
-  }
-
- private:
-  PyObject* find(const char* name) const {
-    PyObject* value = given_ ? PyDict_GetItemString(given_, name) : nullptr;
-    if (!value) throw std::runtime_error(std::string("fusedrnn: expected the argument ") + name);
-    return value;
-  }
-  static void check(const char* name) {
-    if (!PyErr_Occurred()) return;
-    PyErr_Clear();
-    throw std::runtime_error(std::string("fusedrnn: the argument ") + name + " has a wrong type");
-  }
-
-  PyObject* given_;
-};
-
-PyObject* cpu_plan(PyObject*, PyObject*, PyObject* keywords) {
-  return guarded([&] {
-    const Named given(keywords);
-    Problem p = problem_named(given.text("mode").c_str(), given.text("dtype"),
-                              given.integer("hidden_size"), given.integer("proj_size"),
-                              given.integer("num_layers"), given.flag("bidirectional"));
-    p.input_size = given.integer("input_size"), p.one_hot = given.flag("one_hot");
-    p.zoneout = given.flag("zoneout"), p.layer_norm = given.flag("layer_norm");
-    p.all_states = given.flag("return_all");
-    const int64_t steps = given.integer("steps");
-    const CpuRequest request{given.flag("backward"),         steps, given.integer("batch"),
-                             given.integer("tokens"),        steps, given.flag("resets"),
-                             given.flag("recurrent_dropout")};
-    CpuMachine machine = this_machine(given.integer("threads"));
-    const CpuPlan plan = plan_cpu_here(p, request, &machine);
-    auto flag = [](bool value) { return value ? Py_True : Py_False; };
-    return Py_BuildValue("{sssLsOsOsOsOsLsLsLss}", "variant", machine.variants[plan.variant].name,
-                         "threads", (long long)plan.threads, "unpacked", flag(plan.unpacked),
-                         "unpacked_hh", flag(plan.pass.unpacked_hh), "alternates",
-                         flag(plan.pass.alternates), "recurrent_first", flag(plan.recurrent_first),
-                         "rows_per_task", (long long)plan.rows_per_task, "tasks",
-                         (long long)plan.tasks, "members", (long long)plan.members, "text",
-                         describe(plan, p, request, machine).c_str());
-  });
+PyObject* cpu_plan(const NamedArguments& a) {
+  Problem p = problem_of(a);
+  p.input_size = a.integer("input_size"), p.one_hot = a.flag("one_hot");
+  p.zoneout = a.flag("zoneout"), p.layer_norm = a.flag("layer_norm");
+  p.all_states = a.flag("return_all");
+  CpuRequest request{};
+  request.backward = a.flag("backward");
+  request.steps = request.longest = a.integer("steps");
+  request.batch = a.integer("batch"), request.tokens = a.integer("tokens");
+  request.resets = a.flag("resets"), request.recurrent_dropout = a.flag("recurrent_dropout");
+  CpuMachine machine = this_machine(a.integer("threads"));
+  const CpuPlan plan = plan_cpu_here(p, request, &machine);
+  return PyUnicode_FromString(describe(plan, p, request, machine).c_str());
 }
 
 PyObject* cuda_archs(PyObject*, PyObject*) {
@@ -189,22 +148,15 @@ PyObject* cuda_archs(PyObject*, PyObject*) {
 #endif
 }
 
+// fusedrnn/_C.pyi has their arguments and results.
 PyMethodDef methods[] = {
-    {"reserve_bytes", reserve_bytes, METH_VARARGS,
-     "reserve_bytes(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, zoneout, "
-     "all_states, layer_norm) -> bytes per token"},
+    by_name<reserve_bytes>("reserve_bytes", "bytes per token that forward leaves for backward"),
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
-    {"cpu_plan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cpu_plan)),
-     METH_VARARGS | METH_KEYWORDS,
-     "cpu_plan(mode=, dtype=, ...) -> every field of the plan of a call, and `text`, it in words"},
-    {"cuda_device", cuda_device, METH_NOARGS,
-     "of the current CUDA device: (capability, processors, shared_bytes, clusters), for cuda_plan"},
-    {"cuda_plan", cuda_plan, METH_VARARGS,
-     "cuda_plan(mode, dtype, hidden_size, proj_size, num_layers, bidirectional, steps, batch, "
-     "backward, tf32, capability, processors, shared_bytes, clusters, forced) -> (backend, layers, "
-     "team, units, rows, slices, at_once, shared_bytes, microseconds, text)"},
+    by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
+    {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
+    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words"),
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };

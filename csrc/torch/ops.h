@@ -57,7 +57,7 @@ class Arguments {
 
   template <class T>
   T take() {
-    STD_TORCH_CHECK(next_ < end_, "fusedrnn: the schema has fewer arguments");
+    FUSEDRNN_EXPECT(next_ < end_, "fusedrnn: the schema has fewer arguments");
     return torch::stable::detail::to<T>(*next_++);
   }
   template <class T>
@@ -65,7 +65,7 @@ class Arguments {
     to = take<T>();
     return *this;
   }
-  void end() const { STD_TORCH_CHECK(next_ == end_, "fusedrnn: the schema has more arguments"); }
+  void end() const { FUSEDRNN_EXPECT(next_ == end_, "fusedrnn: the schema has more arguments"); }
 
  private:
   StableIValue* next_;

@@ -37,7 +37,7 @@ Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row) {
       },
       block.get());
   block.release();  // even then: who knows whether the deleter ran
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  FUSEDRNN_EXPECT_TORCH(error, "make a tensor of a reserve's memory");
   return Tensor(made);
 }
 

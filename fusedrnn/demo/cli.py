@@ -133,6 +133,10 @@ def _usable_device(name: str | None, dtype: torch.dtype, ranks: Ranks) -> torch.
         torch.ones(1, device=device, dtype=dtype).sum().item()
     except Exception as error:  # each backend raises its own kind
         why = str(error).splitlines()[0].rstrip(".")
+        if why.startswith("Expected one of"):  # and here torch lists all that it has heard of
+            found = torch.accelerator.current_accelerator(check_available=True)
+            others = f" and {found.type}" if found else ""
+            why = f"torch has no device of this name, this machine has cpu{others}"
         raise DemoError(f"device {name!r} cannot be used: {why}.") from error
     if ranks.size > 1 and torch.device(name).index is not None:
         raise DemoError(f"under torchrun give --device without a number, not {name!r}.")

@@ -5,16 +5,13 @@ into a program that runs one launch (replay.cpp). `run` hands it a launch and ta
 Together with the ops' C++ side they become a library (op.cpp) in which the ops run on CPU tensors
 as they would on CUDA tensors: see ops.py.
 
-For a new launch: a line in replay.cpp, and its structure as a ctypes.Structure, as in cell_step.py.
-What the kernel uses beyond CUDA C++ is wrapped in csrc/cuda/primitives.h and has a twin here.
+For a new launch: a line in replay.cpp, and its structure in tests/bindings/launches.cpp. What the
+kernel uses beyond CUDA C++ is wrapped in csrc/cuda/primitives.h and has a twin here.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import functools
-import importlib.util
 import os
 import struct
 import subprocess
@@ -22,13 +19,13 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
+import compiling
 import torch
+from compiling import setup_script, sources
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build/emulator"
+FOLDER = "build/emulator"
 KERNELS = ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/plan/*.cpp")
 RUNTIME = "tests/emulator/simt.cpp"
 REPLAY = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu")
@@ -54,38 +51,14 @@ MODES = {
 }
 
 
-@functools.cache
-def setup_script() -> ModuleType:
-    """setup.py, for the compilers that it finds."""
-    spec = importlib.util.spec_from_file_location("fusedrnn_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def ninja_file(cxx: str) -> str:
-    setup = setup_script()
-    torch_folder = setup.find_torch()
+def ninja_lines() -> list[str]:
+    torch_folder = setup_script().find_torch()
     include = sysconfig.get_path("include")
-    system = f"-DFUSEDRNN_EMULATED {setup.ABI_FLAGS} -isystem {torch_folder}/include"
+    system = f"-DFUSEDRNN_EMULATED {setup_script().ABI_FLAGS} -isystem {torch_folder}/include"
     libraries = f"-L{torch_folder}/lib -ltorch_cpu -lc10"
-    lines = [
-        "builddir = build/emulator",
-        "rule cxx",
-        f"  command = {cxx} {FLAGS} $flags -MD -MF $out.d -c -x c++ $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {cxx} $in -o $out $flags",
-    ]
-
-    def sources(*patterns: str) -> list[str]:
-        found = [path for name in patterns for path in sorted(ROOT.glob(name))]
-        return [path.relative_to(ROOT).as_posix() for path in found]
-
+    lines = compiling.rules(FLAGS)
     for mode, (kernels, runtime) in MODES.items():
-        folder = f"build/emulator/{mode}"
+        folder = f"{FOLDER}/{mode}"
         for source in sources(*KERNELS, RUNTIME, *REPLAY, *OP):
             flags = runtime if source == RUNTIME else kernels
             if source in OP:
@@ -98,23 +71,13 @@ def ninja_file(cxx: str) -> str:
         ):
             objects = " ".join(f"{folder}/{source}.o" for source in [*shared, *parts])
             lines += [f"build {folder}/{target}: link {objects}", f"  flags = {flags}"]
-    return "\n".join([*lines, ""])
+    return lines
 
 
 @functools.cache
 def build(mode: str, target: str = "replay") -> Path:
     """A mode's program `replay` or library `op.so`, built if it is not up to date."""
-    setup = setup_script()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    file = BUILD / "build.ninja"
-    output = BUILD / mode / target
-    command = [setup.find_ninja(), "-f", str(file), str(output.relative_to(ROOT))]
-    with open(BUILD / "lock", "w") as lock:  # tests may run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        file.write_text(ninja_file(" ".join(setup.find_cxx())))
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    return output
+    return compiling.build(FOLDER, ninja_lines(), f"{FOLDER}/{mode}/{target}")
 
 
 class Result(NamedTuple):
@@ -129,14 +92,14 @@ class Result(NamedTuple):
 
 def run(
     launch: str,
-    params: ctypes.Structure,
-    arrays: Mapping[str | int, torch.Tensor | None],
+    params: Any,
+    arrays: Mapping[Any, torch.Tensor | None],
     mode: str = "plain",
     seed: int = -1,
 ) -> Result:
-    """Runs `launch` with `params`, whose pointers `arrays` names; tensors are changed in place.
+    """Runs `launch` with `params`, a structure of tests/bindings/launches.cpp.
 
-    A pointer is named by its field, or given as where it lies in the structure. Tensors may be
+    `arrays` has the tensors that its pointers point to, which are changed in place. They may be
     views, also of one another: a pointer is to the first element of its tensor in a copy of the
     whole storage. With a seed the order of threads is drawn at random.
     """
@@ -149,15 +112,15 @@ def run(
         storages.setdefault(storage.data_ptr(), storage)
         index = list(storages).index(storage.data_ptr())
         offset = tensor.storage_offset() * tensor.element_size()
-        field = name if isinstance(name, int) else getattr(type(params), name).offset
-        pointers.append((field, index, offset))
+        pointers.append((params.pointers[name], index, offset))
 
     def number(*values: int) -> bytes:
         return struct.pack(f"={len(values)}q", *values)
 
     views = [torch.tensor([], dtype=torch.uint8).set_(s) for s in storages.values()]
+    structure = bytes(params)
     parts: list[Any] = [number(len(launch)), launch.encode()]
-    parts += [number(ctypes.sizeof(params)), bytes(params), number(seed, len(views))]
+    parts += [number(len(structure)), structure, number(seed, len(views))]
     for view in views:
         parts += [number(len(view)), view.numpy().tobytes()]
     parts.append(number(len(pointers)))

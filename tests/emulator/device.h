@@ -6,7 +6,7 @@ namespace fusedrnn {
 class CurrentDevice {
  public:
   explicit CurrentDevice(const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cpu(), "fusedrnn: expected CUDA tensors, which are emulated on the CPU");
+    FUSEDRNN_EXPECT(x.is_cpu(), "fusedrnn: expected CUDA tensors, which are emulated on the CPU");
   }
   void* stream() const { return nullptr; }
 };

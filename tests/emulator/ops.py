@@ -17,12 +17,17 @@ from torch import Tensor
 
 from . import build
 
+# Whether all that the last products of 16-bit matrices have read was a number.
+products_are_finite = True
+
 
 def _mm_dtype_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
     """Of 16-bit matrices with the result in float32: ATen has it for CUDA alone."""
     assert a.dtype == b.dtype in (torch.bfloat16, torch.float16)
     assert out.dtype == out_dtype == torch.float32
     assert out.shape == (a.shape[0], b.shape[1])
+    global products_are_finite
+    products_are_finite &= bool(a.isfinite().all() and b.isfinite().all())
     return torch.mm(a.float(), b.float(), out=out)  # which autocast leaves alone, like this one
 
 

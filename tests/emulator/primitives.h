@@ -1,8 +1,8 @@
 // The CPU twins of what csrc/cuda/primitives.h wraps; what each does is written there.
 //
-// Memory is consistent here, so that the fences have nothing to do and a missing one is not
-// noticed; what acquire and release order, and what only seems ordered, ThreadSanitizer tells
-// apart.
+// Each checks what the PTX ISA demands of its instruction: the size of the cluster, alignment,
+// state space, lanes that execute it together, ranges. Memory is consistent here; what acquire and
+// release order, and what only seems ordered, ThreadSanitizer tells apart.
 #pragma once
 #include <bit>
 
@@ -63,84 +63,50 @@ inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float reciprocal(float x) { return x > 0x1p126f ? 0 : 1 / x; }
 
-// ---- barriers and the cluster ----
+// ---- barriers of a cluster ----
 
-inline void sync_named(int id, int threads, FUSEDRNN_AT) { simt::sync_named(id, threads, at); }
-inline void arrive_named(int id, int threads, FUSEDRNN_AT) { simt::arrive_named(id, threads, at); }
 inline void cluster_arrive(FUSEDRNN_AT) { simt::arrive_cluster(at); }
 inline void cluster_wait(FUSEDRNN_AT) { simt::wait_cluster(at); }
-inline void grid_sync(FUSEDRNN_AT) { simt::sync_grid(at); }
-inline int cluster_rank() { return simt::cluster_rank(); }
-inline int cluster_size() { return simt::cluster_size(); }
-template <class T>
-T* cluster_map(T* mine, int rank, FUSEDRNN_AT) {
-  return static_cast<T*>(simt::map_shared(mine, rank, at));
-}
 
-// ---- flags: atomics of the compiler, which ThreadSanitizer knows ----
+// ---- flags: atomics of the compiler, which ThreadSanitizer knows; and other global memory ----
 
 inline int load_acquire(const int* p, FUSEDRNN_AT) {
+  simt::expect_global(p, sizeof *p, at);
   simt::poll(at);
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
-inline void store_release(int* p, int value) {
+inline void store_release(int* p, int value, FUSEDRNN_AT) {
+  simt::expect_global(p, sizeof *p, at);
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
   simt::progress(p, value);
-}
-inline void add_release(int* p, int value) {
-  simt::progress(p, __atomic_fetch_add(p, value, __ATOMIC_RELEASE) + value);
 }
 inline void wait_until(const int* p, int value, FUSEDRNN_AT) {
   while (load_acquire(p, at) < value) {
   }
   simt::reached(p, value);
 }
-
-// ---- copies and mbarriers ----
-
-inline void copy_async(void* shared, const void* global, FUSEDRNN_AT) {
-  simt::copy_async(shared, global, 16, at);
+inline void store_words(Words* global, const Words& w, FUSEDRNN_AT) {
+  simt::expect_global(global, sizeof w, at);
+  *global = w;
 }
-inline void copies_commit() { simt::commit_copies(); }
-template <int N>
-void copies_wait() {
-  simt::wait_copies(N);
-}
+
+// ---- mbarriers, and stores that they count ----
 
 using Mbarrier = uint64_t;
 
 inline void mbarrier_init(Mbarrier* m, int arrivals, FUSEDRNN_AT) {
   simt::mbarrier_init(m, arrivals, at);
 }
-inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive(Mbarrier* m, int bytes = 0, FUSEDRNN_AT) {
+inline void mbarrier_init_fence() { simt::mbarrier_init_fence(); }
+inline void mbarrier_arrive(Mbarrier* m, int bytes, FUSEDRNN_AT) {
   simt::mbarrier_arrive(m, bytes, at);
 }
-inline void mbarrier_arrive_at(Mbarrier* mine, int rank, FUSEDRNN_AT) {
-  simt::mbarrier_arrive(simt::map_shared(mine, rank, at), 0, at);
-}
 // Never gives up: a phase that does not end is reported.
-inline bool mbarrier_try_wait(Mbarrier* m, int parity, FUSEDRNN_AT) {
-  simt::mbarrier_wait(m, parity, at);
-  return true;
-}
 inline void mbarrier_wait(Mbarrier* m, int parity, FUSEDRNN_AT) {
   simt::mbarrier_wait(m, parity, at);
 }
-inline void async_fence() {}
-inline void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* m, FUSEDRNN_AT) {
-  simt::copy_bulk(shared, global, size_t(bytes), m, at);
-}
-template <class T>
-void store_async(T* mine, T value, Mbarrier* m, int rank, FUSEDRNN_AT) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  simt::store_async(simt::map_shared(mine, rank, at), &value, sizeof value,
-                    simt::map_shared(m, rank, at), at);
-}
-
-inline void store_async(Words* mine, const Words& value, Mbarrier* m, int rank, FUSEDRNN_AT) {
-  simt::store_async(simt::map_shared(mine, rank, at), &value, sizeof value,
-                    simt::map_shared(m, rank, at), at);
+inline void store_async(Words* mine, const Words& w, Mbarrier* m, int rank, FUSEDRNN_AT) {
+  simt::store_async(mine, &w, sizeof w, m, rank, at);
 }
 
 // ---- matrix products of a warp ----
@@ -172,7 +138,7 @@ void multiply(S type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   Fragments mine;
   std::memcpy(mine.a, a, sizeof a);
   std::memcpy(mine.b, b, sizeof b);
-  const char* all = simt::exchange(~0u, &mine, sizeof mine, at);
+  const char* all = simt::exchange_aligned("mma", &mine, sizeof mine, at);
   auto of = [&](int lane) {
     Fragments f;
     std::memcpy(&f, all + 64 * lane, sizeof f);
@@ -201,14 +167,6 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 inline uint32_t to_tf32(float x) {
   return (std::bit_cast<uint32_t>(x) + (std::isfinite(x) ? 0x1000u : 0u)) & ~0x1fffu;
-}
-inline void load_matrices(uint32_t (&r)[4], const void* row, FUSEDRNN_AT) {
-  char mine[16];
-  std::memcpy(mine, row, sizeof mine);
-  const char* all = simt::exchange(~0u, mine, sizeof mine, at);
-  const int lane = simt::lane();
-  for (int i = 0; i < 4; i++)
-    std::memcpy(&r[i], all + 64 * (8 * i + lane / 4) + 4 * (lane % 4), sizeof r[i]);
 }
 
 }  // namespace fusedrnn

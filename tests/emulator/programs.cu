@@ -1,4 +1,4 @@
-// Each program is right, and wrong in one way where p.bug says so: what the test looks for is that
+// Each program is right, and wrong in a way where p.bug says so: what the test looks for is that
 // the right one passes under every order of threads, and that the wrong one is caught.
 #include <cstring>
 
@@ -70,26 +70,6 @@ __global__ void divergent(const __grid_constant__ Program p) {
   out<float>(p)[threadIdx.x] = 1;
 }
 
-// A warp makes numbers that another turns into results, two buffers in turn. Bug: nothing keeps the
-// producer from filling a buffer that is still read.
-__global__ void named_barriers(const __grid_constant__ Program p) {
-  FUSEDRNN_STATIC_SHARED(float, buffer, 64);
-  const int lane = threadIdx.x % 32, producer = threadIdx.x < 32;
-  constexpr int kFull = 1, kEmpty = 3, kTurns = 6;
-  for (int turn = 0; turn < kTurns; turn++) {
-    const int b = turn % 2;
-    if (producer) {
-      if (turn >= 2 && !p.bug) sync_named(kEmpty + b, 64);
-      buffer[32 * b + lane] = in<float>(p.a)[32 * turn + lane];
-      arrive_named(kFull + b, 64);
-    } else {
-      sync_named(kFull + b, 64);
-      out<float>(p)[32 * turn + lane] = 2 * buffer[32 * b + 31 - lane];
-      if (turn + 2 < kTurns && !p.bug) arrive_named(kEmpty + b, 64);
-    }
-  }
-}
-
 // ---- one warp ----
 
 // Rows of out: a of lane 5; of lane ^ 3; of the lane 4 up and down, of 16 lanes each; the sum of a
@@ -131,11 +111,9 @@ __global__ void warp_order(const __grid_constant__ Program p) {
 template <class S>
 __global__ void product(const __grid_constant__ Program p) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
-  FUSEDRNN_STATIC_SHARED(S, rows, 16 * 16);
-  for (int i = lane; i < 16 * 16; i += 32) rows[i] = in<S>(p.a)[i];
-  __syncwarp();
   uint32_t a[4], b[2];
-  load_matrices(a, &rows[(lane % 8 + lane / 8 % 2 * 8) * 16 + lane / 16 * 8]);
+  for (int i = 0; i < 4; i++)
+    memcpy(&a[i], in<S>(p.a) + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8, 4);
   for (int i = 0; i < 2; i++) memcpy(&b[i], in<S>(p.b) + g * 16 + 2 * t + 8 * i, 4);
   if (p.bug) {
     const uint32_t other = a[1];
@@ -157,143 +135,83 @@ __global__ void product_tf32(const __grid_constant__ Program p) {
   for (int i = 0; i < 4; i++) out<float>(p)[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// ---- late copies ----
-
-// out = 2 a, four values a thread and turn, each turn's copied while the last one's are used.
-// Bug: waits for one group too few.
-__global__ void late_copy(const __grid_constant__ Program p) {
-  FUSEDRNN_DYNAMIC_SHARED(float, buffer);
-  const int n = 4 * blockDim.x, mine = 4 * threadIdx.x;
-  constexpr int kTurns = 4;
-  copy_async(buffer + mine, in<float>(p.a) + mine);
-  copies_commit();
-  for (int turn = 0; turn < kTurns; turn++) {
-    if (turn + 1 < kTurns)
-      copy_async(buffer + (turn + 1) % 2 * n + mine, in<float>(p.a) + (turn + 1) * n + mine);
-    copies_commit();  // an empty group in the last turn, so that the count stays
-    if (p.bug) {
-      copies_wait<2>();
-    } else {
-      copies_wait<1>();
-    }
-    __syncthreads();
-    // Another thread's: its copies are seen because of the barrier.
-    const int other = n - 4 - mine;
-    for (int i = 0; i < 4; i++)
-      out<float>(p)[turn * n + other + i] = 2 * buffer[turn % 2 * n + other + i];
-    __syncthreads();
-  }
-}
-
-// The same with bulk copies and an mbarrier for each buffer. Bug: reads before it waits.
-__global__ void bulk_copy(const __grid_constant__ Program p) {
-  FUSEDRNN_DYNAMIC_SHARED(float, buffer);
-  FUSEDRNN_STATIC_SHARED(Mbarrier, full, 2);
-  const int n = blockDim.x, i = threadIdx.x;
-  constexpr int kTurns = 4;
-  auto fetch = [&](int turn) {
-    mbarrier_arrive(&full[turn % 2], n * 4);
-    copy_bulk(buffer + turn % 2 * n, in<float>(p.a) + turn * n, n * 4, &full[turn % 2]);
-  };
-  if (i == 0) {
-    for (int b = 0; b < 2; b++) mbarrier_init(&full[b], 1);
-    mbarrier_init_fence();
-    fetch(0);
-  }
-  __syncthreads();
-  for (int turn = 0; turn < kTurns; turn++) {
-    if (i == 0 && turn + 1 < kTurns) fetch(turn + 1);
-    if (p.bug) out<float>(p)[turn * n + i] = 2 * buffer[turn % 2 * n + i];
-    while (!mbarrier_try_wait(&full[turn % 2], turn / 2 % 2)) {
-    }
-    if (!p.bug) out<float>(p)[turn * n + i] = 2 * buffer[turn % 2 * n + i];
-    __syncthreads();
-  }
-}
-
 // ---- clusters ----
 
-// Each block writes a of its own to all blocks of its cluster, in turns that alternate between two
-// buffers, and sums what it got. Bug: no barrier in the turns.
-__global__ void cluster_turns(const __grid_constant__ Program p) {
-  FUSEDRNN_DYNAMIC_SHARED(float, buffer);  // [2][blocks][threads]
-  const int n = blockDim.x, i = threadIdx.x, blocks = cluster_size(), rank = cluster_rank();
-  const float a = in<float>(p.a)[blockIdx.x * n + i];
-  float sum = 0;
-  cluster_arrive();
-  cluster_wait();
-  for (int turn = 0; turn < 4; turn++) {
-    float* b = buffer + turn % 2 * blocks * n;
-    for (int to = 0; to < blocks; to++) cluster_map(b, to)[rank * n + i] = a * (turn + 1);
-    if (!p.bug) {
-      cluster_arrive();
-      cluster_wait();
-    }
-    for (int from = 0; from < blocks; from++) sum += b[from * n + n - 1 - i];
+__device__ inline Words words_of(float a) {
+  Words w;
+  for (int k = 0; k < 4; k++) w.word[k] = float_to_bits(a + k);
+  return w;
+}
+
+// Two mbarriers, known to the cluster, that each expect `bytes`.
+__device__ inline void begin_arrivals(Mbarrier* arrived, int bytes) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; i++) mbarrier_init(&arrived[i], 1);
+    mbarrier_init_fence();
+    for (int i = 0; i < 2; i++) mbarrier_arrive(&arrived[i], bytes);
   }
   cluster_arrive();
   cluster_wait();
+}
+
+// In turns each block stores to all blocks of its cluster and sums what it got, with two buffers as
+// the persistent kernels have them. Bugs: 1, sums what may not have come; 2, stores without a
+// barrier behind its reads of the buffer that others store to next.
+__global__ void cluster_turns(const __grid_constant__ Program p) {
+  FUSEDRNN_DYNAMIC_SHARED(Words, buffer);  // [2][blocks][threads]
+  FUSEDRNN_STATIC_SHARED(Mbarrier, arrived, 2);
+  const int n = blockDim.x, i = threadIdx.x, blocks = int(p.cluster), rank = blockIdx.x % blocks;
+  const int bytes = blocks * n * int(sizeof(Words));
+  const float a = in<float>(p.a)[blockIdx.x * n + i];
+  float sum = 0;
+  begin_arrivals(arrived, bytes);
+  for (int turn = 0; turn < 4; turn++) {
+    Words* b = buffer + turn % 2 * blocks * n;
+    auto add = [&] {
+      for (int from = 0; from < blocks; from++)
+        sum += bits_to_float(b[from * n + n - 1 - i].word[turn]);
+    };
+    if (p.bug != 2) __syncthreads();
+    for (int to = 0; to < blocks; to++)
+      store_async(&b[rank * n + i], words_of(a), &arrived[turn % 2], to);
+    if (p.bug == 1) add();
+    mbarrier_wait(&arrived[turn % 2], turn / 2 % 2);
+    if (i == 0) mbarrier_arrive(&arrived[turn % 2], bytes);
+    if (p.bug != 1) add();
+  }
   out<float>(p)[blockIdx.x * n + i] = sum;
 }
 
-// Each block reads what the next one has. Bug: a block may end before it was read.
+// Each block takes what the one before it stores. Bug: the first one ends without.
 __global__ void cluster_end(const __grid_constant__ Program p) {
-  FUSEDRNN_DYNAMIC_SHARED(float, values);
-  const int n = blockDim.x, i = threadIdx.x;
-  values[i] = in<float>(p.a)[blockIdx.x * n + i];
-  cluster_arrive();
-  cluster_wait();
-  out<float>(p)[blockIdx.x * n + i] = cluster_map(values, (cluster_rank() + 1) % cluster_size())[i];
-  if (!p.bug) {
-    cluster_arrive();
-    cluster_wait();
-  }
+  FUSEDRNN_DYNAMIC_SHARED(Words, values);
+  FUSEDRNN_STATIC_SHARED(Mbarrier, arrived, 2);
+  const int n = blockDim.x, i = threadIdx.x, blocks = int(p.cluster), rank = blockIdx.x % blocks;
+  begin_arrivals(arrived, n * int(sizeof(Words)));
+  store_async(&values[i], words_of(in<float>(p.a)[blockIdx.x * n + i]), arrived,
+              (rank + 1) % blocks);
+  if (p.bug && rank == 0) return;
+  mbarrier_wait(arrived, 0);
+  out<float>(p)[blockIdx.x * n + i] = bits_to_float(values[i].word[0]);
 }
 
-// Each block sends a number to the next block, which waits for its bytes at an mbarrier; in the
-// second turn the receiver says first, at the sender's mbarrier, that it has read. Bug: it does
-// not.
-__global__ void store_to_peer(const __grid_constant__ Program p) {
-  FUSEDRNN_STATIC_SHARED(double, value, 64);
-  FUSEDRNN_STATIC_SHARED(Mbarrier, full, 1);
-  FUSEDRNN_STATIC_SHARED(Mbarrier, empty, 1);
-  const int n = blockDim.x, i = threadIdx.x, size = cluster_size();
-  const int next = (cluster_rank() + 1) % size, last = (cluster_rank() + size - 1) % size;
+// Each block stores to the next, which has to be there. Bug: no cluster barrier before.
+__global__ void cluster_begin(const __grid_constant__ Program p) {
+  FUSEDRNN_STATIC_SHARED(Words, value, 1);
+  FUSEDRNN_STATIC_SHARED(Mbarrier, arrived, 1);
+  const int i = threadIdx.x, blocks = int(p.cluster), rank = blockIdx.x % blocks;
   if (i == 0) {
-    mbarrier_init(full, n);
-    mbarrier_init(empty, n);
+    mbarrier_init(arrived, 1);
     mbarrier_init_fence();
+    mbarrier_arrive(arrived, int(sizeof(Words)));
   }
-  cluster_arrive();
-  cluster_wait();
-  for (int turn = 0; turn < 3; turn++) {
-    if (turn && !p.bug)
-      while (!mbarrier_try_wait(empty, (turn + 1) % 2)) {
-      }
-    mbarrier_arrive(full, 8);
-    store_async(&value[i], in<double>(p.a)[blockIdx.x * n + i] + turn, full, next);
-    while (!mbarrier_try_wait(full, turn % 2)) {
-    }
-    out<double>(p)[(turn * gridDim.x + blockIdx.x) * n + i] = value[n - 1 - i];
-    mbarrier_arrive_at(empty, last);
-  }
-  cluster_arrive();
-  cluster_wait();
+  if (!p.bug) cluster_arrive(), cluster_wait();
+  if (i == 0) store_async(value, words_of(rank), arrived, (rank + 1) % blocks);
+  mbarrier_wait(arrived, 0);
+  if (i == 0) out<float>(p)[blockIdx.x] = bits_to_float(value->word[0]);
 }
 
-// ---- the grid ----
-
-// out[block] = the sum of a over all blocks. Bug: the launch is not cooperative (see the test).
-__global__ void grid_barrier(const __grid_constant__ Program p) {
-  float* parts = out<float>(p) + gridDim.x;
-  if (threadIdx.x == 0) parts[blockIdx.x] = in<float>(p.a)[blockIdx.x];
-  grid_sync();
-  if (threadIdx.x == 0) {
-    float sum = 0;
-    for (unsigned i = 0; i < gridDim.x; i++) sum += parts[i];
-    out<float>(p)[blockIdx.x] = sum;
-  }
-}
+// ---- flags ----
 
 // A chain: a block takes what the block before has released, and adds its own. Bug: it releases the
 // flag before the value is written.
@@ -307,35 +225,30 @@ __global__ void flags(const __grid_constant__ Program p) {
     while (!load_acquire(&flag[b - 1])) {
     }
   sums[b] = (b ? sums[b - 1] : 0) + in<float>(p.a)[b];
-  if (!p.bug) add_release(&flag[b], 1);
+  if (!p.bug) store_release(&flag[b], 1);
 }
 
-// The first block copies, doubles and releases; the second one waits for its flag and passes on. So
-// the copy has to come though someone is always busy with the flag. Bug: releases what it has not.
-__global__ void copy_then_flag(const __grid_constant__ Program p) {
-  FUSEDRNN_DYNAMIC_SHARED(float, buffer);
-  FUSEDRNN_STATIC_SHARED(Mbarrier, full, 1);
+// A block stores to the other one of its cluster, which doubles and releases; the first waits for
+// its flag and passes on. So the store has to come though someone is always busy with the flag.
+// Bug: releases what it has not.
+__global__ void store_then_flag(const __grid_constant__ Program p) {
+  FUSEDRNN_DYNAMIC_SHARED(Words, buffer);
+  FUSEDRNN_STATIC_SHARED(Mbarrier, arrived, 2);
   const int n = blockDim.x, i = threadIdx.x;
   float* to = out<float>(p);
   int* flag = reinterpret_cast<int*>(to + 2 * n);
+  begin_arrivals(arrived, n * int(sizeof(Words)));
   if (blockIdx.x == 0) {
-    if (i == 0) {
-      mbarrier_init(full, 1);
-      mbarrier_init_fence();
-      mbarrier_arrive(full, 4 * n);
-      copy_bulk(buffer, p.a, 4 * n, full);
-    }
-    __syncthreads();
-    if (p.bug && i == 0) store_release(flag, 1);
-    while (!mbarrier_try_wait(full, 0)) {
-    }
-    to[i] = 2 * buffer[i];
-    __syncthreads();
-    if (i == 0) store_release(flag, 1);
-  } else {
+    store_async(&buffer[i], words_of(in<float>(p.a)[i]), arrived, 1);
     while (!load_acquire(flag)) {
     }
     to[n + i] = to[i];
+  } else {
+    if (p.bug && i == 0) store_release(flag, 1);
+    mbarrier_wait(arrived, 0);
+    to[i] = 2 * bits_to_float(buffer[i].word[0]);
+    __syncthreads();
+    if (i == 0) store_release(flag, 1);
   }
 }
 
@@ -367,6 +280,132 @@ __global__ void coordinates(const __grid_constant__ Program p) {
   to[9] = gridDim.x, to[10] = gridDim.y, to[11] = gridDim.z;
 }
 
+// ---- what the PTX ISA demands ----
+
+// Of a cluster of two blocks with a warp each. Without a fault it only stores 16 bytes.
+__global__ void demands(const __grid_constant__ Program p) {
+  FUSEDRNN_STATIC_SHARED(Words, place, 2);
+  FUSEDRNN_STATIC_SHARED(Mbarrier, m, 4);
+  const int lane = threadIdx.x;
+  const Fault fault{p.bug};
+  int *flag = out<int>(p), *shared_flag = reinterpret_cast<int*>(place);
+  Words *global = out<Words>(p), w{};
+  auto after = [](auto* at, int bytes) {
+    return reinterpret_cast<decltype(at)>(reinterpret_cast<char*>(at) + bytes);
+  };
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (lane == 0) {
+    mbarrier_init(&m[0], 1);
+    if (fault != Fault::kStoreUnfenced) mbarrier_init_fence();
+  }
+  cluster_arrive();
+  cluster_wait();
+  switch (fault) {
+    case Fault::kStoreInClusterOfOne:
+    case Fault::kStoreUnfenced:
+    case Fault::kNone:
+      if (lane == 0) mbarrier_arrive(&m[0], int(sizeof w));
+      if (lane == 0) store_async(&place[0], w, &m[0], 1 - blockIdx.x % 2);
+      mbarrier_wait(&m[0], 0);
+      store_words(global + blockIdx.x * 32 + lane, w);
+      break;
+    case Fault::kStoreOutsideCluster:
+      store_async(&place[0], w, &m[0], 2);
+      break;
+    case Fault::kStoreFromGlobal:
+      store_async(global, w, &m[0], 0);
+      break;
+    case Fault::kStoreMisaligned:
+      store_async(after(place, 8), w, &m[0], 0);
+      break;
+    case Fault::kStoreUninitialised:
+      store_async(&place[0], w, &m[1], 0);
+      break;
+    case Fault::kInitMisaligned:
+      mbarrier_init(after(&m[1], 4), 1);
+      break;
+    case Fault::kInitInGlobal:
+      mbarrier_init(out<Mbarrier>(p), 1);
+      break;
+    case Fault::kInitOfNoArrivals:
+      mbarrier_init(&m[1], 0);
+      break;
+    case Fault::kInitOfManyArrivals:
+      mbarrier_init(&m[1], 1 << 20);
+      break;
+    case Fault::kInitTwice:
+      mbarrier_init(&m[0], 1);
+      break;
+    case Fault::kArriveUninitialised:
+      mbarrier_arrive(&m[1], 0);
+      break;
+    case Fault::kArriveTwice:
+      mbarrier_arrive(&m[0], 16);
+      break;
+    case Fault::kExpectManyBytes:
+      mbarrier_arrive(&m[0], 1 << 20);
+      break;
+    case Fault::kWaitUninitialised:
+      mbarrier_wait(&m[1], 0);
+      break;
+    case Fault::kWaitOddParity:
+      mbarrier_wait(&m[0], 2);
+      break;
+    case Fault::kClusterArriveTwice:
+      cluster_arrive();
+      cluster_arrive();
+      break;
+    case Fault::kClusterWaitAlone:
+      cluster_wait();
+      break;
+    case Fault::kClusterArriveDivergent:
+      if (lane < 16)
+        cluster_arrive();
+      else
+        cluster_arrive();
+      break;
+    case Fault::kClusterWaitDivergent:
+      cluster_arrive();
+      if (lane < 16)
+        cluster_wait();
+      else
+        cluster_wait();
+      break;
+    case Fault::kClusterArriveMissed:
+      if (lane < 16) cluster_arrive();
+      break;
+    case Fault::kMmaDivergent:
+      if (lane < 16)
+        mma_tf32(d, a, b);
+      else
+        mma_tf32(d, a, b);
+      break;
+    case Fault::kMmaMissed:
+      if (lane < 16) mma(BFloat16{}, d, a, b);
+      break;
+    case Fault::kMmaOfFewLanes:
+      mma(Float16{}, d, a, b);
+      break;
+    case Fault::kFlagInShared:
+      store_release(shared_flag, 1);
+      break;
+    case Fault::kFlagMisaligned:
+      store_release(after(flag, 2), 1);
+      break;
+    case Fault::kFlagReadInShared:
+      wait_until(shared_flag, 1);
+      break;
+    case Fault::kVectorInShared:
+      store_words(&place[0], w);
+      break;
+    case Fault::kVectorMisaligned:
+      store_words(after(global, 8), w);
+      break;
+  }
+  if (fault == Fault::kMmaDivergent) out<float>(p)[lane] = d[0];
+}
+
 // What a thread needs on its stack. Bug: more than it has.
 __device__ int deep(int n, const int* p) {
   volatile char frame[4096];
@@ -388,19 +427,16 @@ const Entry kEntries[] = {
     ENTRY(global_overrun),
     ENTRY(early_exit),
     ENTRY(divergent),
-    ENTRY(named_barriers),
     ENTRY(shuffles),
     ENTRY(warp_order),
-    ENTRY(late_copy),
-    ENTRY(bulk_copy),
     ENTRY(cluster_turns),
     ENTRY(cluster_end),
-    ENTRY(store_to_peer),
-    ENTRY(grid_barrier),
+    ENTRY(cluster_begin),
     ENTRY(flags),
     ENTRY(lost_flag),
     ENTRY(apart),
-    ENTRY(copy_then_flag),
+    ENTRY(store_then_flag),
+    ENTRY(demands),
     ENTRY(coordinates),
     ENTRY(stack),
     ENTRY(product_tf32),

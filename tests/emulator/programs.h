@@ -4,10 +4,46 @@
 
 namespace fusedrnn {
 
+// What the program `demands` does wrong: each breaks one demand that the PTX ISA has of a
+// primitive.
+enum class Fault : int64_t {
+  kNone,
+  kStoreInClusterOfOne,
+  kStoreOutsideCluster,
+  kStoreFromGlobal,
+  kStoreMisaligned,
+  kStoreUninitialised,
+  kStoreUnfenced,
+  kInitMisaligned,
+  kInitInGlobal,
+  kInitOfNoArrivals,
+  kInitOfManyArrivals,
+  kInitTwice,
+  kArriveUninitialised,
+  kArriveTwice,
+  kExpectManyBytes,
+  kWaitUninitialised,
+  kWaitOddParity,
+  kClusterArriveTwice,
+  kClusterWaitAlone,
+  kClusterArriveDivergent,
+  kClusterWaitDivergent,
+  kClusterArriveMissed,
+  kMmaDivergent,
+  kMmaMissed,
+  kMmaOfFewLanes,
+  kFlagInShared,
+  kFlagMisaligned,
+  kFlagReadInShared,
+  kVectorInShared,
+  kVectorMisaligned,
+};
+
 struct Program {
   const char* name;
   int64_t blocks, threads, cluster, shared_bytes;
-  bool cooperative, bug;  // bug: with the fault that the program is there to show
+  bool cooperative;
+  int64_t bug;  // which of the faults that the program is there to show; 0: none
   const void *a, *b;
   void* out;
 };

@@ -30,24 +30,17 @@ struct Entry {
    [](const void* params) { return function(*static_cast<const type*>(params), nullptr); }}
 using namespace fusedrnn;
 
-// Tests say how many units and rows a block has; flags and workspace are made here, of just the
-// size that was announced, and the workspace is full of NaN.
-template <class P, class Shape, class F>
-int planned(P p, Shape shape, F launch) {
-  const bool chained = p.chained;
-  p.shape =
-      shape(p.cell, p.engine, p.cluster, int(p.hidden_size), p.shape.units, p.shape.rows, chained);
+// Flags and workspace are made here, of just the size that was announced, and the workspace is full
+// of NaN.
+template <class P, class F>
+int planned(P p, F launch) {
   std::vector<int> flags(size_t(p.flag_count()), 0);
   std::vector<char> workspace(size_t(p.workspace_bytes()), char(0xff));
   p.flags = flags.data(), p.workspace = workspace.data();
   return launch(p, nullptr);
 }
-int planned_forward(const PersistentForward& p, void*) {
-  return planned(p, forward_shape, persistent_forward);
-}
-int planned_backward(const PersistentBackward& p, void*) {
-  return planned(p, backward_shape, persistent_backward);
-}
+int planned_forward(const PersistentForward& p, void*) { return planned(p, persistent_forward); }
+int planned_backward(const PersistentBackward& p, void*) { return planned(p, persistent_backward); }
 
 const Entry kEntries[] = {
     LAUNCH(cell_forward, CellForward),

@@ -1,8 +1,8 @@
-// The runtime of simt.h: fibers, the scheduler, barriers, shared memory, late copies, reports.
+// The runtime of simt.h: fibers, the scheduler, barriers, shared memory, late stores, reports.
 //
 // Built with -DSIMT_ADDRESS (and AddressSanitizer) or -DSIMT_THREAD. With ThreadSanitizer this file
 // alone is not instrumented: the switch from one fiber to another orders nothing, and what a
-// barrier, a flag or a copy orders is told to it here.
+// barrier, a flag or a store orders is told to it here.
 #include "emulator/simt.h"
 
 #include <signal.h>
@@ -67,7 +67,7 @@ struct Unseen {
 #if defined(SIMT_ADDRESS)
 void poison(const void* p, size_t n) { __asan_poison_memory_region(p, n); }
 void unpoison(const void* p, size_t n) { __asan_unpoison_memory_region(p, n); }
-// A late copy is checked where it is asked for: its own report would name another line.
+// A late store is checked where it is asked for: its own report would name another line.
 void touch(const void* p, size_t n) {
   if (void* bad = __asan_region_is_poisoned(const_cast<void*>(p), n))
     *static_cast<volatile const char*>(bad);
@@ -84,6 +84,7 @@ constexpr size_t kPage = 4096;
 constexpr size_t kMostGuards = 16 << 10;  // stacks with a page below that no one may touch
 constexpr size_t kFibersAtOnce = 7000;    // ThreadSanitizer has room for 8128
 constexpr int64_t kPollsInVain = 1 << 22;
+constexpr int64_t kMostOfMbarrier = (1 << 20) - 1;  // arrivals, and bytes on their way
 
 // ---- what there is ----
 
@@ -111,10 +112,10 @@ struct Cluster;
 
 struct Block {
   uint3 index;
-  int rank, left;  // in the cluster; threads that have not ended
+  int left;  // threads that have not ended
   bool begun = false;
   Cluster* cluster;
-  Barrier all, named[16];
+  Barrier all;
   std::vector<Warp> warps;
   char* shared;
 };
@@ -124,19 +125,21 @@ struct Cluster {
   std::vector<Block*> blocks;
 };
 
-struct Copy {
-  void* to;
-  const void* from;
+// To another block's shared memory, or the own.
+struct Store {
+  Block* block;
+  void *to, *barrier;
   size_t bytes;
-  void* barrier = nullptr;
-  char value[16] = {};  // of a store: `from` is null
-  void* agent = nullptr;
-  int64_t distance = 0;  // how far away it lands
+  char value[16];
+  Where at;
+  void* agent;       // who ThreadSanitizer sees
+  int64_t distance;  // how far away it lands
 };
 
 struct Mbarrier {
   int expected, pending;
   int64_t bytes = 0;
+  bool fenced = false;                   // other blocks may know of it
   int64_t distance = 0, met_at[2] = {};  // as of a Barrier
   uint64_t phase = 0;
   std::vector<Fiber*> waiting;
@@ -152,8 +155,8 @@ struct Fiber : simt::Thread {
   uint64_t cluster_phase = 0;
   bool cluster_arrived = false;
   int64_t distance = 0;
-  std::vector<std::vector<Copy>> groups;  // committed
-  std::vector<Copy> copies;               // not yet
+  std::vector<Mbarrier*> initialised;  // and not yet fenced
+  char performed;  // what ThreadSanitizer knows to come before this thread's late stores
   char* stack = nullptr;
   void *fake_stack = nullptr, *sanitizer = nullptr;
 #if defined(SIMT_ASSEMBLY)
@@ -169,11 +172,10 @@ struct State {
   size_t main_stack_size = 0;
   std::vector<Fiber*> ready;
   size_t next_ready = 0;  // in turn; those before have had theirs. In random order always 0.
-  Barrier grid;
   std::map<const void*, size_t> static_offsets;  // the same in every block
   size_t shared_used = 0, shared_size = 0;
   std::map<void*, Mbarrier> mbarriers;
-  std::vector<Copy> in_flight;
+  std::vector<Store> in_flight;
   std::map<const void*, std::map<int, int64_t>> raised;  // of a flag: how far away each value was
   int64_t distance = 0;                                  // the longest of threads that have ended
   int64_t polls = 0;                                     // since anything happened
@@ -309,7 +311,7 @@ Fiber* next() {
   const Unseen unseen;
   State& s = *state;
   while (!s.in_flight.empty() && flip(8)) land(generator() % s.in_flight.size());
-  // Copies come when no one can go on without, whoever can having looked at flags in vain.
+  // Stores come when no one can go on without, whoever can having looked at flags in vain.
   while (s.polls >= int64_t(s.ready.size() - s.next_ready)) {
     if (s.in_flight.empty()) break;
     land(random_order ? generator() % s.in_flight.size() : 0);
@@ -363,9 +365,11 @@ void entry() {
   }
   (*state->body)();
   Fiber& f = *self();
-  simt::wait_copies(-1);
   // The shared memory of a block that has ended is no one's.
   if (--block.left == 0) {
+    for (const Store& s : state->in_flight)
+      if (s.block == &block)
+        fail(text("the block ends with a store to it on its way, %s", name(s.at).c_str()));
     clear(block);
     poison(block.shared, state->shared_size);
   }
@@ -412,17 +416,15 @@ void wait(Barrier& b, uint64_t phase, const char* what, const Where& at, bool or
   if (orders) acquire(&b.sync[phase & 1]);
 }
 
+// Before it arrives: those who wait at the barrier are at the same line. Null: they need not be.
 void same_line(Barrier& b, const char* what, const Where& at) {
   if (b.arrived == 0) {
     b.first = at;
+  } else if (!what) {
+    return;
   } else if (b.first.line() != at.line() || strcmp(b.first.file_name(), at.file_name())) {
     fail(text("divergent %s: here %s, others %s", what, name(at).c_str(), name(b.first).c_str()));
   }
-}
-
-void sync(Barrier& b, const char* what, const Where& at) {
-  same_line(b, what, at);
-  wait(b, arrive(b, true), what, at, true);
 }
 
 Exchange& warp_barrier(unsigned mask, const Where& at) {
@@ -438,20 +440,29 @@ Exchange& warp_barrier(unsigned mask, const Where& at) {
   return b;
 }
 
-Barrier& named_barrier(int id, int threads, const Where& at) {
-  if (id < 1 || id > 15 || threads < 1 || threads % 32)
-    fail(text("named barrier %d of %d threads at %s", id, threads, name(at).c_str()));
-  Barrier& b = self()->owner->named[id];
-  if (b.arrived && b.expected != threads)
-    fail(text("named barrier %d of %d threads at %s, of %d elsewhere", id, threads,
-              name(at).c_str(), b.expected));
-  b.expected = threads;
-  return b;
+// An instruction that the lanes of a warp execute together (.aligned). Orders no memory.
+void converge(const char* instruction, const Where& at) {
+  Exchange& b = warp_barrier(~0u, at);
+  same_line(b, instruction, at);
+  wait(b, arrive(b, false), instruction, at, false);
 }
 
-// ---- copies ----
+// ---- shared memory ----
 
-void move(const Copy& c) { memcpy(c.to, c.from ? c.from : c.value, c.bytes); }
+bool in_shared(const Block& b, const void* p) {
+  const char* at = static_cast<const char*>(p);
+  return at >= b.shared && at < b.shared + state->shared_size;
+}
+
+// Where block `other` has what this block has at `mine`.
+char* map_shared(const Block& other, const void* mine, const Where& at) {
+  const Block& own = *self()->owner;
+  if (!in_shared(own, mine))
+    fail(text("not in the block's shared memory: %p at %s", mine, name(at).c_str()));
+  return other.shared + (static_cast<const char*>(mine) - own.shared);
+}
+
+// ---- late stores ----
 
 Mbarrier& mbarrier_at(void* p, const Where& at) {
   const Unseen unseen;
@@ -460,8 +471,11 @@ Mbarrier& mbarrier_at(void* p, const Where& at) {
   return it->second;
 }
 
+// Arrivals and bytes have changed.
 void advance(Mbarrier& m) {
   state->polls = 0;
+  if (std::abs(m.bytes) > kMostOfMbarrier)
+    fail(text("%lld bytes on their way to an mbarrier", static_cast<long long>(m.bytes)));
   if (m.pending || m.bytes) return;
   m.pending = m.expected;
   m.met_at[m.phase & 1] = std::exchange(m.distance, 0);
@@ -469,11 +483,11 @@ void advance(Mbarrier& m) {
   wake(m.waiting);
 }
 
-// A copy in flight comes to its end, whoever is running: only its issue is ordered before.
+// A store in flight comes to its end, whoever is running.
 void land(size_t which) {
   State& s = *state;
   // Not on the stack: that is the running fiber's, whose earlier values there the agent would race.
-  static Copy c;
+  static Store c;
   c = s.in_flight[which];
   s.in_flight.erase(s.in_flight.begin() + ptrdiff_t(which));
   const auto it = s.mbarriers.find(c.barrier);
@@ -482,30 +496,34 @@ void land(size_t which) {
   void* running = __tsan_get_current_fiber();
   __tsan_ignore_thread_end();  // next() has set it for the running fiber
   __tsan_switch_to_fiber(c.agent, kNoOrder);
-  move(c);
+  memcpy(c.to, c.value, c.bytes);
   release(&m.sync[m.phase & 1]);
   __tsan_switch_to_fiber(running, kNoOrder);
   __tsan_ignore_thread_begin();
   __tsan_destroy_fiber(c.agent);
 #else
-  move(c);
+  memcpy(c.to, c.value, c.bytes);
 #endif
   m.bytes -= int64_t(c.bytes);
   m.distance = std::max(m.distance, c.distance);
   advance(m);
 }
 
-void send(Copy c, const Where& at) {
-  mbarrier_at(c.barrier, at);
-  c.distance = self()->distance + !c.from;  // a store to a peer, and not a copy from memory
-  touch(c.to, c.bytes);
-  if (c.from) touch(c.from, c.bytes);
 #if defined(SIMT_THREAD)
-  c.agent = __tsan_create_fiber(0);  // ordered after what this thread did
-#endif
-  const Unseen unseen;
-  state->in_flight.push_back(c);
+// The end of a store releases that store alone, and nothing that its thread did before. What comes
+// before its issue all the same is what was performed at the thread's last barrier.
+void* new_agent() {
+  void* running = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(main_fiber.sanitizer, kNoOrder);  // a fiber comes after its creator
+  void* agent = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(agent, kNoOrder);
+  acquire(&self()->performed);
+  __tsan_switch_to_fiber(running, kNoOrder);
+  return agent;
 }
+#else
+void* new_agent() { return nullptr; }
+#endif
 
 // ---- a launch ----
 
@@ -573,7 +591,6 @@ bool run_clusters(State& s, const std::vector<size_t>& clusters, size_t from, si
     const size_t linear = clusters[from + i / size] * size + i % size;
     b.index = {unsigned(linear % c.blocks.x), unsigned(linear / c.blocks.x % c.blocks.y),
                unsigned(linear / c.blocks.x / c.blocks.y)};
-    b.rank = int(i % size);
     b.left = b.all.expected = int(threads);
     b.cluster = &cluster[i / size];
     b.cluster->blocks.push_back(&b);
@@ -602,7 +619,6 @@ bool run_clusters(State& s, const std::vector<size_t>& clusters, size_t from, si
       s.ready.push_back(&f);
     }
   }
-  s.grid.expected = int(fiber.size());
   simt::current = &main_fiber;
   switch_to(next());
   acquire(&s.end_sync);
@@ -697,45 +713,54 @@ int run(const Launch& launch, const std::function<void()>& body) {
   return good ? kSuccess : kLaunchFailure;
 }
 
-void sync_block(Where at) { sync(self()->owner->all, "__syncthreads", at); }
-void sync_named(int id, int threads, Where at) {
-  Barrier& b = named_barrier(id, threads, at);
-  wait(b, arrive(b, true), "a named barrier", at, true);
+void sync_block(Where at) {
+  Barrier& b = self()->owner->all;
+  same_line(b, "__syncthreads", at);
+  wait(b, arrive(b, true), "__syncthreads", at, true);
+  release(&self()->performed);
 }
-void arrive_named(int id, int threads, Where at) { arrive(named_barrier(id, threads, at), true); }
 void sync_warp(unsigned mask, Where at) {
   Barrier& b = warp_barrier(mask, at);
+  same_line(b, nullptr, at);
   wait(b, arrive(b, true), "__syncwarp", at, true);
-}
-void sync_grid(Where at) {
-  if (!state->launch.cooperative)
-    fail(text("grid barrier without a cooperative launch at %s", name(at).c_str()));
-  sync(state->grid, "the grid barrier", at);
 }
 
 void arrive_cluster(Where at) {
   Fiber& f = *self();
+  converge("barrier.cluster.arrive", at);
   if (f.cluster_arrived) fail(text("a second cluster arrive at %s", name(at).c_str()));
   f.cluster_arrived = true;
   f.cluster_phase = arrive(f.owner->cluster->all, true, true);
 }
 void wait_cluster(Where at) {
   Fiber& f = *self();
+  converge("barrier.cluster.wait", at);
   if (!f.cluster_arrived) fail(text("cluster wait without arrive at %s", name(at).c_str()));
   f.cluster_arrived = false;
   wait(f.owner->cluster->all, f.cluster_phase, "the cluster barrier", at, true);
+  release(&f.performed);
 }
 
 int lane() { return self()->linear & 31; }
-int cluster_rank() { return self()->owner->rank; }
-int cluster_size() { return int(self()->owner->cluster->blocks.size()); }
 
-const char* exchange(unsigned mask, const void* value, size_t bytes, Where at) {
-  Exchange& b = warp_barrier(mask, at);
+namespace {
+const char* exchange(Exchange& b, const char* aligned, const void* value, size_t bytes,
+                     const Where& at) {
+  same_line(b, aligned, at);
   char (&slots)[32][64] = b.slots[b.phase & 1];
   for (size_t i = 0; i < bytes; i++) slots[lane()][i] = static_cast<const volatile char*>(value)[i];
-  wait(b, arrive(b, false), "a warp operation", at, false);
+  wait(b, arrive(b, false), aligned ? aligned : "a shuffle", at, false);
   return slots[0];
+}
+}  // namespace
+const char* exchange(unsigned mask, const void* value, size_t bytes, Where at) {
+  return exchange(warp_barrier(mask, at), nullptr, value, bytes, at);
+}
+const char* exchange_aligned(const char* instruction, const void* value, size_t bytes, Where at) {
+  Exchange& b = warp_barrier(~0u, at);
+  if (b.expected < 32)
+    fail(text("%s of %d lanes at %s", instruction, b.expected, name(at).c_str()));
+  return exchange(b, instruction, value, bytes, at);
 }
 
 void* dynamic_shared() { return self()->owner->shared; }
@@ -758,15 +783,14 @@ void* static_shared(const void* key, size_t bytes) {
   return own.shared + (it->second & 0xffffffff);
 }
 
-void* map_shared(const void* mine, int rank, Where at) {
-  const Block& own = *self()->owner;
-  const ptrdiff_t offset = static_cast<const char*>(mine) - own.shared;
-  if (offset < 0 || size_t(offset) >= state->shared_size)
-    fail(text("map_shared of what is not in the block's shared memory at %s", name(at).c_str()));
-  if (rank < 0 || rank >= cluster_size())
-    fail(text("map_shared of block %d in a cluster of %d at %s", rank, cluster_size(),
-              name(at).c_str()));
-  return own.cluster->blocks[size_t(rank)]->shared + offset;
+void expect_global(const void* p, size_t bytes, Where at) {
+  const Fiber& f = *self();
+  const char* address = static_cast<const char*>(p);
+  bool elsewhere = address >= f.stack && address < f.stack + kStack;
+  for (const Block* b : f.owner->cluster->blocks) elsewhere |= in_shared(*b, p);
+  if (elsewhere) fail(text("not in global memory: %p at %s", p, name(at).c_str()));
+  if (reinterpret_cast<uintptr_t>(p) % bytes)
+    fail(text("not a multiple of %zu: %p at %s", bytes, p, name(at).c_str()));
 }
 
 void poll(Where at) {
@@ -787,47 +811,31 @@ void reached(const void* flag, int value) {
 }
 int64_t longest_way() { return way; }
 
-void copy_async(void* to, const void* from, size_t bytes, Where) {
-  touch(to, bytes);
-  touch(from, bytes);
-  const Copy c{to, from, bytes};
-  if (flip(2)) return move(c);  // it may land at once, or as late as its wait
-  const Unseen unseen;
-  self()->copies.push_back(c);
-}
-void commit_copies() {
-  const Unseen unseen;
-  Fiber& f = *self();
-  f.groups.push_back(std::move(f.copies));
-  f.copies.clear();
-}
-void wait_copies(int groups) {
-  Fiber& f = *self();
-  if (groups < 0) commit_copies();
-  const size_t keep = size_t(std::max(groups, 0));
-  while (f.groups.size() > keep) {
-    for (const Copy& c : f.groups.front()) move(c);
-    const Unseen unseen;
-    f.groups.erase(f.groups.begin());
-  }
-}
-
 void mbarrier_init(void* barrier, int arrivals, Where at) {
-  if (arrivals < 1 || reinterpret_cast<uintptr_t>(barrier) % 8)
-    fail(text("mbarrier of %d arrivals at %p, %s", arrivals, barrier, name(at).c_str()));
+  if (!in_shared(*self()->owner, barrier) || reinterpret_cast<uintptr_t>(barrier) % 8)
+    fail(text("no place for an mbarrier: %p at %s", barrier, name(at).c_str()));
+  if (arrivals < 1 || arrivals > kMostOfMbarrier)
+    fail(text("mbarrier of %d arrivals at %s", arrivals, name(at).c_str()));
   touch(barrier, 8);
   const Unseen unseen;
   Mbarrier m{};
   m.expected = m.pending = arrivals;
-  state->mbarriers[barrier] = m;
+  const auto [it, added] = state->mbarriers.emplace(barrier, m);
+  if (!added) fail(text("mbarrier initialised twice at %s", name(at).c_str()));
+  self()->initialised.push_back(&it->second);
 }
-void mbarrier_expect(void* barrier, int64_t bytes, Where at) {
-  Mbarrier& m = mbarrier_at(barrier, at);
-  m.bytes += bytes;
+void mbarrier_init_fence() {
+  const Unseen unseen;
+  for (Mbarrier* m : self()->initialised) m->fenced = true;
+  self()->initialised.clear();
 }
 void mbarrier_arrive(void* barrier, int64_t expect_bytes, Where at) {
+  map_shared(*self()->owner, barrier, at);
   Mbarrier& m = mbarrier_at(barrier, at);
   if (m.pending == 0) fail(text("one arrival too many at %s", name(at).c_str()));
+  if (expect_bytes < 0 || expect_bytes > kMostOfMbarrier)
+    fail(text("an mbarrier cannot expect %lld bytes at %s", static_cast<long long>(expect_bytes),
+              name(at).c_str()));
   release(&m.sync[m.phase & 1]);
   const Unseen unseen;
   m.bytes += expect_bytes;
@@ -836,7 +844,10 @@ void mbarrier_arrive(void* barrier, int64_t expect_bytes, Where at) {
   advance(m);
 }
 void mbarrier_wait(void* barrier, int parity, Where at) {
+  map_shared(*self()->owner, barrier, at);
   Mbarrier& m = mbarrier_at(barrier, at);
+  if (parity != 0 && parity != 1)
+    fail(text("an mbarrier has no parity %d at %s", parity, name(at).c_str()));
   while (int(m.phase & 1) == parity) {
     Fiber* f = self();
     {
@@ -850,15 +861,27 @@ void mbarrier_wait(void* barrier, int parity, Where at) {
   self()->distance = std::max(self()->distance, m.met_at[parity & 1]);
   acquire(&m.sync[parity & 1]);
 }
-void copy_bulk(void* to, const void* from, size_t bytes, void* barrier, Where at) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
-    fail(text("bulk copy not in units of 16 bytes at %s", name(at).c_str()));
-  send({to, from, bytes, barrier}, at);
-}
-void store_async(void* to, const void* value, size_t bytes, void* barrier, Where at) {
-  Copy c{to, nullptr, bytes, barrier};
+void store_async(void* mine, const void* value, size_t bytes, void* barrier, int rank, Where at) {
+  const Block& own = *self()->owner;
+  const int size = int(own.cluster->blocks.size());
+  if (size < 2) fail(text("st.async in a cluster of one block at %s", name(at).c_str()));
+  if (rank < 0 || rank >= size)
+    fail(text("no block %d in a cluster of %d at %s", rank, size, name(at).c_str()));
+  Block& other = *own.cluster->blocks[size_t(rank)];
+  Store c{&other,  map_shared(other, mine, at), map_shared(other, barrier, at), bytes, {}, at,
+          nullptr, self()->distance + 1};
+  if (!other.begun || !other.left)
+    fail(text("st.async to block %d, which has %s, at %s", rank,
+              other.begun ? "ended" : "not begun", name(at).c_str()));
+  if (reinterpret_cast<uintptr_t>(c.to) % bytes)
+    fail(text("not a multiple of %zu: %p at %s", bytes, c.to, name(at).c_str()));
+  if (!mbarrier_at(c.barrier, at).fenced && &other != &own)
+    fail(text("no fence after the mbarrier's initialisation, for %s", name(at).c_str()));
+  touch(c.to, c.bytes);
   memcpy(c.value, value, bytes);
-  send(c, at);
+  c.agent = new_agent();
+  const Unseen unseen;
+  state->in_flight.push_back(c);
 }
 
 }  // namespace simt

@@ -2,7 +2,7 @@
 // and the interface of the runtime (simt.cpp) that runs it.
 //
 // Every CUDA thread is a fiber on one operating system thread, which it gives up only where it
-// waits. There is no lockstep and no order among threads but what barriers, flags and copies make:
+// waits. There is no lockstep and no order among threads but what barriers, flags and stores make:
 // with a seed the next one to run is drawn at random. Shared memory starts as NaN. Whoever waits
 // for what never comes, at a barrier or at a flag, ends the launch with a report.
 #pragma once
@@ -51,8 +51,8 @@ constexpr int kProcessors = 132, kThreadsPerBlock = 1024, kThreadsPerProcessor =
 
 // Runs `body` once for every thread. A kernel that fails says why on stderr.
 int run(const Launch&, const std::function<void()>& body);
-// Draw the order of threads, and when copies land, from a seed; negative: always the same order,
-// and copies land as late as they may.
+// Draw the order of threads, and when stores to other blocks land, from a seed; negative: always
+// the same order, and stores land as late as they may.
 void set_seed(int64_t seed);
 // Lets so many launches pass, and has the one after them fail; negative: none.
 void fail_after(int64_t launches);
@@ -69,40 +69,35 @@ struct Thread {
 extern const Thread* current;
 
 void sync_block(Where);
-void sync_named(int id, int threads, Where);    // bar.sync id, threads
-void arrive_named(int id, int threads, Where);  // bar.arrive id, threads
 void sync_warp(unsigned mask, Where);
-void sync_grid(Where);
 void arrive_cluster(Where);
 void wait_cluster(Where);
-int cluster_rank(), cluster_size(), lane();
+int lane();
 
 // Every lane of `mask` gives `bytes` (at most 64). Returns what lane l gave at 64 * l; this is
 // readable until the next exchange with the same mask. Orders no memory, like the shuffles.
 const char* exchange(unsigned mask, const void* value, size_t bytes, Where);
+// The same of all 32 lanes, which execute the same instruction.
+const char* exchange_aligned(const char* instruction, const void* value, size_t bytes, Where);
 
 void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes);  // the same array for each key
-// Where block `rank` of the cluster has what this block has at `mine`, in shared memory.
-void* map_shared(const void* mine, int rank, Where);
+
+// Fails unless p is in global memory and a multiple of `bytes`.
+void expect_global(const void* p, size_t bytes, Where);
 
 // A thread looks at a flag that others set: they run before it looks again.
 void poll(Where);
 void progress(const void* flag, int value);  // a flag has this value now
 void reached(const void* flag, int value);   // a thread has found it, or more
 
-// cp.async, in groups that are waited for.
-void copy_async(void* to, const void* from, size_t bytes, Where);
-void commit_copies();
-void wait_copies(int groups);  // all but the newest so many groups; less than 0: all copies
-
-// mbarriers, and what completes their transactions: copies, and values stored to a peer.
+// mbarriers, and what completes their transactions: stores, of at most 16 bytes, to where block
+// `rank` of the cluster has what this block has at `mine` and `barrier`.
 void mbarrier_init(void* barrier, int arrivals, Where);
+void mbarrier_init_fence();
 void mbarrier_arrive(void* barrier, int64_t expect_bytes, Where);
-void mbarrier_expect(void* barrier, int64_t bytes, Where);
 void mbarrier_wait(void* barrier, int parity, Where);
-void copy_bulk(void* to, const void* from, size_t bytes, void* barrier, Where);
-void store_async(void* to, const void* value, size_t bytes, void* barrier, Where);
+void store_async(void* mine, const void* value, size_t bytes, void* barrier, int rank, Where);
 
 }  // namespace simt
 

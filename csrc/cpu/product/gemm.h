@@ -17,34 +17,58 @@ constexpr int kCacheLine = 64;
 template <class X>
 constexpr int64_t kRowPad = 16 * kPlanes<X>;
 
+// Sums of R rows and V vectors, in chains: narrow panels leave registers free, which sum every
+// second (fourth) operand. That hides the latency of additions and halves the rounding error.
+template <class X, int V>
+constexpr int kChains = Panels<X>::kVectors / V;
+
+template <class V, int N, int R, int W>
+FUSEDRNN_INLINE void clear(V (&sums)[N][R][W]) {
+#pragma GCC unroll 8
+  for (int chain = 0; chain < N; chain++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < W; v++) sums[chain][r][v] = V{};
+}
+// Adds all chains to the first one.
+template <class V, int N, int R, int W>
+FUSEDRNN_INLINE void merge(V (&sums)[N][R][W]) {
+#pragma GCC unroll 8
+  for (int chain = 1; chain < N; chain++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < W; v++) sums[0][r][v] += sums[chain][r][v];
+}
+// Adds the products of one element of each row of A, `stride` apart, with one row of a panel.
+template <class X, int R, int V>
+FUSEDRNN_INLINE void add_products(Vec<Compute<X>> (&sums)[R][V], const X* a, int64_t stride,
+                                  const X* panel) {
+  Vec<X> b[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) b[v] = load(panel + v * Lanes<X>::kWidth);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const Vec<X> x = broadcast<X>(a[r * stride]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sums[r][v] = multiply_add<X>(x, b[v], sums[r][v]);
+  }
+}
+
 // C = A B + D for R rows of A and one panel of V vectors, K operands deep. A[r, k] = a[r * ar + k *
 // ak]; rows of C hold `cols`. The memory from `next` on, which is read after this, is prefetched to
 // L2, a line for each k.
-// A narrow panel leaves registers free: these sum every second (fourth) k, which hides the latency
-// of additions and halves the rounding error.
 template <class X, int R, int V>
 __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64_t ak,
                                         const X* panel, Compute<X>* c, int64_t ldc, int64_t cols,
                                         Addend<Compute<X>> d, const void* next) {
   using C = Compute<X>;
-  constexpr int w = Lanes<X>::kWidth, kChains = Panels<X>::kVectors / V;
-  Vec<C> acc[kChains][R][V];
-#pragma GCC unroll 8
-  for (int chain = 0; chain < kChains; chain++)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[chain][r][v] = Vec<C>{};
+  constexpr int w = Lanes<X>::kWidth, kN = kChains<X, V>;
+  Vec<C> acc[kN][R][V];
+  clear(acc);
   auto add = [&](int chain) __attribute__((always_inline)) {
-    Vec<X> b[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) b[v] = load(panel + v * w);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const Vec<X> x = broadcast<X>(a[r * ar]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[chain][r][v] = multiply_add<X>(x, b[v], acc[chain][r][v]);
-    }
+    add_products<X>(acc[chain], a, ar, panel);
     panel += V * w;
     a += ak;
     if constexpr (R >= 4) {  // fewer rows are bound by loads
@@ -53,16 +77,11 @@ __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64
     }
   };
   int64_t k = 0;
-  for (; k + kChains <= K; k += kChains)
+  for (; k + kN <= K; k += kN)
 #pragma GCC unroll 8
-    for (int chain = 0; chain < kChains; chain++) add(chain);
+    for (int chain = 0; chain < kN; chain++) add(chain);
   for (; k < K; k++) add(0);
-#pragma GCC unroll 8
-  for (int chain = 1; chain < kChains; chain++)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[0][r][v] += acc[chain][r][v];
+  merge(acc);
   if (cols == V * w) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -93,7 +112,7 @@ __attribute__((noinline)) void multiply_few(int64_t K, int64_t part, const X* a,
                                             const X* panel, Compute<X>* c, int64_t ldc,
                                             int64_t cols, Addend<Compute<X>> d) {
   using C = Compute<X>;
-  constexpr int w = Lanes<X>::kWidth, kChains = Panels<X>::kVectors / V;
+  constexpr int w = Lanes<X>::kWidth, kN = kChains<X, V>;
   Vec<C> sums[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++)
@@ -101,54 +120,36 @@ __attribute__((noinline)) void multiply_few(int64_t K, int64_t part, const X* a,
                                           : broadcast<C>(C(-0.));  // keeps the sign of zero
   auto multiply_parts = [&](auto parts, int64_t k0) __attribute__((always_inline)) {
     constexpr int P = parts.value;
-    Vec<C> acc[P][kChains][R][V];
+    Vec<C> acc[P][kN][R][V];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 8
-      for (int chain = 0; chain < kChains; chain++)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-          for (int v = 0; v < V; v++) acc[p][chain][r][v] = Vec<C>{};
+    for (int p = 0; p < P; p++) clear(acc[p]);
     auto add = [&](int p, int chain, int64_t k) __attribute__((always_inline)) {
       k += k0 + p * part;
-      Vec<X> b[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) b[v] = load(panel + (k * V + v) * w);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const Vec<X> x = broadcast<X>(a[r * lda + k]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++)
-          acc[p][chain][r][v] = multiply_add<X>(x, b[v], acc[p][chain][r][v]);
-      }
+      add_products<X>(acc[p][chain], a + k, lda, panel + k * V * w);
     };
     // The last part may be the shorter one.
-    const int64_t last = min(K - k0 - (P - 1) * part, part);
-    const int64_t first = P > 1 ? part : last;
+    const int64_t last = min(K - k0 - (P - 1) * part, part), first = P > 1 ? part : last;
     int64_t k = 0;
-    for (; k + kChains <= last; k += kChains)
+    for (; k + kN <= last; k += kN)
 #pragma GCC unroll 8
-      for (int chain = 0; chain < kChains; chain++)
+      for (int chain = 0; chain < kN; chain++)
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) add(p, chain, k + chain);
     for (int64_t rest = k; rest < last; rest++) add(P - 1, 0, rest);
     if constexpr (P > 1) {
-      for (; k + kChains <= first; k += kChains)
+      for (; k + kN <= first; k += kN)
 #pragma GCC unroll 8
-        for (int chain = 0; chain < kChains; chain++) add(0, chain, k + chain);
+        for (int chain = 0; chain < kN; chain++) add(0, chain, k + chain);
       for (; k < first; k++) add(0, 0, k);
     }
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
+    for (int p = 0; p < P; p++) {
+      merge(acc[p]);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-#pragma GCC unroll 8
-          for (int chain = 1; chain < kChains; chain++) acc[p][0][r][v] += acc[p][chain][r][v];
-          sums[r][v] += acc[p][0][r][v];
-        }
+        for (int v = 0; v < V; v++) sums[r][v] += acc[p][0][r][v];
+    }
   };
   int64_t k = 0;
   for (; k + part < K; k += 2 * part) multiply_parts(Constant<2>{}, k);

@@ -192,19 +192,19 @@ FUSEDRNN_INLINE void store_operands(X* row, int64_t plane, int64_t j, Vec<Comput
 
 // Fills a row of n operands; value(j, lanes) returns the values from j on.
 template <class X, class Value>
-FUSEDRNN_INLINE void make_operands(X* to, int64_t plane, int64_t n, Value value) {
+FUSEDRNN_INLINE void make_operands(X* dst, int64_t plane, int64_t n, Value value) {
   constexpr int w = Lanes<Compute<X>>::kWidth;
   int64_t j = 0;
-  for (; j + w <= n; j += w) store_operands(to, plane, j, value(j, w), w);
-  if (j < n) store_operands(to, plane, j, value(j, n - j), n - j);
+  for (; j + w <= n; j += w) store_operands(dst, plane, j, value(j, w), w);
+  if (j < n) store_operands(dst, plane, j, value(j, n - j), n - j);
   for (int p = 0; p < kPlanes<X>; p++) {
-    Element<X>* elements = reinterpret_cast<Element<X>*>(to + p * plane);
+    Element<X>* elements = reinterpret_cast<Element<X>*>(dst + p * plane);
     for (j = n; j < operands<X>(n) / kPlanes<X> * kDepth<X>; j++) elements[j] = Element<X>{};
   }
 }
 template <class X, class From>
-FUSEDRNN_INLINE void to_operands(X* to, int64_t plane, const From* from, int64_t n) {
-  make_operands(to, plane, n, [from](int64_t j, int64_t lanes) { return load(from + j, lanes); });
+FUSEDRNN_INLINE void to_operands(X* dst, int64_t plane, const From* src, int64_t n) {
+  make_operands(dst, plane, n, [src](int64_t j, int64_t lanes) { return load(src + j, lanes); });
 }
 
 template <class X>

@@ -73,7 +73,8 @@ OneHot sort_by_value(const Sequence& s, TokenIndices& in, const int64_t* values,
     const int64_t value = values[s.token(t, b)];
     if (value < 0 || value >= input_size)
       throw std::out_of_range("fusedrnn: index " + std::to_string(value) +
-                              " is out of range for input_size " + std::to_string(input_size));
+                              " is out of range for input_size " + std::to_string(input_size) +
+                              ": integers stand for one-hot vectors, features need input.float()");
     place[value]++;
   });
   in.begin.push_back(0);

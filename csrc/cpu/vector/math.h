@@ -1,12 +1,12 @@
 // tanh and sigmoid on vectors, for float and double, within 1.5 ulp (2 without fused
-// multiply-add): branch-free, NaN passes.
+// multiply-add). Free of branches; NaN gives NaN.
 //
 // Both start from  x = n ln2 + r, |r| <= ln2/2, and the polynomial of expm1(r):
 //   sigmoid(x) = 1/(1+e) for x >= 0 and e/(1+e) below,   e = exp(-|x|)
 //   tanh(x)    = -m/(2+m) with the sign of x,            m = expm1(-2|x|)
-// The argument is never positive, so nothing overflows; expm1 keeps the relative accuracy of tanh
-// near 0. Sums are kept with their rounding error, and the quotient is corrected by its remainder:
-// torch's own functions are good to 1 ulp, and the contract allows twice their error.
+// The argument is never positive, so nothing overflows, and with expm1 tanh has a small relative
+// error near 0. Sums carry their rounding error, and the quotient is corrected by its remainder:
+// torch's functions are within 1 ulp, and at most twice their error is allowed here.
 // Cody and Waite, Software Manual for the Elementary Functions, 1980, for the reduction; Dekker,
 // Numerische Mathematik 18, 1971, for the sums.
 #pragma once
@@ -59,7 +59,7 @@ FUSEDRNN_INLINE Reduced<C> reduce(Vec<C> x) {
   return {r + r * r * q, bit_cast<Int>(shifted) - bit_cast<Int>(broadcast<C>(K::kRound))};
 }
 
-// 2^n where that is a normal number.
+// 2^n, a normal number.
 template <class C>
 FUSEDRNN_INLINE Vec<C> power_of_two(typename Lanes<C>::Int n) {
   return bit_cast<Vec<C>>((n + ExpConstants<C>::kBias) << ExpConstants<C>::kMantissa);
@@ -75,7 +75,7 @@ FUSEDRNN_INLINE Vec<C> flip_sign(Vec<C> x, typename Lanes<C>::Int sign) {
   return bit_cast<Vec<C>>(bit_cast<typename Lanes<C>::Int>(x) ^ sign);
 }
 
-// x 2^n for n in [-1100, 0], into the subnormals.
+// x 2^n for n in [-1100, 0]; the result may be subnormal.
 template <class C>
 FUSEDRNN_INLINE Vec<C> scale_down(Vec<C> x, typename Lanes<C>::Int n) {
 #if defined(__AVX512F__)
@@ -87,19 +87,19 @@ FUSEDRNN_INLINE Vec<C> scale_down(Vec<C> x, typename Lanes<C>::Int n) {
   return x * power_of_two<C>(half) * power_of_two<C>(n - half);
 }
 
-// A number as the sum of two, the second below the rounding of the first.
+// A number as the sum of two, of which the second is below the precision of the first.
 template <class C>
 struct Sum {
   Vec<C> hi, lo;
 };
-// a + b for |a| >= |b|, with what the addition rounds away.
+// a + b for |a| >= |b|, with the rounding error of the sum.
 template <class C>
 FUSEDRNN_INLINE Sum<C> exact_sum(Vec<C> a, Vec<C> b) {
   const Vec<C> hi = a + b;
   return {hi, b - (hi - a)};
 }
 
-// 1/x to at least 14 bits, for normal x: quotient makes up for the rest.
+// 1/x to at least 14 bits, for normal x. `quotient` corrects the rest.
 template <class C>
 FUSEDRNN_INLINE Vec<C> reciprocal(Vec<C> x) {
 #if defined(__AVX512F__)
@@ -111,7 +111,7 @@ FUSEDRNN_INLINE Vec<C> reciprocal(Vec<C> x) {
   return 1 / x;
 }
 
-// a / b for b in [1, 2], rounded about once.
+// a / b for b in [1, 2], with an error little above 0.5 ulp.
 template <class C>
 FUSEDRNN_INLINE Vec<C> quotient(Sum<C> a, Sum<C> b) {
   const Vec<C> inverse = reciprocal<C>(b.hi);
@@ -153,21 +153,22 @@ struct VectorMath {
   }
 };
 
-// The same for what is stored in 16 bits, at half the cost or less. Near 0 tanh keeps its relative
-// accuracy.
+// The same for types of 16 bits, at half the cost or less. Near 0 the error of tanh is still
+// relative.
 #if defined(__AVX512DQ__)
-// tanh within 1e-4 of the value, a fifth of what float16 rounds off, for a reciprocal of 14 bits is
-// taken as it is. sigmoid within 5e-6: a gate near 1 multiplies a state at every step, and its
-// errors grow with them. Instructions of their own take exponents off and on.
+// tanh within 1e-4 of the value, a fifth of the rounding error of float16: its reciprocal of 14
+// bits is not corrected. sigmoid within 5e-6, because a gate near 1 multiplies a state at every
+// step, and its errors accumulate. AVX-512 has instructions that split and scale by exponents.
 struct ShortMath {
   static constexpr float kLog2e = ExpConstants<float>::kLog2e;
 
-  // t less the integer below (kDown) or next to it; 2^n for the integer below n.
+  // t less the integer below (kDown) or nearest to it.
   enum Round { kNearest = 0x8, kDown = 0x9 };
   template <Round kRound, class V>
   static FUSEDRNN_INLINE V fraction(V t) {
     return bit_cast<V>(_mm512_reduce_ps(bit_cast<__m512>(t), kRound));
   }
+  // x 2^n, for the integer below n.
   template <class V>
   static FUSEDRNN_INLINE V scale(V x, V n) {
     return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(x), bit_cast<__m512>(n)));
@@ -176,7 +177,7 @@ struct ShortMath {
   template <class V>
   static FUSEDRNN_INLINE V sigmoid(V x) {
     V t = -kLog2e * x;
-    t = t > 126 ? broadcast<float>(126) : t;  // a reciprocal of infinity could not be corrected
+    t = t > 126 ? broadcast<float>(126) : t;  // the reciprocal of infinity cannot be corrected
     const V f = fraction<kDown>(t);
     // 2^f, minimax on [0, 1): 2.6e-6
     V p = 0.0520114623f + f * 0.0135341680f;
@@ -200,7 +201,7 @@ struct ShortMath {
   }
 };
 #else
-// Within 3 ulp of float32: no sums keep their rounding error, and no quotient is corrected.
+// Within 3 ulp of float32: sums do not carry their rounding error, and quotients are not corrected.
 struct ShortMath {
   template <class V>
   static FUSEDRNN_INLINE V clamp(V x, float most) {

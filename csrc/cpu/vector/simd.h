@@ -33,7 +33,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Whether a vector of them is loaded by one or two instructions.
+// Whether one or two instructions load a vector and convert it.
 template <class S>
 constexpr bool kLoadsQuickly = true;
 template <>
@@ -76,7 +76,7 @@ using Vec = typename Lanes<C>::Vec;
 
 template <class To, class From>
 FUSEDRNN_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
@@ -118,7 +118,7 @@ FUSEDRNN_INLINE Float16 from_compute<Float16>(float x) {
   return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
 }
 
-// Lane i of the result is lane I[i] of a and b, one behind the other.
+// Lane i of the result is lane I[i] of a followed by b.
 template <int... I, class V>
 FUSEDRNN_INLINE V shuffle(V a, V b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -187,7 +187,7 @@ FUSEDRNN_INLINE void store(Float16* p, Vec<float> v) {
 #endif
 }
 
-// ---- the first n lanes; the others read as 0 and are not written ----
+// ---- the first n lanes: the others are loaded as 0 and not stored ----
 
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> load(const S* p, int64_t n) {
@@ -229,17 +229,16 @@ FUSEDRNN_INLINE void store(S* p, Vec<Compute<S>> v, int64_t n) {
 
 template <class C>
 FUSEDRNN_INLINE Vec<C> broadcast(C x) {
-  return x - Vec<C>{};  // not x + 0: -0 must stay -0
+  return x - Vec<C>{};  // x + 0 would turn -0 into +0
 }
 
-// Rows of n values, converted; the compute type's own rows are copied. A function of its own, for
-// the sake of building time.
+// Converts a row of n values, or copies it. Not inlined, which saves build time.
 template <class To, class From>
-__attribute__((noinline)) void convert_row(To* to, const From* from, int64_t n) {
+__attribute__((noinline)) void convert_row(To* dst, const From* src, int64_t n) {
   constexpr int w = Lanes<Compute<From>>::kWidth;
   int64_t j = 0;
-  for (; j + w <= n; j += w) store(to + j, load(from + j));
-  if (j < n) store(to + j, load(from + j, n - j), n - j);
+  for (; j + w <= n; j += w) store(dst + j, load(src + j));
+  if (j < n) store(dst + j, load(src + j, n - j), n - j);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 // A step: fetch what forward saved | wait until the partial sums have come | add them in the order
 // of blocks, cell | block barrier | products | block barrier | send | gate gradients and the
 // input's gradient to global memory. There are two inboxes in turn: a block writes the one of step
-// s + 1 when the sums of step s have come from all, who have read those of step s - 1 by then.
+// s + 1 when the sums of step s have come from all, who have read those of step s - 1 by then. A
+// team of one block sends nothing: what its products left is what it would receive.
 #pragma once
 #include "cuda/persistent/block.h"
 #include "cuda/persistent/product.h"
@@ -45,12 +46,13 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   }
   // Sends everyone the sums over this block's gates for the units that are theirs.
   __device__ void send(Kind kind, const ProductShape& product, int64_t step) const {
+    if (team.alone()) return;
     const float* partial = reinterpret_cast<const float*>(shared + product.partial) +
                            piece.row * product.partial_row + piece.unit;
     const int from_part = s.rows * product.partial_row;
     with_split(product, [&](auto split) {
       constexpr int kSplit = decltype(split)::kValue;
-      for (int to = piece.first; to < team.size; to += piece.every) {
+      auto sums_for = [&](int to) {
         Words parts[kSplit];
 #pragma unroll
         for (int i = 0; i < kSplit; i++)
@@ -62,15 +64,30 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
           for (int k = 0; k < 4; k++)
             sums.word[k] =
                 float_to_bits(bits_to_float(sums.word[k]) + bits_to_float(parts[i].word[k]));
-        const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
+        return sums;
+      };
+      const int64_t at = place(kind, step, team.rank) + piece.row * s.units + piece.unit;
+      auto store = [&](int to, const Words& sums) {
         if constexpr (kCluster)
           store_async(reinterpret_cast<Words*>(own_inbox() + at), sums, arrivals().of(step), to);
         else
-          *reinterpret_cast<Words*>(inbox_of(to) + at) = sums;
+          store_words(reinterpret_cast<Words*>(inbox_of(to) + at), sums);
+      };
+      int to = piece.first;
+      const int next = piece.every;
+      for (; to + next < team.size; to += 2 * next) {  // no load waits behind a store
+        const Words sums[2] = {sums_for(to), sums_for(to + next)};
+        store(to, sums[0]), store(to + next, sums[1]);
       }
+      if (to < team.size) store(to, sums_for(to));
     });
   }
-  __device__ float received(Kind kind, int64_t step) const {
+  __device__ float received(Kind kind, const ProductShape& product, int64_t step) const {
+    if (team.alone()) {
+      float sums[1];
+      totals(sums, shared, product, s.rows, me.row, {me.unit});
+      return sums[0];
+    }
     const float* from = kCluster ? own_inbox() : inbox_of(team.rank);
     from += place(kind, step, 0) + me.row * s.units + me.unit;
     const int each = s.rows * s.units;
@@ -87,7 +104,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   __device__ void wait(int64_t step) const {
     if constexpr (kCluster)
       arrivals().wait(step);
-    else
+    else if (!team.alone())
       team.wait(step);
   }
 
@@ -158,8 +175,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       }
       if (step > 0) {
         wait(step);
-        if (me.exists) dh += received(kRecurrent, step);
-        if (feeds_next() && me.exists) dx = received(kInput, step);
+        if (me.exists) dh += received(kRecurrent, s.recurrent, step);
+        if (feeds_next() && me.exists) dx = received(kInput, s.input, step);
       }
       if (runs && layout.saved)
 #pragma unroll
@@ -180,7 +197,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       __syncthreads();
       send(kRecurrent, s.recurrent, step + 1);
       if (feeds_next()) send(kInput, s.input, step + 1);
-      if constexpr (!kCluster) team.arrive(step + 1);
+      if constexpr (!kCluster)
+        if (!team.alone()) team.arrive(step + 1);
       if (me.exists && (runs || !p.offsets))
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++)
@@ -190,8 +208,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     }
     if (me.last > 0) {
       wait(me.last);
-      if (me.exists) dh += received(kRecurrent, me.last);
-      if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, me.last) : 0.f);
+      if (me.exists) dh += received(kRecurrent, s.recurrent, me.last);
+      if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, s.input, me.last) : 0.f);
     }
     if (me.exists) {
       write<float>(stage.dh0, at, dh);

@@ -10,7 +10,8 @@
 // to the team | y and what backward needs to global memory, the next step's input or its product.
 // The last part runs while h is on its way: it costs nothing where the exchange takes longer. A
 // block writes the buffer of step s + 1 when h of step s has come from all, who have left step
-// s - 1 then, whose buffer it was.
+// s - 1 then, whose buffer it was. A team of one block sends nothing: its threads write h to where
+// the next product reads it.
 #pragma once
 #include "cuda/persistent/block.h"
 #include "cuda/persistent/product.h"
@@ -120,8 +121,14 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     __syncthreads();  // the next product writes where these sums were
   }
 
+  // Where a thread leaves h: for the team, or in x itself, which no product reads just then.
+  __device__ S& own_h() const {
+    return team.alone() ? x(0)[me.row * s.x_row + me.unit]
+                        : reinterpret_cast<S*>(shared + s.staging)[me.row * s.units + me.unit];
+  }
   // Hands the team what stands in the staging buffer, this block's part of x of `step`.
   __device__ void publish(int64_t step) const {
+    if (team.alone()) return;
     const S* staging = reinterpret_cast<const S*>(shared + s.staging);
     const Words words = *reinterpret_cast<const Words*>(staging + piece.row * s.units + piece.unit);
     const int at = piece.row * s.x_row + team.rank * s.units + piece.unit;
@@ -129,12 +136,13 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       for (int to = piece.first; to < team.size; to += piece.every)
         store_async(reinterpret_cast<Words*>(x(step) + at), words, arrivals().of(step), to);
     } else {
-      if (piece.first == 0) *reinterpret_cast<Words*>(outside(step) + at) = words;
+      if (piece.first == 0) store_words(reinterpret_cast<Words*>(outside(step) + at), words);
       team.arrive(step);
     }
   }
   // Waits until x of `step` is complete.
   __device__ void await(int64_t step) const {
+    if (team.alone()) return;
     if constexpr (kCluster) {
       arrivals().wait(step);
     } else {
@@ -152,7 +160,6 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
   __device__ void run() const {
     const CellLayout& layout = p.layout;
     const int64_t H = p.hidden_size, at = me.b * H + me.j;
-    S* staging = reinterpret_cast<S*>(shared + s.staging);
     float bias[kMostSlots] = {};
     float h = 0, c = 0;
     if (me.exists) {
@@ -188,7 +195,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
           h = decltype(cell)::template forward<ScalarMath>(own, h, c);
         });
       }
-      if (me.in_block) staging[me.row * s.units + me.unit] = E::operand(h);
+      if (me.in_block) own_h() = E::operand(h);
       __syncthreads();
       if (more) publish(step + 1);
       if (runs) {

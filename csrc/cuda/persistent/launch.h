@@ -35,6 +35,7 @@ inline bool fits(const Persistent& p) {
   return p.dtype == storage && bytes(p.dtype) == tile_of(p.engine).operand_bytes && p.stages >= 1 &&
          p.stages <= kMaxStages && p.shape.units % vector == 0 &&
          p.shape.units * p.shape.rows <= kPersistentThreads && p.blocks() <= INT32_MAX &&
+         (!p.cluster || (p.shape.team > 1 && p.shape.team <= kLargestCluster)) &&
          p.hidden_size <= p.shape.team * p.shape.units && p.steps < INT32_MAX;
 }
 
@@ -59,8 +60,7 @@ int launch_persistent(P p, void* stream, F select) {
   });
   Grid grid{dim3(unsigned(p.blocks())), dim3(kPersistentThreads)};
   grid.cluster = p.cluster ? p.shape.team : 1;
-  // Whoever waits for another team's flag must know that it runs.
-  grid.cooperative = !p.cluster || (p.chained && p.stages > 1);
+  grid.cooperative = p.waits_for_flags();
   grid.shared_bytes = size_t(p.shape.shared_bytes);
   return with_engine(p, [&](auto engine) { return launch(select(engine), grid, stream, p); });
 }

@@ -59,7 +59,7 @@ struct Persistent {
   CellLayout layout;  // the launch fills it in
   DType dtype;        // of the storage type
   Engine engine;
-  bool cluster;  // teams are clusters, and else blocks anywhere in a cooperative launch
+  bool cluster;  // teams are clusters of two blocks or more, and else blocks anywhere
   // Every stage but the first takes what the one before puts out, step by step: y, or backward dx.
   bool chained;
   int stages;
@@ -76,6 +76,10 @@ struct Persistent {
   void* workspace;  // workspace_bytes() of anything
 
   int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
+  // Whether blocks exchange through global memory, and whether some wait for others' flags: those
+  // have to know that all run.
+  bool through_memory() const { return !cluster && shape.team > 1; }
+  bool waits_for_flags() const { return through_memory() || (chained && stages > 1); }
   // Two for each block: of its team's exchange, and for the stage that follows.
   int64_t flag_count() const { return 2 * blocks(); }
 };
@@ -84,14 +88,15 @@ struct PersistentForward : Persistent {
   ForwardStage stage[kMaxStages];
   int64_t workspace_bytes() const {
     const int64_t row = shape.x_row * tile_of(engine).operand_bytes;
-    return cluster ? 0 : int64_t(slices) * stages * 2 * shape.rows * row;
+    return through_memory() ? int64_t(slices) * stages * 2 * shape.rows * row : 0;
   }
 };
 
 struct PersistentBackward : Persistent {
   BackwardStage stage[kMaxStages];
   int64_t workspace_bytes() const {
-    return cluster ? 0 : blocks() * 2 * inbox_floats(shape, chained) * int64_t(sizeof(float));
+    return through_memory() ? blocks() * 2 * inbox_floats(shape, chained) * int64_t(sizeof(float))
+                            : 0;
   }
 };
 

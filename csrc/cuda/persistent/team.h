@@ -2,6 +2,7 @@
 //
 // Blocks of a cluster store into each other's shared memory and count what has come. Those of other
 // teams write to global memory and tell each other by flags, one for each block, that count steps.
+// A team of one block exchanges nothing, and is never a cluster: st.async requires two blocks.
 #pragma once
 #include "cuda/persistent/persistent.h"
 #include "cuda/primitives.h"
@@ -39,6 +40,9 @@ struct Team {
     before_done = done + (index - p.slices) * size;  // of stages that have one before them
   }
 
+  // Whether there is no other block to exchange with.
+  __device__ bool alone() const { return !kCluster && size == 1; }
+
   // Before the first exchange: every block runs, and has set up its shared memory.
   __device__ void begin() const {
     if constexpr (kCluster) {
@@ -56,6 +60,19 @@ struct Team {
 // How a block of a cluster knows that all others' stores to its shared memory have come: two
 // mbarriers in turn, for steps 1, 2, ..., count their bytes. Unlike a cluster's barrier this orders
 // nothing else, and needs no fence of all memory.
+//
+// Why a buffer can be reused. Block A reads it at step s. Block B stores to it for step s + 2,
+// after it has waited for all stores of step s + 1, A's among them. The PTX memory model does not
+// order A's reads before B's store: the end of a st.async releases the stored bytes, and nothing
+// that its thread did before. An arrival with release semantics would order them, at the price of a
+// fence of all memory in every step. It is not needed:
+//  - Only reads must come first, and a read is over when it has its value. Of A's writes, B needs
+//    to see only the stores that it waits for.
+//  - A __syncthreads lies between A's last read of the buffer and A's stores of step s + 1. PTX
+//    guarantees that the reads of all threads of A are performed there. So they end before A's
+//    stores are issued, which is before B's wait ends, which is before B stores.
+// The emulator assumes just this: under ThreadSanitizer a st.async comes after what its block did
+// before the last __syncthreads, and after nothing else.
 struct Arrivals {
   Mbarrier* m;
   int bytes;  // of a step

@@ -111,6 +111,8 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
   int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
   if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
   if (!error && w.operand != w.h) error = to_storage_type(a.dtype, w.h, w.operand, B * P, stream);
+  // Rows that have no step yet are multiplied too, and are not written by the cells.
+  if (!error && w.hidden) error = to_storage_type(a.dtype, nullptr, w.hidden, B * H, stream);
 
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {

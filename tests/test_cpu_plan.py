@@ -1,0 +1,188 @@
+"""How a CPU would divide a call, on any machine: csrc/plan/cpu_plan.h."""
+
+from __future__ import annotations
+
+import bindings
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+# (least_rows, planes, weight_bytes, loads_quickly) of the dtypes that each variant computes
+WIDE = {
+    "float64": (1, 1, 8, True),
+    "float32": (1, 1, 4, True),
+    "bfloat16": (1, 1, 4, False),
+    "float16": (1, 1, 4, True),
+}
+VARIANTS = {
+    "amx": {"float32": (8, 3, 6, True), "bfloat16": (8, 1, 2, False)},
+    "avx512bf16": {"bfloat16": (1, 1, 2, False)},
+    "avx512": WIDE,
+    "baseline": {**WIDE, "float16": (1, 1, 4, False)},
+}
+# What may run, best first.
+MACHINES = {"amx": list(VARIANTS), "avx512": ["avx512", "baseline"], "baseline": ["baseline"]}
+
+
+def costs(least_rows, planes, weight_bytes, loads_quickly):
+    return bindings.CpuCosts(
+        computes=True,
+        tiled=least_rows > 1,
+        least_rows=least_rows,
+        planes=planes,
+        weight_bytes=weight_bytes,
+        loads_quickly=loads_quickly,
+    )
+
+
+def make_machine(name: str = "avx512", **fields):
+    variants = [
+        bindings.CpuVariant(
+            name=variant,
+            costs={bindings.DType[d]: costs(*c) for d, c in VARIANTS[variant].items()},
+        )
+        for variant in MACHINES[name]
+    ]
+    return bindings.CpuMachine(variants=variants, **{"tiles": True, "threads": 1, **fields})
+
+
+def make_problem(
+    mode: str, input_size: int, hidden_size: int, num_layers: int = 1, dtype="float32", **more
+):
+    return bindings.Problem(
+        cell=bindings.Cell[mode],
+        dtype=bindings.DType[dtype],
+        input_size=input_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_directions=1,
+        bias=True,
+        **more,
+    )
+
+
+def make_request(steps: int, batch: int, **more):
+    return bindings.CpuRequest(
+        **{"steps": steps, "longest": steps, "batch": batch, "tokens": steps * batch, **more}
+    )
+
+
+@given(
+    machine=st.sampled_from(list(MACHINES)),
+    dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
+    hidden=st.integers(1, 600),
+    layers=st.integers(1, 4),
+    batch=st.integers(0, 300),
+    steps=st.integers(0, 100),
+    threads=st.integers(1, 64),
+    backward=st.booleans(),
+)
+def test_a_plan_covers_the_batch(machine, dtype, hidden, layers, batch, steps, threads, backward):
+    problem = make_problem("GRU", 5, hidden, layers, dtype)
+    request = make_request(steps, batch, backward=backward)
+    plan, fewer = (
+        bindings.plan_cpu(problem, request, make_machine(machine, threads=n))
+        for n in (threads, max(1, threads - 1))
+    )
+    used, rows, tasks, members = plan.threads, plan.rows_per_task, plan.tasks, plan.members
+    assert 1 <= fewer.threads <= used <= threads
+    assert (tasks - 1) * rows < batch <= tasks * rows if batch else tasks == 0
+    if plan.unpacked:
+        return
+    # As it is packed; backward leaves room for the gradients of the gates.
+    _, _, size, _ = VARIANTS[MACHINES[machine][plan.variant]][dtype]
+    large = 3 * hidden * hidden * size > 2 << 20
+    room = not backward or 64 * 3 * hidden * size <= 1 << 20
+    assert rows <= (64 if dtype == "bfloat16" or (large and room) else 32)
+    work = batch * steps * 3 * hidden * (5 + hidden + (layers - 1) * 2 * hidden + 8 * layers)
+    assert used == 1 or used * 2**20 <= work
+    assert members <= used and (members == 1 or large or (rows == 1 and tasks * members <= used))
+    few = large and batch <= 16 * used and tasks * members <= used
+    assert members == 1 or few or members**2 * 2**12 <= 3 * hidden * hidden
+
+
+# Which calls read weights unpacked: an LSTM of 256 units has 2 MB of weights, of 512 units 8 MB.
+@pytest.mark.parametrize(
+    ("hidden", "steps", "batch", "more", "expected"),
+    [
+        (256, 1, 1, {}, {"unpacked": True, "alternates": False}),
+        (256, 8, 2, {}, {"unpacked": True}),
+        (256, 9, 2, {}, {"unpacked": False}),
+        (256, 3, 16, {}, {"unpacked": True}),
+        (256, 3, 17, {}, {"unpacked": False}),
+        (256, 3, 16, {"backward": True}, {"unpacked": False}),
+        (256, 1, 16, {"backward": True}, {"unpacked": True}),
+        (512, 8, 2, {}, {"unpacked": False, "unpacked_hh": True}),
+        (512, 1, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": True}),
+        (512, 2, 1, {}, {"unpacked": True, "alternates": True, "recurrent_first": False}),
+        (512, 1, 1, {"resets": True}, {"unpacked": False}),
+        (512, 1, 1, {"recurrent_dropout": True}, {"unpacked": False}),
+        (512, 1, 1, {"recurrent_dropout": True, "backward": True}, {"unpacked": True}),
+        (512, 1, 1, {"zoneout": True}, {"unpacked": False}),
+        (512, 1, 1, {"all_states": True}, {"unpacked": False}),
+        (512, 1, 1, {"layer_norm": True}, {"unpacked": False, "unpacked_hh": False}),
+        (512, 1, 1, {"one_hot": True}, {"unpacked": False}),
+        (256, 8, 4, {}, {"unpacked_hh": True}),
+        (256, 9, 4, {}, {"unpacked_hh": False}),
+        (256, 64, 1, {}, {"unpacked_hh": False}),
+        (1024, 64, 1, {}, {"unpacked_hh": True}),
+        (1024, 64, 5, {}, {"unpacked_hh": False}),
+    ],
+)
+def test_a_plan_of_few_tokens(hidden, steps, batch, more, expected):
+    of_call = {"backward", "resets", "recurrent_dropout"}
+    problem = make_problem(
+        "LSTM", hidden, hidden, **{k: v for k, v in more.items() if k not in of_call}
+    )
+    request = make_request(steps, batch, **{k: v for k, v in more.items() if k in of_call})
+    plan = bindings.plan_cpu(problem, request, make_machine())
+    of_plan = {"unpacked", "recurrent_first"}
+    for name, value in expected.items():
+        assert getattr(plan if name in of_plan else plan.pass_, name) == value, name
+
+
+def variant(dtype: str, steps: int, batch: int, hidden: int = 64, **machine) -> str:
+    """The variant that a machine with all of them takes."""
+    problem, request = make_problem("LSTM", 64, hidden, dtype=dtype), make_request(steps, batch)
+    plan = bindings.plan_cpu(problem, request, make_machine("amx", **machine))
+    return MACHINES["amx"][plan.variant]
+
+
+def test_each_dtype_has_the_best_variant_that_computes_it():
+    assert variant("bfloat16", 9, 9) == "amx"
+    assert variant("bfloat16", 9, 9, tiles=False) == "avx512bf16"
+    assert variant("float16", 9, 9) == variant("float64", 9, 9) == "avx512"
+
+
+def test_float32_is_multiplied_on_tiles_where_that_pays():
+    assert variant("float32", 5, 16) == "amx"
+    assert variant("float32", 4, 16) == "avx512"  # 64 tokens
+    assert variant("float32", 100, 15) == "avx512"
+    assert variant("float32", 5, 16, hidden=63) == "avx512"
+    assert variant("float32", 5, 16, tiles=False) == "avx512"
+    assert variant("float32", 17, 1, named=True) == "amx"
+    assert variant("float32", 16, 1, named=True) == "avx512"  # unpacked in backward
+
+
+def test_a_plan_in_words():
+    problem, machine = make_problem("GRU", 5, 300), make_machine(threads=4)
+
+    def words(steps, batch, **more):
+        request = make_request(steps, batch, **more)
+        plan = bindings.plan_cpu(problem, request, machine)
+        return bindings.describe_cpu(plan, problem, request, machine)
+
+    assert words(50, 64) == (
+        "avx512, 4 of 4 threads: 64 batch rows in 4 tasks of up to 16 rows, each through all layers"
+        " and steps by one thread"
+    )
+    assert words(1, 1) == (
+        "avx512, 4 of 4 threads: hidden units divided among threads; weights read unpacked"
+    )
+
+
+def test_a_field_that_is_not_there_is_an_error():
+    with pytest.raises(AttributeError, match="step"):
+        bindings.CpuRequest(step=5)
+    with pytest.raises(TypeError):
+        bindings.CpuRequest(steps="5")
