@@ -1,4 +1,4 @@
-// Teams of threads as csrc/torch/cpu.cpp uses them, for ThreadSanitizer.
+// Teams of threads as csrc/cpu/run/tasks.h uses them, for ThreadSanitizer.
 #include "cpu/run/team.h"
 
 #include <chrono>
@@ -25,7 +25,7 @@ struct Work {
   long wrong = 0, began = 0;
 
   // False if the team had begun without this call.
-  bool take(int64_t places, int64_t all, bool skip_meeting = false) {
+  bool take(int64_t places, int64_t all, bool skip_barrier = false) {
     Member me;
     if (!team.join(places, all, &me)) return false;
     values[0][me.index] = 1;
@@ -38,7 +38,7 @@ struct Work {
       expected = expected % 1000 * me.count;
       good = good && sum == expected;
       values[(step + 1) % 2][me.index] = sum;
-      if (!skip_meeting) me.barrier();
+      if (!skip_barrier) me.barrier();
     }
     if (me.index == 0) wrong += !good, began = me.count;
     return true;

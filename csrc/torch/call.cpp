@@ -32,8 +32,8 @@ Tensor as_int64(const Tensor& t, torch::stable::Device device) {
 std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
   check_integers(name, t);
   const Tensor host = as_int64(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  const int64_t* at = static_cast<const int64_t*>(host.const_data_ptr());
-  return std::vector<int64_t>(at, at + host.numel());
+  const int64_t* values = static_cast<const int64_t*>(host.const_data_ptr());
+  return std::vector<int64_t>(values, values + host.numel());
 }
 
 Call::Call(const Inputs& in, const Config& config)

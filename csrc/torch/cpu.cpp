@@ -101,9 +101,9 @@ std::vector<WeightGradients> gradient_pointers(const Problem& p, const GradientT
   std::vector<WeightGradients> all(p.num_layers * p.num_directions);
   size_t i = 0;
   auto next = [&]() -> void* {
-    void* const at = needs[3 + i] ? g.weights[i].mutable_data_ptr() : nullptr;
+    void* const gradient = needs[3 + i] ? g.weights[i].mutable_data_ptr() : nullptr;
     i++;
-    return at;
+    return gradient;
   };
   for (WeightGradients& d : all) {
     d = {};

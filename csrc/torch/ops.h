@@ -83,23 +83,23 @@ class Arguments {
   "Tensor? h_mask, Tensor? zone_h, Tensor? zone_c, float dropout, " FUSEDRNN_STACK \
   ", float zoneout_h, float zoneout_c, bool all_states, bool layer_norm"
 
-inline Inputs take_tensors(Arguments& from) {
-  Inputs in{from.take<Tensor>()};  // a Tensor without a value costs an allocation
-  from >> in.hx >> in.cx >> in.weights;
+inline Inputs take_tensors(Arguments& args) {
+  Inputs in{args.take<Tensor>()};  // a Tensor without a value costs an allocation
+  args >> in.hx >> in.cx >> in.weights;
   return in;
 }
-inline Config take_stack(Arguments& from) {
+inline Config take_stack(Arguments& args) {
   Config c;
-  from >> c.mode >> c.hidden_size >> c.proj_size >> c.num_layers >> c.bias >> c.bidirectional;
+  args >> c.mode >> c.hidden_size >> c.proj_size >> c.num_layers >> c.bias >> c.bidirectional;
   return c;
 }
-inline std::pair<Inputs, Config> take_call(Arguments& from) {
-  Inputs in = take_tensors(from);
+inline std::pair<Inputs, Config> take_call(Arguments& args) {
+  Inputs in = take_tensors(args);
   RegulariserTensors& r = in.regularisers;
-  from >> in.batch_sizes >> in.lengths >> r.mask >> in.resets >> r.h_mask >> r.zone_h >> r.zone_c >>
+  args >> in.batch_sizes >> in.lengths >> r.mask >> in.resets >> r.h_mask >> r.zone_h >> r.zone_c >>
       r.dropout;
-  Config c = take_stack(from);
-  from >> r.zoneout_h >> r.zoneout_c >> c.all_states >> c.layer_norm;
+  Config c = take_stack(args);
+  args >> r.zoneout_h >> r.zoneout_c >> c.all_states >> c.layer_norm;
   return {std::move(in), std::move(c)};
 }
 
@@ -107,10 +107,10 @@ inline constexpr const char* kForwardSchema =
     "forward(" FUSEDRNN_CALL ", bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 template <ForwardFunction& implementation>
 void forward(StableIValue* stack, uint64_t count, uint64_t) {
-  Arguments from(stack, count);
-  const auto [in, config] = take_call(from);
-  const bool save = from.take<bool>();
-  from.end();
+  Arguments args(stack, count);
+  const auto [in, config] = take_call(args);
+  const bool save = args.take<bool>();
+  args.end();
   torch::stable::detail::box_from_tuple(
       stack, implementation(in, config, save ? Save::kReserve : Save::kEmpty));
 }
@@ -119,10 +119,10 @@ inline constexpr const char* kInferSchema =
     "infer(" FUSEDRNN_TENSORS ", " FUSEDRNN_STACK ") -> (Tensor, Tensor, Tensor?)";
 template <ForwardFunction& implementation>
 void infer(StableIValue* stack, uint64_t count, uint64_t) {
-  Arguments from(stack, count);
-  const Inputs in = take_tensors(from);
-  const Config config = take_stack(from);
-  from.end();
+  Arguments args(stack, count);
+  const Inputs in = take_tensors(args);
+  const Config config = take_stack(args);
+  args.end();
   auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
   torch::stable::detail::box_from_tuple(
       stack, States{y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt});
@@ -134,14 +134,14 @@ inline constexpr const char* kBackwardSchema =
     ") -> (Tensor, Tensor, Tensor, Tensor[])";
 template <BackwardFunction& implementation>
 void backward(StableIValue* stack, uint64_t count, uint64_t) {
-  Arguments from(stack, count);
+  Arguments args(stack, count);
   OutputGradients grad;
-  from >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
-  const SavedForBackward saved{from.take<Tensor>(), from.take<Tensor>(), from.take<Tensor>(),
-                               from.take<Tensor>()};
-  const auto needs = from.take<std::vector<bool>>();
-  const auto [in, config] = take_call(from);
-  from.end();
+  args >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
+  const SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>(), args.take<Tensor>(),
+                               args.take<Tensor>()};
+  const auto needs = args.take<std::vector<bool>>();
+  const auto [in, config] = take_call(args);
+  args.end();
   torch::stable::detail::box_from_tuple(stack, implementation(in, config, grad, saved, needs));
 }
 

@@ -7,8 +7,6 @@
 namespace fusedrnn {
 namespace {
 
-constexpr int64_t kPackParts = 8;  // of the weights of a layer and direction
-
 // All layers, the last one first, as phases: its weights are packed, its rows go back through time,
 // then come the gradients of its weights.
 class BackwardLayers {

@@ -6,8 +6,6 @@
 namespace fusedrnn {
 namespace {
 
-constexpr int64_t kPackParts = 8;  // of the weights of a layer and direction
-
 // Where the packed weights of each layer and direction begin, and their end; elements.
 std::vector<int64_t> packed_offsets(const Kernels& kernels, const Forward& a) {
   std::vector<int64_t> offsets{0};

@@ -12,6 +12,9 @@
 
 namespace fusedrnn {
 
+// Tasks that pack the weights of a layer and direction.
+constexpr int64_t kPackParts = 8;
+
 // Work of which no part needs another: task(i, scratch) for every i below `count`.
 struct Phase {
   int64_t count, scratch_bytes;
