@@ -3,11 +3,13 @@
 // They are made in blocks, and blocks of blocks: long sums lose too much to rounding.
 #pragma once
 #include "cpu/call.h"
-#include "cpu/pass/weight_tasks.h"
 #include "cpu/vector/simd.h"
 
 namespace {
 
+using namespace fusedrnn;
+
+constexpr int64_t kBiasTile = 64;  // columns that are summed together
 // Tokens that are summed before they are added to the next sum, and these before theirs.
 constexpr int64_t kBiasBlock = 16, kSumBlock = 128;
 
