@@ -1,8 +1,11 @@
 """The modules as modules: what torch.nn's do with state, types, names and shapes, ours do too."""
 
 import copy
+import doctest
+import inspect
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -449,3 +452,42 @@ def test_relu_cell():
     fused.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3)
     torch.testing.assert_close(fused(x), plain(x))
+
+
+LAYERS = ("RNN", "GRU", "LSTM")
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "RNNCell", "GRUCell", "LSTMCell"])
+def test_examples_of_docstrings_run(name):
+    cls = getattr(fusedrnn, name)
+    assert cls.__doc__ != getattr(nn, name).__doc__
+    test = doctest.DocTestParser().get_doctest(
+        cls.__doc__, {"fusedrnn": fusedrnn, "torch": torch}, name, None, None
+    )
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_signatures_name_every_argument(name):
+    cls = getattr(fusedrnn, name)
+    shown = inspect.signature(cls).parameters
+    assert not {"args", "kwargs"} & set(shown)
+    assert set(shown) <= set(re.findall(r"\w+", cls.__doc__))
+    # torch.nn's, in its order: an argument by position means the same.
+    documented = getattr(nn, name).__doc__.split("(", 1)[1].split(")")[0]
+    theirs = [argument.split("=")[0].strip() for argument in documented.split(",")]
+    assert list(shown)[: len(theirs)] == theirs
+    ours = {"recurrent_dropout", "zoneout", "layer_norm", "recompute"}
+    assert set(shown) - set(theirs) == ours - ({"layer_norm"} if name == "RNN" else set())
+    called = inspect.signature(cls.forward).parameters
+    assert list(called) == ["self", "input", "hx", "lengths", "resets", "return_all"]
+
+
+def test_a_subclass_shows_its_own_signature():
+    class Mine(fusedrnn.LSTM):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, width)
+
+    assert list(inspect.signature(Mine).parameters) == ["width"]
+    assert Mine(3)(torch.randn(2, 1, 3))[0].shape == (2, 1, 3)

@@ -318,7 +318,11 @@ WRONG = {
         "packed integer input has 1 dimension, got 2",
     ),
     "input bool": ({}, {"x": zeros(3, 4, 2, dtype=torch.bool)}, "expected float64, float32"),
-    "input complex": ({}, {"x": zeros(3, 4, 2, dtype=torch.cfloat)}, "expected float64, float32"),
+    "input complex": (
+        {},
+        {"x": zeros(3, 4, 2, dtype=torch.cfloat)},
+        "expected float64, float32, bfloat16 or float16, got",
+    ),
     "input float32": (
         {},
         {"x": zeros(3, 4, 2, dtype=torch.float32)},

@@ -69,6 +69,16 @@ inline bool is_integer(ScalarType t) {
          t == ScalarType::Char || t == ScalarType::Byte;
 }
 
+// All of them, as in "a, b or c".
+inline std::string dtype_names() {
+  std::string names;
+  for (int i = 0; i < int(DType::kCount); i++)
+    names += (i == 0                        ? ""
+              : i + 1 == int(DType::kCount) ? " or "
+                                            : ", ") +
+             std::string(traits(DType(i)).name);
+  return names;
+}
 inline DType dtype_of(ScalarType t) {
   switch (t) {
 #define DTYPE(name, torch_name, scalar_type, bytes, compute_bytes) \
@@ -77,8 +87,7 @@ inline DType dtype_of(ScalarType t) {
 #include "plan/dtypes.inc"
 #undef DTYPE
     default:
-      FUSEDRNN_EXPECT(
-          false, "fusedrnn: expected float64, float32, bfloat16 or float16, got another dtype");
+      FUSEDRNN_EXPECT(false, "fusedrnn: expected ", dtype_names(), ", got another dtype");
   }
   return DType::kFloat32;
 }

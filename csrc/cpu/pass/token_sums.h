@@ -3,11 +3,13 @@
 // Their error does not grow with the number of tokens: what additions round away is summed too.
 #pragma once
 #include "cpu/call.h"
-#include "cpu/pass/weight_tasks.h"
 #include "cpu/vector/simd.h"
 
 namespace {
 
+using namespace fusedrnn;
+
+constexpr int64_t kBiasTile = 64;    // columns that are summed together
 constexpr int64_t kTotalTokens = 8;  // summed before they are added to a total
 
 // A sum of any number of terms with about the rounding error of one addition. Knuth, The Art of

@@ -1,6 +1,7 @@
 // How the weight gradients of a layer are divided into tasks: tiles of columns of dgates, with all
 // that these are multiplied with, of the projection's left factor, and of the bias sums.
 #pragma once
+#include "cpu/pass/token_sums.h"
 #include "cpu/product/outer.h"
 #include "plan/problem.h"
 
@@ -37,8 +38,6 @@ struct Segments {
     }
   }
 };
-
-constexpr int64_t kBiasTile = 64;  // columns of one bias task
 
 // What is divided into tiles: the columns of each segment (0 .. 3), the bias sums, the gradient of
 // h before W_hr.
