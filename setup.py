@@ -5,7 +5,7 @@ The C++ is always compiled, the CUDA sources whenever nvcc is found. The environ
   FUSEDRNN_CUDA=0|1       leave CUDA out | fail where there is no nvcc
   FUSEDRNN_CUDA_ARCHS     GPU architectures in place of the default ones, e.g. "8.0;9.0a;12.0+PTX"
   CUDA_HOME, CUDA_PATH    where nvcc is looked for before PATH and /usr/local/cuda
-  CXX (or CC), CXXFLAGS, NVCCFLAGS, LDFLAGS, MAX_JOBS    as everywhere
+  CXX (or CC), CXXFLAGS, NVCCFLAGS, LDFLAGS, MAX_JOBS    have their usual meaning
 
 Ninja compiles: in parallel, and only what changed. torch is found but not imported: that is slow.
 """

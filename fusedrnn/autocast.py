@@ -43,7 +43,7 @@ _NAMES = {
 def _refuse_some_float64(
     low: torch.dtype, input: torch.dtype, weight: torch.dtype, hx: Any, cx: Any
 ) -> None:
-    """Raises torch.nn's error: autocast leaves float64 as it is, so all must be or nothing."""
+    """Raises torch.nn's error: autocast does not convert float64, so all are float64 or none."""
     states = [s.dtype for s in (hx, cx) if s is not None]
     for dtype in (input, *states):
         if (dtype == torch.float64) != (weight == torch.float64):

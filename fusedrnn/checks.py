@@ -1,4 +1,4 @@
-"""What a call of a module is given, checked as torch.nn does, and in the form that the ops take."""
+"""Checks the arguments of a call as torch.nn does, and converts them to the form of the ops."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def canonical(
         if not one_hot:
             module.check_input(x, batch_sizes)
         if torch.compiler.is_compiling():
-            # A value, and no guard may be set on one: the op compares it with the states.
+            # A value, on which there can be no guard: the op compares it with the states.
             batch = states[0].size(1) if hx is not None else 0
         else:
             batch = int(batch_sizes[0])
     else:
         x, batch_sizes = input, None
-        dim = x.dim() + one_hot  # as if the one-hot vectors were there
+        dim = x.dim() + one_hot  # that of the one-hot vectors
         if dim not in (2, 3):
             raise ValueError(module._dim_error.format(module._get_name(), x.dim()))
         batched = dim == 3
@@ -109,7 +109,7 @@ def checked_resets(module: LayerBase, resets: Any, input: Any, x: Tensor, one_ho
             f"{name}: Expected resets of shape {list(expected)}, got {list(resets.shape)}"
         )
     if resets.dtype != torch.bool:
-        # What other devices hold is not waited for.
+        # Looking at values on another device would wait for it.
         if resets.is_cpu and not _traced(resets) and not ((resets == 0) | (resets == 1)).all():
             raise ValueError(
                 f"{name}: resets should be 0 or 1: where any other value begins a sequence too, "
@@ -141,12 +141,12 @@ def checked_lengths(module: LayerBase, lengths: Any, batch: int, device: torch.d
         raise RuntimeError(
             f"{name}: Expected lengths of shape ({batch},), got {list(lengths.shape)}"
         )
-    # From the CPU without waiting; to the CPU the values must have come before they are read.
+    # A copy to the CPU has to be complete before it is read.
     return lengths.to(device, non_blocking=device.type == "cuda")
 
 
 def _as_tensor(name: str, argument: str, given: Any) -> Tensor:
-    """Of a tensor, an array of NumPy, or a list of numbers."""
+    """Converts an array or a list of numbers; a tensor is returned as it is."""
     if isinstance(given, Tensor):
         return given
     plain = isinstance(given, (list, tuple)) and not isinstance(given, PackedSequence)
@@ -162,7 +162,7 @@ def _as_tensor(name: str, argument: str, given: Any) -> Tensor:
 
 
 def _traced(tensor: Tensor) -> bool:
-    """Whether `tensor` has no values to look at."""
+    """Whether the values of `tensor` cannot be read here."""
     return (
         torch.compiler.is_compiling()
         or type(tensor) is not Tensor
@@ -172,7 +172,7 @@ def _traced(tensor: Tensor) -> bool:
 
 
 def warn_of_features(module: LayerBase, input: Tensor, caller: int) -> None:
-    """For integers whose last dimension is input_size: torch.nn refuses such features.
+    """Warns of integers whose last dimension is input_size, features that torch.nn refuses.
 
     `caller` is how many frames above this one the module is called.
     """

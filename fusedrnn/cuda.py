@@ -48,16 +48,16 @@ def missing(device: torch.device) -> str | None:
 
 
 class Spec(TypedDict):
-    """What the planner has to know of a GPU."""
+    """The properties of a GPU that the planner uses."""
 
     capability: int  # 90 for 9.0
     processors: int
-    shared_bytes: int  # that a block may ask for
+    shared_bytes: int  # the most that a block can have
     clusters: tuple[int, ...]  # of 1, 2, ... 16 blocks: how many run at once
 
 
 def spec(device: torch.device) -> Spec:
-    """Of a CUDA device that is here."""
+    """The properties of a CUDA device of this machine."""
     with torch.cuda.device(device):
         return _C.cuda_device()
 
@@ -65,7 +65,7 @@ def spec(device: torch.device) -> Spec:
 def plan(
     config: Config, dtype: torch.dtype, steps: int, batch: int, backward: bool, spec: Spec
 ) -> str:
-    """What would run, in words. FUSEDRNN_PLAN is heeded.
+    """Describes the plan of a call; FUSEDRNN_PLAN applies.
 
     Raises:
         ValueError: FUSEDRNN_PLAN asks for what cannot run.

@@ -1,4 +1,4 @@
-"""Lets torch.compile trace our modules, and changes nothing for anyone else's.
+"""Lets torch.compile trace our modules, without a change for other modules.
 
 Dynamo refuses every instance of torch.nn.RNN, GRU and LSTM, subclasses too, unless
 `torch._dynamo.config.allow_rnn` is set. That switch is global: left on, it would also decide how
@@ -22,7 +22,7 @@ BUILDER = "torch._dynamo.variables.builder"
 def _allow(builder: ModuleType, cls: type[nn.Module]) -> None:
     known = getattr(builder.VariableBuilder, "wrap_module", None)
     if known is None or not hasattr(builder.config, "allow_rnn"):
-        return  # a later torch, which will say itself what it does with these classes
+        return  # a later torch, which needs no such change or says so itself
 
     def wrap_module(self: Any, value: nn.Module) -> Any:
         if not isinstance(value, cls):
@@ -34,7 +34,7 @@ def _allow(builder: ModuleType, cls: type[nn.Module]) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Calls `_allow` when dynamo is imported: to import it here would double the time of ours."""
+    """Calls `_allow` when dynamo is imported; its import would double the time of ours."""
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls

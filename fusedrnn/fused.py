@@ -13,11 +13,11 @@ from fusedrnn.layer import LayerBase
 
 
 class AllStates(NamedTuple):
-    """The states of every layer at every step: `h[l]` is shaped as the output, behind a length 0.
+    """The states of every layer at every step.
 
-    h of the last layer is the output itself; of an LSTM `c[l]` has hidden_size in place of
-    proj_size; None for the others. The directions lie side by side, as in the output. Of packed
-    input each is a PackedSequence.
+    `h[l]` has the shape of the output, with zeros past a length; `h[-1]` is the output. `c[l]` of
+    an LSTM has hidden_size in place of proj_size; `c` is None for other layers. The directions are
+    concatenated as in the output. For packed input each is a PackedSequence.
     """
 
     h: tuple[Any, ...]
@@ -41,8 +41,8 @@ class Fused(LayerBase):
         Args:
             input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size)
                 unbatched, or a PackedSequence. Integers without the last dimension stand for
-                one-hot vectors of input_size: results are those of torch.nn.functional.one_hot,
-                at none of its cost.
+                one-hot vectors of input_size: the result is that of torch.nn.functional.one_hot,
+                without its cost.
             hx: the initial state, zeros when not given: h_0 (L * D, B, P), for an LSTM a tuple of
                 that and c_0 (L * D, B, H); without B for unbatched input.
             lengths: integers (B,) in [0, T] on any device and in any order, as a tensor, an array
@@ -51,12 +51,11 @@ class Fused(LayerBase):
                 a PackedSequence.
             resets: bools, or 0 and 1 of any dtype, shaped as the input without its last dimension
                 or with 1 there, or a PackedSequence of such: True where a new sequence begins in
-                the middle of a row, as where an episode of reinforcement learning ends and the next
-                one starts. The forward direction enters that step with states of zeros; the reverse
-                direction enters the step before it, the last one of the sequence that ended, with
-                zeros. So sequences in one row know as little of each other as those in two. hx is
-                the state before the first step (which a reset there replaces by zeros), in the
-                reverse direction before the last.
+                the middle of a row, such as an episode of reinforcement learning. The forward
+                direction enters that step with states of zeros; the reverse direction enters the
+                step before it, the last one of the previous sequence, with zeros. So sequences in
+                one row are independent. hx is the state before the first step (a reset there
+                replaces it by zeros), in the reverse direction before the last.
             return_all: whether the states of every layer at every step are returned as well.
 
         Returns:
@@ -65,9 +64,9 @@ class Fused(LayerBase):
 
         Raises:
             ValueError, RuntimeError: torch.nn's, for the same wrong arguments.
-            IndexError: an integer of the input is negative or not below input_size. Those behind
-                a length are not looked at. On CUDA, where looking would mean waiting, such a step
-                is NaN, and a length outside [0, T] counts as the nearer end.
+            IndexError: an integer of the input is negative or not below input_size; those past a
+                length are ignored. On CUDA a check would have to wait: there such a step is NaN,
+                and a length outside [0, T] is clamped.
         """
         if lengths is None and resets is None and not return_all:
             results = fast_path.run(self, input, hx)
@@ -79,7 +78,7 @@ class Fused(LayerBase):
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = support.is_one_hot(data, packed)
-        # What CUDA kernels do not have; what torch.nn does not have.
+        # Features without CUDA kernels; features that torch.nn does not have.
         cpu_only = resets is not None or return_all or self.only_ours() is not None
         more = cpu_only or lengths is not None or one_hot
         batched_only = hx is not None or lengths is not None or resets is not None
@@ -104,7 +103,7 @@ class Fused(LayerBase):
             resets,
             *masks.of_recurrence(self, x, batch_sizes, weights[0], config),
         )
-        # Not self.dropout in any case: torch.compile(dynamic=True) takes a float for an input.
+        # Not always self.dropout: torch.compile(dynamic=True) makes an input of a float.
         dropout = 0.0 if drawn[0] is None else self.dropout
         call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
         y, hn, cn, hs, cs = self._run(call, more, cpu_only)

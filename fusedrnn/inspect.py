@@ -54,7 +54,7 @@ def explain(module: nn.Module, *args: Any, **kwargs: Any) -> str:
 
 
 def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
     copied = copy.deepcopy(model)
     calls: dict[str, Counter[str]] = {}
 
@@ -84,7 +84,7 @@ def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _of_cell(cell: nn.RNNCellBase, input: Tensor, hx: Any = None) -> str:
-    """After a call of a copy on the meta device, which raises what the call would."""
+    """Calls a copy on the meta device first, which raises the error of the call."""
     states = tuple(s.to("meta") for s in hx) if isinstance(hx, tuple) else hx
     states = states.to("meta") if isinstance(states, Tensor) else states
     twin = copy.copy(cell)
@@ -172,7 +172,7 @@ def _of_layer(
             bidirectional=module.bidirectional,
             layer_norm=module.layer_norm,
             zoneout=any(module._zoneout_rates()),
-            # Drawn in training only, as dropout is.
+            # Drawn in training only, like dropout.
             recurrent_dropout=module.training and module.recurrent_dropout > 0,
             resets=resets,
             return_all=return_all,

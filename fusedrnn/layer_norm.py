@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 
 def count(mode: str) -> int:
-    """How many of a layer and direction's weights they are: the last ones."""
+    """The number of these parameters of a layer and direction, which come last."""
     return 4 if mode == "LSTM" else 2
 
 
@@ -33,7 +33,7 @@ def add_parameters(module: nn.RNNBase) -> None:
 
 @torch.no_grad()
 def reset_parameters(module: nn.RNNBase) -> None:
-    """torch.nn's initialisation, the same numbers drawn, and gains of 1 and shifts of 0."""
+    """Draws torch.nn's numbers for its parameters; gains are 1 and shifts 0."""
     bound = 1 / math.sqrt(module.hidden_size)
     for name, parameter in module.named_parameters():
         if "gain_" in name:

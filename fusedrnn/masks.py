@@ -1,4 +1,4 @@
-"""The masks of a call, drawn from torch's generator: of dropout between layers, of regularisers."""
+"""Draws the masks of a call from torch's generator: dropout between layers and regularisers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def between_layers(module: LayerBase, x: Tensor, config: ops.Config) -> Tensor |
         (module.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
     )
     if module.dropout == 1:
-        return mask.zero_()  # here torch draws nothing
+        return mask.zero_()  # torch draws no numbers here either
     for layer in mask:
         layer.bernoulli_(1 - module.dropout)
     return mask

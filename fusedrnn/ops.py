@@ -1,9 +1,9 @@
-"""The ops that everything runs through: their shapes, their gradients, their use.
+"""The ops: their arguments and results, their fake implementations, their derivatives.
 
-`torch.ops.fusedrnn.forward` runs a whole stack of layers, `torch.ops.fusedrnn.backward` its
-back-propagation through time, and `torch.ops.fusedrnn.infer` is the forward of a plain call that no
-gradient is wanted of, with few arguments and results because these are what a small call costs. All
-are defined in csrc/torch. Arguments, with T steps, B rows of the batch, D directions, H hidden
+`torch.ops.fusedrnn.forward` runs a whole stack of layers and `torch.ops.fusedrnn.backward` its
+back-propagation through time. `torch.ops.fusedrnn.infer` is forward of a plain call without
+gradients; it has few arguments and results, which dominate the cost of a small call. All are
+defined in csrc/torch. Arguments, with T steps, B rows of the batch, D directions, H hidden
 units, P = proj_size or H, L layers:
 
     x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed); or integers
@@ -26,8 +26,8 @@ forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the
 all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers but the last, and an
 LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest.
 infer returns y, hn, and cn of an LSTM, else None.
-backward returns the gradients of x, hx, cx and each weight; `needs` says which are wanted, the
-others come back empty.
+backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
+the others are empty.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Config(NamedTuple):
 
 
 def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
-    """A meta tensor among real ones leads here too: what it returned would never be written."""
+    """Raises where a tensor is not on the device of x. Meta tensors among real ones lead here."""
     for t in tensors:
         if t is not None and t.device != x.device:
             raise RuntimeError(
@@ -79,7 +79,7 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of sums and cell states."""
+    """The dtype of sums and cell states."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -98,7 +98,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     like, shape = x if x.is_floating_point() else weights[0], tokens_shape(x)
     if batch_sizes is not None:
         tokens = shape[0]
-        # The batch of packed input is a value, not a shape: hx knows it, or nothing does.
+        # The batch size of packed input is a value; only hx has it as a shape.
         batch = hx.shape[1] if hx is not None else torch.library.get_ctx().new_dynamic_size()
     else:
         tokens, batch = shape[0] * shape[1], shape[1]
@@ -157,10 +157,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), of_weights
 
 
-# Autograd is registered by hand and not with torch.library.register_autograd: that flattens
-# lists of tensors through pytrees, which cost 170 us a training step, more than a small layer runs.
-# A node takes tensors one by one and a call's constants as one tuple; `Call` puts the op's argument
-# list together from both.
+# Autograd is registered by hand: torch.library.register_autograd flattens lists of tensors through
+# pytrees, which cost 170 us a training step, more than a small layer takes. A node has tensors one
+# by one and a call's constants as one tuple; `Call` converts between these and the op's arguments.
 
 
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
@@ -194,7 +193,7 @@ class Call(NamedTuple):
 
 
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
-    """`keys`: what the dispatcher called with, None where this is a call of its own."""
+    """`keys`: the dispatcher's key set, None where the dispatcher did not call."""
     with torch._C._AutoDispatchBelowAutograd():
         if keys is None:
             return op(*arguments)
@@ -216,9 +215,8 @@ def _version_of(y: Tensor) -> Tensor:
 
 
 class _Forward(torch.autograd.Function):
-    # Each tensor that a node takes or puts out costs a microsecond: `others` come as one tuple, and
-    # y, hn and cn are all that goes out where neither the dispatcher (`keys`) nor all_states asks
-    # for more.
+    # Each input or output tensor of a node costs a microsecond: `others` is one tuple, and y, hn
+    # and cn are the only outputs unless the dispatcher (`keys`) or all_states requires more.
     @staticmethod
     def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
         x, hx, cx, *weights = of_graph
@@ -227,8 +225,8 @@ class _Forward(torch.autograd.Function):
         y, _, _, reserve, *states = results
         plain = keys is None and not constants[ALL_STATES]  # then hs and cs are empty
         ctx.set_materialize_grads(False)
-        # torch.nn lets its output be written in place. So y is saved under a version of its own,
-        # that of the output is looked at in backward, and where it rose y is computed again.
+        # torch.nn allows its output to be written in place. So y is saved with a version counter of
+        # its own; where the output's counter has changed, backward computes y again.
         ctx.output = _version_of(y)
         ctx.states = states if plain else ()
         kept = () if plain else states
@@ -262,14 +260,14 @@ class _Forward(torch.autograd.Function):
         return (*[None] * 4, *(g if n else None for g, n in found))
 
 
-# As Function.apply, without its 2 us for tensors that torch.func's transforms left behind.
+# Function.apply without its search for tensors of finished torch.func transforms: 2 us.
 apply_forward = super(torch.autograd.Function, _Forward).apply
 
 
 def _plain_gradients(
     call: Call, needs: list[bool], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Those of call.differentiable() through the reference; those not needed are None."""
+    """The gradients of call.differentiable() by the reference; None where not required."""
     with torch.enable_grad():
         leaves = [
             t if t is None else t.detach().requires_grad_(need)
@@ -325,7 +323,7 @@ def _second_derivatives(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Fresh nodes: what is differentiated here is this call, not how its arguments came about.
+        # Fresh nodes: the graph that made the arguments is not differentiated here.
         sources = [
             t.view_as(t) if t is not None and t.requires_grad else t
             for t in (*grads_out, *call.tensors)

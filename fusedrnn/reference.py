@@ -1,4 +1,4 @@
-"""The stack in plain PyTorch, step by step: slow, obvious, differentiable any number of times.
+"""The stack in plain PyTorch, step by step: slow, simple, differentiable any number of times.
 
 It is what the kernels are tested against, and what their second derivatives are taken through.
 Formulas are those of torch.nn.RNN, GRU and LSTM; csrc/cells states the same for the kernels.
@@ -46,7 +46,7 @@ def lstm_step(
     c: Tensor | None,
     seen: Callable[[Tensor], Tensor] = lambda c: c,
 ) -> State:
-    """`seen` is what of c the output gate sees."""
+    """`seen` maps c to what the output gate multiplies."""
     i, f, g, o = (gx + gh).chunk(4, -1)
     assert c is not None
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -61,11 +61,11 @@ STEPS: dict[str, Step] = {
 }
 
 
-EPSILON = 1e-5  # of csrc/cpu/pass/layer_norm.h too
+EPSILON = 1e-5  # also in csrc/cpu/pass/layer_norm.h
 
 
 def normalised(a: Tensor) -> Tensor:
-    """Over the last dimension; in float32 at least, for a square of float16 overflows."""
+    """Over the last dimension, in float32 or float64: squares of float16 overflow."""
     wide = a.to(torch.promote_types(a.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
@@ -201,7 +201,7 @@ def layer(
 
 
 def check_batch_sizes(rows: list[int], tokens: int) -> None:
-    """With the kernels' words: torch's pad_packed_sequence writes where wrong ones lead it."""
+    """Raises the kernels' errors: torch's pad_packed_sequence does not check batch_sizes."""
     if not rows:
         raise RuntimeError("fusedrnn: batch_sizes is empty")
     if min(rows) < 1 or any(b > a for a, b in pairwise(rows)):
@@ -244,7 +244,7 @@ def forward(
         valid = torch.arange(len(x), device=x.device)[:, None] < lengths
     like = x
     if not x.is_floating_point():
-        # What lies behind a length is not looked at: it need not be an index.
+        # Values past a length are ignored: they need not be indices.
         x = (x if lengths is None else torch.where(valid, x, 0)).long()
         like = weights[0]
     states = num_layers * (2 if bidirectional else 1)

@@ -14,7 +14,7 @@ KERNEL_DTYPES = DTYPES + INTEGERS
 
 
 def is_one_hot(data: Tensor, packed: bool) -> bool:
-    """Whether `data` is integers that stand for one-hot vectors: torch.nn takes none."""
+    """Whether `data` is integers that stand for one-hot vectors, which torch.nn refuses."""
     return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
 
 
