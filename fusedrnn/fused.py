@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import autocast, checks, dynamo, fast_path, masks, ops, reference, support
+from fusedrnn import autocast, checks, dynamo, fast_path, flops, masks, ops, reference, support
 from fusedrnn.layer import LayerBase
 
 
@@ -164,3 +164,4 @@ class Fused(LayerBase):
 
 
 dynamo.allow(Fused)
+flops.register()

@@ -141,7 +141,8 @@ class LayerBase(DropIn, nn.RNNBase):
 
     def only_ours(self) -> str | None:
         """The options in use that torch.nn's code would ignore, None if there are none."""
-        if not (self.recurrent_dropout or self.zoneout or self.layer_norm):
-            return None
-        names = [name for name in ONLY_OURS if getattr(self, name)]
-        return " and ".join(names)
+        names = None
+        for name in ONLY_OURS:
+            if getattr(self, name):
+                names = f"{names} and {name}" if names else name
+        return names

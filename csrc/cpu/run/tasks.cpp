@@ -23,9 +23,9 @@ void take_tasks(const Phase& phase, Progress& progress, char* scratch, bool last
 
 }  // namespace
 
-// In one parallel loop. A thread takes the next task when it is
-// done with one, and a phase ends when its tasks are done, whoever did them: a thread whose core
-// another process holds does fewer, or none, and is waited for at the end of the loop alone.
+// One parallel loop runs all phases. A thread takes the next task when it has finished one, and a
+// phase ends when its tasks are done by any threads: a thread whose core is taken by another
+// process does fewer, and only the end of the loop waits for it.
 void run_phases(const ThreadPool& pool, int64_t threads, const std::vector<Phase>& phases) {
   int64_t most = 0, bytes = 0;
   for (const Phase& phase : phases)
