@@ -85,7 +85,8 @@ def _train(case: Case, device: torch.device, budget: Budget) -> Training:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = CharModel(case.module(torch.float32)).to(device)
-    fused = fusedrnn.swap(copy.deepcopy(plain)).model
+    fused = copy.deepcopy(plain)
+    fusedrnn.swap(fused)
     corpus = corpus_of(case).to(device)
     learners = [Learner(model, 1.0, carry_state=False, ranks=Ranks()) for model in (plain, fused)]
     epochs: list[Epoch] = []
