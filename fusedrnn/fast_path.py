@@ -82,7 +82,11 @@ def run(layer: LayerBase, input: Any, hx: Any) -> Any:
         x, h, c = (None if t is None else t.unsqueeze(1) for t in (x, h, c))
     elif layer.batch_first:
         x = x.transpose(0, 1)
-    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    graph = (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not torch.is_inference_mode_enabled()
+    )
     save = graph and not layer.recompute
     try:
         y, hn, cn = _call(x, h, c, weights, layer._stack(), graph, save)

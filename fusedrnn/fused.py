@@ -128,6 +128,7 @@ class Fused(LayerBase):
         graph = tracing or (
             torch.is_grad_enabled()
             and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
+            and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
         )
         return ops.run(call, graph, graph and not self.recompute)
 

@@ -55,7 +55,13 @@ def explain(module: nn.Module, *args: Any, **kwargs: Any) -> str:
 
 def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
-    copied = copy.deepcopy(model)
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:  # a tensor with a graph, such as a state of the last call
+        raise RuntimeError(
+            f"explain runs a copy of {type(model).__name__}, which cannot be copied ({error}); "
+            "explain its layers one by one"
+        ) from None
     calls: dict[str, Counter[str]] = {}
 
     def describe(name: str) -> Any:

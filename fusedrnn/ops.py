@@ -200,11 +200,11 @@ def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")  # whatever the default device at import
 
 
 def _version_of(y: Tensor) -> Tensor:
-    """A tensor whose `_version` is that of `y`, 0 until `y` is written in place.
+    """A tensor whose `_version` is that of `y` and rises where `y` is written in place.
 
     It holds no memory of `y`: hooks on saved tensors may have moved that elsewhere.
     """
@@ -228,6 +228,7 @@ class _Forward(torch.autograd.Function):
         # torch.nn allows its output to be written in place. So y is saved with a version counter of
         # its own; where the output's counter has changed, backward computes y again.
         ctx.output = _version_of(y)
+        ctx.version = ctx.output._version
         ctx.states = states if plain else ()
         kept = () if plain else states
         ctx.save_for_backward(y.data, reserve, *kept, x, hx, cx, *others, *weights)
@@ -248,7 +249,7 @@ class _Forward(torch.autograd.Function):
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
             return (*[None] * 4, *_plain_gradients(call, needs, grads))
-        if not ctx.save or ctx.output._version:
+        if not ctx.save or ctx.output._version != ctx.version:
             with torch.no_grad():
                 y, _, _, reserve, hs, cs = forward(*call.arguments(), True)
         arguments = (*grads, y, reserve, hs, cs, needs, *call.arguments())

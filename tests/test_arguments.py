@@ -129,3 +129,8 @@ def test_the_warning_names_the_line_of_the_call():
         with pytest.warns(UserWarning) as caught:
             layer(x, **kwargs)
         assert caught[0].filename == __file__
+
+
+def test_no_lengths_of_no_rows():
+    y, _ = fusedrnn.GRU(3, 4)(torch.randn(5, 0, 3), lengths=[])
+    assert y.shape == (5, 0, 4)

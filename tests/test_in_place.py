@@ -1,6 +1,8 @@
 """Outputs that are written in place before backward: what torch.nn trains is trained."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -169,14 +171,36 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("lengths", [None, [T, 1, *[2] * (B - 2)]], ids=["", "lengths"])
 @pytest.mark.parametrize("write", [False, True])
-def test_only_what_was_written_is_run_again(write):
+def test_only_what_was_written_is_run_again(write, lengths):
     _, fused = make_pair("gru", INPUT, HIDDEN)
-    y, _ = fused(torch.randn(T, B, INPUT))
+    y = fused(torch.randn(T, B, INPUT), lengths=lengths)[0]
     loss = (y.relu_() if write else y.relu()).sum()
     with Calls() as calls:
         loss.backward()
     assert calls.forward == write
+
+
+def test_import_under_another_default_device():
+    """A model made on the meta device, with fusedrnn first imported there."""
+    program = """
+import torch
+with torch.device("meta"):
+    import fusedrnn
+fusedrnn.GRU(3, 4)(torch.randn(2, 1, 3))[0].sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_gradients_enabled_in_inference_mode():
+    """torch.nn runs, and records nothing."""
+    plain, fused = make_pair("gru", INPUT, HIDDEN)
+    x = torch.randn(T, B, INPUT)
+    with torch.inference_mode(), torch.enable_grad():
+        for kwargs in ({}, {"lengths": [T] * B}):
+            y, _ = fused(x, **kwargs)
+            assert torch.allclose(y, plain(x)[0], atol=1e-6) and y.grad_fn is None
 
 
 @pytest.mark.parametrize("write", WRITES)

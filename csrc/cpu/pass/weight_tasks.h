@@ -96,7 +96,7 @@ int64_t weight_tasks(const Problem& p, int64_t threads) {
 
 template <class X>
 int64_t weight_scratch(const Problem& p, int64_t layer, int64_t tokens) {
-  const int64_t x = p.layer_input(layer), h = p.out_size();
+  const int64_t x = p.product_input(layer), h = p.out_size();
   return Outer<X>::scratch_bytes(max(max(x, h), p.hidden_size), max(x + h, p.hidden_size), tokens);
 }
 

@@ -87,6 +87,7 @@ class ScratchPool {
 
   // Four sizes for each power of two, so that lengths that differ a little share their blocks.
   static int64_t size_class(int64_t bytes) {
+    if (kMostBytes == 0) return bytes;
     int64_t step = kPage;
     if (bytes <= kMostBytes)
       step = std::max<int64_t>(step, std::bit_floor(uint64_t(bytes - 1)) / 4);
