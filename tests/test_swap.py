@@ -559,3 +559,19 @@ def test_info():
     assert all(name in found["cpu kernels"] for name, _ in _C.cpu_variants())
     assert found["cpu threads"] == "1"
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+def test_explain_of_a_model_that_cannot_be_copied():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.last = fusedrnn.GRU(3, 4), None
+
+        def forward(self, x):
+            y, self.last = self.rnn(x)
+            return y
+
+    model, x = Stateful(), torch.randn(5, 2, 3)
+    model(x)
+    with pytest.raises(RuntimeError, match="a copy of Stateful, which cannot be copied"):
+        fusedrnn.explain(model, x)
