@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import fusedrnn
+
 ROOT = Path(__file__).parents[1]
 PAGES = [Path("README.md"), *sorted(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page): (ROOT / page).read_text() for page in PAGES}
@@ -63,3 +65,8 @@ def test_pages_are_listed():
     """docs/README.md links every page."""
     listed = TEXTS["docs/README.md"]
     assert [p.name for p in PAGES if p.name != "README.md" and f"({p.name})" not in listed] == []
+
+
+def test_the_citation_has_the_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {fusedrnn.__version__}\n" in text
