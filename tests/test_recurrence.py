@@ -133,7 +133,7 @@ def assert_matches_the_reference(fused, kind, steps, batch, resets, threads):
     for a, b in zip((*ours[0], *ours[1]), (*again[0], *again[1]), strict=True):
         assert torch.equal(a, b)
     with pytest.MonkeyPatch().context() as context:
-        context.setattr(fused.ops, "run", plain_run)
+        context.setattr(ops, "run", plain_run)
         theirs = everything(fused, x, states, **kwargs)
     assert_all_close(ours[0], theirs[0], rtol=1e-11, atol=1e-12)
     assert_all_close(ours[1], theirs[1], rtol=1e-10, atol=1e-11)
