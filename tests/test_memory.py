@@ -29,7 +29,7 @@ def two_layers():
     # Gradients that stay alive lie between the blocks of other calls.
     net = layers.LSTM(16, 64, 2, bidirectional=True)
     kept = None
-    for i in range(400):
+    for i in range(240):
         train(net, 5 + i % 23, 32)
         gru = layers.GRU(16, 128)
         kept = torch.autograd.grad(gru(torch.randn(3, 2, 16))[0].sum(), list(gru.parameters()))
@@ -38,7 +38,7 @@ def two_layers():
 
 def random_sizes():
     nets = [layers.RNN(8, 96), layers.GRU(8, 48, 3), layers.LSTM(8, 160, bidirectional=True)]
-    for _ in range(400):
+    for _ in range(240):
         train(lengths.choice(nets), lengths.randint(1, 60), lengths.randint(1, 40))
         yield
 
