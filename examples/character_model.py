@@ -72,7 +72,7 @@ def sample(model: CharacterModel, start: str, count: int) -> str:
     return text
 
 
-def main(updates: int = 300) -> Figure:
+def main(updates: int = 200) -> Figure:
     def score_and_sample(model: CharacterModel) -> dict[str, float]:
         print(f"sample of {type(model.gru).__module__.split('.')[0]}:", sample(model, "The ", 120))
         return score(model)

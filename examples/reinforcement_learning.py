@@ -58,7 +58,7 @@ class Agent(nn.Module):
         return self.head(output), state
 
 
-def main(updates: int = 100) -> Figure:
+def main(updates: int = 150) -> Figure:
     final: dict[nn.Module, float] = {}
 
     def train(agent: Agent) -> Iterator[None]:

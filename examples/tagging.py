@@ -76,16 +76,17 @@ class Tagger(nn.Module):
         return logits
 
 
-def main(updates: int = 150) -> Figure:
+def main(updates: int = 80) -> Figure:
     data = batches()
     test, training = data[:10], data[10:]
 
     def train(model: Tagger) -> Iterator[None]:
-        optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+        optimizer = torch.optim.Adam(model.parameters(), 4e-3)
         for update in range(updates):
             characters, lengths, tags = training[update % len(training)]
             logits = model(characters, lengths)
             cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=-1).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
             yield
