@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 PUBLIC = "fusedrnn.modules"  # where the public classes are
 
@@ -27,8 +27,9 @@ class DropIn(nn.Module):
         """Whether torch.fx is tracing, and to record the call instead of looking into it."""
         return isinstance(input, fx.Proxy) and self._is_public()
 
-    def _record(self, input: fx.Proxy, hx: Any, **kwargs: Any) -> fx.Proxy:
-        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+    def _record(self, input: Any, hx: Any, **kwargs: Any) -> Any:
+        """A Proxy in place of the results; `input` is one too."""
+        path = input.tracer.path_of_module(self)
         return input.tracer.create_proxy("call_module", path, (input, hx), kwargs)
 
     def __repr__(self) -> str:
@@ -59,7 +60,9 @@ class DropIn(nn.Module):
 class SingleStep(DropIn):
     """A cell: torch.nn's own code under our name."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if self._is_leaf(input):
             return self._record(input, hx)
         return super().forward(input, hx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,18 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import autocast, checks, dynamo, fast_path, flops, masks, ops, reference, support
 from fusedrnn.layer import LayerBase
-
-
-class AllStates(NamedTuple):
-    """The states of every layer at every step.
-
-    `h[l]` has the shape of the output, with zeros past a length; `h[-1]` is the output. `c[l]` of
-    an LSTM has hidden_size in place of proj_size; `c` is None for other layers. The directions are
-    concatenated as in the output. For packed input each is a PackedSequence.
-    """
-
-    h: tuple[Any, ...]
-    c: tuple[Any, ...] | None
+from fusedrnn.signatures import AllStates, Input, Lengths, Resets, Results, States
 
 
 class Fused(LayerBase):
@@ -29,13 +18,13 @@ class Fused(LayerBase):
 
     def forward(
         self,
-        input: Any,
-        hx: Any = None,
+        input: Input,
+        hx: States | None = None,
         *,
-        lengths: Any = None,
-        resets: Any = None,
+        lengths: Lengths | None = None,
+        resets: Resets | None = None,
         return_all: bool = False,
-    ) -> Any:
+    ) -> Results:
         """Runs the stack; see the class.
 
         Args:
@@ -76,25 +65,26 @@ class Fused(LayerBase):
             given = {"lengths": lengths, "resets": resets, "return_all": return_all or None}
             return self._record(input, hx, **{k: v for k, v in given.items() if v is not None})
         packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
+        data: Any = input.data if isinstance(input, PackedSequence) else input
         one_hot = support.is_one_hot(data, packed)
         # Features without CUDA kernels; features that torch.nn does not have.
         cpu_only = resets is not None or return_all or self.only_ours() is not None
         more = cpu_only or lengths is not None or one_hot
         batched_only = hx is not None or lengths is not None or resets is not None
         if one_hot and not (packed or batched_only):
-            checks.warn_of_features(self, input, 4)
+            checks.warn_of_features(self, data, 4)
         if not more and support.fallback_reason(data):
             return super().forward(input, hx)
         x, hx, cx, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
-        batch_sizes = input.batch_sizes if packed else None
+        batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
         weights = self._weights()
         dtype = weights[0].dtype if one_hot else x.dtype
         casts = autocast.casts(self, x, dtype, weights[0].dtype, hx, cx, packed)
         if casts is not None:
             low = casts.low
             x, weights = x if one_hot else x.to(low), [w.to(low) for w in weights]
-            hx, cx = (None if s is None else s.to(low) for s in (hx, cx))
+            states: tuple[Any, Any] = hx, cx
+            hx, cx = (None if s is None else s.to(low) for s in states)
         if resets is not None:
             resets = checks.checked_resets(self, resets, input, x, one_hot)
         config = self._config(return_all)

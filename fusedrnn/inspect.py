@@ -33,7 +33,7 @@ def info() -> dict[str, str]:
     }
 
 
-def explain(module: nn.Module, *args: Any, **kwargs: Any) -> str:
+def explain(module: nn.Module, *args: object, **kwargs: object) -> str:
     """Which kernels `module(*args, **kwargs)` would run, how the work is divided, and why.
 
     `module` is a recurrent layer, swapped or not: then nothing is run. Or it is a model that has
@@ -46,6 +46,10 @@ def explain(module: nn.Module, *args: Any, **kwargs: Any) -> str:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    return _explain(module, args, kwargs)
+
+
+def _explain(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if isinstance(module, nn.RNNBase):
         return _checked(module, *args, **kwargs)
     if isinstance(module, nn.RNNCellBase):
@@ -66,7 +70,7 @@ def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     def describe(name: str) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name][explain(layer, *args, **kwargs)] += 1
+            calls[name][_explain(layer, args, kwargs)] += 1
 
         return before
 

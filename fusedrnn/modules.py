@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
+from torch.types import Device
 
 from fusedrnn.drop_in import SingleStep
-from fusedrnn.fused import AllStates, Fused
+from fusedrnn.fused import Fused
+from fusedrnn.signatures import AllStates
+
+if TYPE_CHECKING:
+    from fusedrnn.signatures import OneState, OneStateCell, TwoStates, TwoStatesCell
+else:  # without the types of calls
+    OneState = TwoStates = Fused
+    OneStateCell = TwoStatesCell = SingleStep
 
 __all__ = ["GRU", "LSTM", "RNN", "AllStates", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -20,13 +29,13 @@ def _signature(init: Init) -> Init:
     """The signature of `init`, for readers and tools; torch.nn checks the arguments."""
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Fused, *args: Any, **kwargs: Any) -> None:
         Fused.__init__(self, *args, **kwargs)
 
     return __init__  # type: ignore[return-value]
 
 
-class RNN(Fused, nn.RNN):
+class RNN(OneState, nn.RNN):
     """A stack of Elman RNN layers: `torch.nn.RNN` with fused kernels and more.
 
     Each layer and direction computes, with f = tanh or relu,
@@ -82,8 +91,8 @@ class RNN(Fused, nn.RNN):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
@@ -91,7 +100,7 @@ class RNN(Fused, nn.RNN):
     ) -> None: ...
 
 
-class GRU(Fused, nn.GRU):
+class GRU(OneState, nn.GRU):
     """A stack of GRU (gated recurrent unit) layers: `torch.nn.GRU` with fused kernels and more.
 
     Each layer and direction computes
@@ -149,8 +158,8 @@ class GRU(Fused, nn.GRU):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
@@ -159,7 +168,7 @@ class GRU(Fused, nn.GRU):
     ) -> None: ...
 
 
-class LSTM(Fused, nn.LSTM):
+class LSTM(TwoStates, nn.LSTM):
     """A stack of LSTM (long short-term memory) layers: `torch.nn.LSTM` with fused kernels and more.
 
     Each layer and direction computes
@@ -225,8 +234,8 @@ class LSTM(Fused, nn.LSTM):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
@@ -235,7 +244,7 @@ class LSTM(Fused, nn.LSTM):
     ) -> None: ...
 
 
-class RNNCell(SingleStep, nn.RNNCell):
+class RNNCell(OneStateCell, nn.RNNCell):
     """One step of one RNN layer: `torch.nn.RNNCell`, whose code it runs.
 
     h' = f(W_ih x + b_ih + W_hh h + b_hh), f = tanh or relu. Called with x (B, input_size) or
@@ -247,8 +256,19 @@ class RNNCell(SingleStep, nn.RNNCell):
         torch.Size([3, 20])
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
-class GRUCell(SingleStep, nn.GRUCell):
+
+class GRUCell(OneStateCell, nn.GRUCell):
     """One step of one GRU layer: `torch.nn.GRUCell`, whose code it runs.
 
     The formula is that of `GRU`. Called with x (B, input_size) or (input_size,) and h
@@ -260,8 +280,18 @@ class GRUCell(SingleStep, nn.GRUCell):
         torch.Size([3, 20])
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
-class LSTMCell(SingleStep, nn.LSTMCell):
+
+class LSTMCell(TwoStatesCell, nn.LSTMCell):
     """One step of one LSTM layer: `torch.nn.LSTMCell`, whose code it runs.
 
     The formula is that of `LSTM`. Called with x (B, input_size) or (input_size,) and (h, c), each
@@ -273,3 +303,13 @@ class LSTMCell(SingleStep, nn.LSTMCell):
         >>> h.shape, c.shape
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -82,19 +82,21 @@ class Report(Generic[Model]):
             f"model = {call}.model"
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(self._misused())
+    if not TYPE_CHECKING:  # which refuse these uses, and would take them as they stand here
 
-    def __getitem__(self, index: Any) -> NoReturn:
-        raise TypeError(self._misused())
+        def __call__(self, *args, **kwargs):
+            raise TypeError(self._misused())
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # saved or copied in the model's place
-        raise TypeError(self._misused())
+        def __getitem__(self, index):
+            raise TypeError(self._misused())
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise AttributeError(f"a report has no {name!r}. {self._misused()}")
+        def __reduce_ex__(self, protocol):  # saved or copied in the model's place
+            raise TypeError(self._misused())
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise AttributeError(f"a report has no {name!r}. {self._misused()}")
 
 
 def swap(model: Model) -> Report[Model]:

@@ -53,7 +53,7 @@ def test_links_lead_to_pages_and_their_headings():
 
 @pytest.mark.parametrize("page", sorted(name for name in TEXTS if name.startswith("docs/")))
 def test_files_that_pages_name_exist(page):
-    folders = ("benchmarks", "csrc", "fusedrnn", "tests")
+    folders = ("benchmarks", "csrc", "examples", "fusedrnn", "tests")
     files = [f"/{p.relative_to(ROOT).as_posix()}" for f in folders for p in (ROOT / f).rglob("*.*")]
     files += [f"/{p.name}" for p in ROOT.glob("*.*")]
     text = re.sub(r"^```python\n.*?^```$", "", TEXTS[page], flags=re.M | re.S)

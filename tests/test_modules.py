@@ -6,7 +6,9 @@ import inspect
 import io
 import pickle
 import re
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -491,3 +493,19 @@ def test_a_subclass_shows_its_own_signature():
 
     assert list(inspect.signature(Mine).parameters) == ["width"]
     assert Mine(3)(torch.randn(2, 1, 3))[0].shape == (2, 1, 3)
+
+
+def test_what_type_checkers_accept_runs():
+    """mypy checks tests/typing/; here the accepted calls run, so types and behaviour agree."""
+    names = runpy.run_path(str(Path(__file__).parent / "typing/accepted.py"))
+    assert isinstance(names["states"], fusedrnn.modules.AllStates)
+
+
+def test_all_states_are_a_named_tuple_to_torch():
+    lstm, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    states = lstm(x, return_all=True)[2]
+    doubled = torch.utils._pytree.tree_map(lambda t: 2 * t, states)
+    assert torch.equal(doubled.h[0], 2 * states.h[0]) and doubled._fields == ("h", "c")
+    assert torch.equal(pickle.loads(pickle.dumps(states)).c[0], states.c[0])
+    compiled = torch.compile(lstm, backend="eager", fullgraph=True)(x, return_all=True)[2]
+    assert torch.equal(compiled.c[0], states.c[0])

@@ -1,5 +1,6 @@
 #include "cpu/run/scratch.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 
@@ -8,8 +9,15 @@ namespace {
 
 using Block = ScratchPool::Block;
 
+// A mutex for which nobody waits. std::mutex::try_lock is a symbol of glibc 2.34, wheels want 2.28.
+struct Flag {
+  bool try_lock() { return !taken.test_and_set(std::memory_order_acquire); }
+  void unlock() { taken.clear(std::memory_order_release); }
+  std::atomic_flag taken;
+};
+
 struct Shared {
-  std::mutex mutex;
+  Flag flag;
   ScratchPool pool;
 };
 Shared& shared() {
@@ -26,11 +34,11 @@ bool poison_scratch() {
 
 // Nobody waits for the lock: in a child of fork a thread that is not there may hold it.
 Block take_shared(int64_t bytes) {
-  const std::unique_lock lock(shared().mutex, std::try_to_lock);
+  const std::unique_lock lock(shared().flag, std::try_to_lock);
   return lock ? shared().pool.take(bytes) : shared().pool.fresh(bytes);
 }
 void give_shared(const Block& block) {
-  const std::unique_lock lock(shared().mutex, std::try_to_lock);
+  const std::unique_lock lock(shared().flag, std::try_to_lock);
   return lock ? shared().pool.give(block) : shared().pool.release(block);
 }
 
@@ -39,7 +47,7 @@ void ThreadScratchPool::give(const Block& block) {
   if (++returned_ % kWindow) return;
   returned_ = 0;
   age();
-  const std::unique_lock lock(shared().mutex, std::try_to_lock);
+  const std::unique_lock lock(shared().flag, std::try_to_lock);
   if (lock) shared().pool.age();
 }
 
