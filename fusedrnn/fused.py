@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import autocast, checks, dynamo, fast_path, flops, masks, ops, reference, support
+from fusedrnn import (
+    autocast,
+    checks,
+    decompositions,
+    dynamo,
+    fast_path,
+    flops,
+    masks,
+    onnx,
+    ops,
+    reference,
+    support,
+)
 from fusedrnn.layer import LayerBase
 
 
@@ -125,6 +137,8 @@ class Fused(LayerBase):
             return reference.forward(*call)
         # A trace is replayed with and without gradients.
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if tracing:
+            onnx.refuse_tracing(more)
         graph = tracing or (
             torch.is_grad_enabled()
             and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
@@ -166,3 +180,4 @@ class Fused(LayerBase):
 
 dynamo.allow(Fused)
 flops.register()
+decompositions.register()
