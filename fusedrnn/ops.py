@@ -400,6 +400,16 @@ def can_skip_dispatch(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
+# The fields of Config behind those of a stack without options.
+NO_OPTIONS = tuple(Config._field_defaults.values())
+
+
+def is_plain(call: tuple) -> bool:
+    """Whether `infer` has all arguments of `call`, which are those of `forward` without `save`."""
+    others, options = call[4 : 4 + NON_DIFFERENTIABLE], call[-len(NO_OPTIONS) :]
+    return all(o is None for o in others) and options == NO_OPTIONS
+
+
 def run(call: tuple, graph: bool, save: bool) -> tuple:
     """The forward op with the arguments `call` and `save`; `graph`: autograd records it.
 

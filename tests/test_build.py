@@ -198,13 +198,7 @@ def test_gencode(build):
 @pytest.fixture
 def sources(build, monkeypatch, tmp_path):
     """A source tree of empty files in place of ours."""
-    names = (
-        "torch/library.cpp",
-        "python/module.cpp",
-        "plan/planner.cpp",
-        "cpu/kernels.cpp",
-        "cpu/dispatch.cpp",
-    )
+    names = "torch/library python/module plan/planner cpu/kernels cpu/dispatch".split()
     for name in names:
         path = tmp_path / "csrc" / f"{name}.cpp"
         path.parent.mkdir(parents=True, exist_ok=True)
