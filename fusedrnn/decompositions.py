@@ -75,7 +75,37 @@ def infer(x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any) -> tu
     return y, hn, cn if stack[0] == "LSTM" else None
 
 
-TABLE = {ops.forward: forward, ops.infer: infer}
+def backward(*arguments: Any) -> Any:
+    """By autograd, whose operators the tracing sees."""
+    grads, y, needs = arguments[: ops.RESULTS], arguments[ops.RESULTS], arguments[ops.RESULTS + 4]
+    call = ops.Call.of(*arguments[ops.RESULTS + 5 :])
+    x = call.tensors[0]
+    assert x is not None
+    if call.tensors[3] is not None:
+        return NotImplemented
+    if not isinstance(x.shape[0], int):
+        raise NotImplementedError(
+            "fusedrnn: the backward pass becomes aten's operators for a constant number of steps "
+            "only: make T static, or leave torch.ops.fusedrnn out of the table of decompositions"
+        )
+    # Decompositions run below autograd, which these keys exclude.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        found = ops.plain_gradients(call, needs, grads)
+
+    def result(gradient: Tensor | None, of: Tensor | None, need: bool) -> Tensor:
+        if gradient is None:
+            return torch.zeros_like(of) if need and of is not None else y.new_empty(0)
+        return gradient
+
+    dx, dhx, dcx, *dweights = map(result, found, call.differentiable(), needs)
+    return dx, dhx, dcx, dweights
+
+
+TABLE = {ops.forward: forward, ops.infer: infer, ops.backward: backward}
 
 
 def register() -> None:

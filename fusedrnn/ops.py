@@ -248,7 +248,7 @@ class _Forward(torch.autograd.Function):
         call = Call(tensors, ctx.constants)
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
-            return (*[None] * 4, *_plain_gradients(call, needs, grads))
+            return (*[None] * 4, *plain_gradients(call, needs, grads))
         if not ctx.save or ctx.output._version != ctx.version:
             with torch.no_grad():
                 y, _, _, reserve, hs, cs = forward(*call.arguments(), True)
@@ -265,7 +265,7 @@ class _Forward(torch.autograd.Function):
 apply_forward = super(torch.autograd.Function, _Forward).apply
 
 
-def _plain_gradients(
+def plain_gradients(
     call: Call, needs: list[bool], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of call.differentiable() by the reference; None where not required."""

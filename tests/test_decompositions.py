@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
@@ -63,6 +64,26 @@ def test_every_option(dynamic):
     more = [inputs_of(9, 2)] if dynamic else []
     targets = assert_decomposed(Model().eval(), inputs_of(5, 3), shapes, more)
     assert (torch.ops.higher_order.scan in targets) == dynamic
+
+
+def test_training_in_a_backend_that_knows_only_aten():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    table = torch._decomp.core_aten_decompositions()
+    backend = aot_autograd(fw_compiler=keep, decompositions=table)
+    layer = fusedrnn.LSTM(3, 4, bidirectional=True)
+    x, state = torch.randn(4, 2, 3, requires_grad=True), torch.randn(2, 2, 2, 4)
+    leaves, results = [x, *layer.parameters()], []
+    for call in (layer, torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)):
+        y, (h, c) = call(x, (state[0], state[1]))
+        results += torch.autograd.grad(y.square().sum() + h.sum() + c.prod(), leaves)
+    assert len(graphs) == 2 and "fusedrnn" not in "".join(graphs)
+    for a, b in zip(results[: len(leaves)], results[len(leaves) :], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_ops_can_be_kept():
