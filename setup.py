@@ -1,4 +1,5 @@
-"""Builds `fusedrnn_C`, one binary for every CPython >= 3.10 and torch >= 2.10, GPU or not.
+"""Builds the ops, `libfusedrnn.so`, for every torch >= 2.10, GPU or not, and beside it the module
+`fusedrnn_C`, which loads them in every CPython >= 3.10.
 
 The C++ is always compiled, the CUDA sources whenever nvcc is found. The environment decides:
 
@@ -28,9 +29,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/ninja")  # relative to ROOT, like every path in build.ninja
+LIBRARY = BUILD / "libfusedrnn.so"
 BINARY = BUILD / "fusedrnn_C.abi3.so"
 KERNELS = Path("csrc/cpu/kernels.cpp")
-MODULE = Path("csrc/torch/module.cpp")
+VERSIONED = ("library.cpp", "module.cpp")  # which are told the version
 VERSION = re.findall(r'"(.+)"', (ROOT / "fusedrnn/_version.py").read_text())[0]
 
 MIN_TORCH = (2, 10)  # the first release whose stable ABI has all that csrc/torch calls
@@ -65,7 +67,8 @@ NVCC_FLAGS = (
 )
 OUTPUTS = "-MD -MF $out.d -c $in -o $out"
 # The oldest torch and Python whose interfaces are used: newer ones load the binary, older may not.
-ABI_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
+TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+PYTHON_ABI = "-DPy_LIMITED_API=0x030a0000"
 # Where torch has CUDA, libtorch.so leads to libtorch_cuda.so and so to the symbols that csrc/torch
 # declares weak. Nothing refers to libtorch.so itself, so the linker has to be told to keep it.
 TORCH_LIBS = "-ltorch_cpu -lc10 -Wl,--no-as-needed,-ltorch,--as-needed"
@@ -225,13 +228,17 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     # last, for objects are linked in the reverse order.
     for isa, isa_flags in reversed(ISAS.items()):
         steps.append(("cxx", KERNELS, f".{isa}", f"-DFUSEDRNN_ISA={isa} {isa_flags}"))
-    # Only csrc/torch may include torch: nothing else is told where it is.
-    system = words("-isystem", torch / "include", "-isystem", sysconfig.get_path("include"))
-    for source in sources("torch/*.cpp"):
-        if source.name.startswith("cuda") and not cuda:
-            continue
-        version = [f'-DFUSEDRNN_VERSION="{VERSION}"'] if source == MODULE else []
-        steps.append(("cxx", source, "", f"{ABI_FLAGS} {words(*defines, *version)} {system}"))
+    # Only csrc/torch is told where torch is, only csrc/python where Python is.
+    headers = {
+        "torch": f"{TORCH_ABI} {words('-isystem', torch / 'include')}",
+        "python": f"{PYTHON_ABI} {words('-isystem', sysconfig.get_path('include'))}",
+    }
+    for folder, where in headers.items():
+        for source in sources(f"{folder}/*.cpp"):
+            if source.name.startswith("cuda") and not cuda:
+                continue
+            version = [f'-DFUSEDRNN_VERSION="{VERSION}"'] if source.name in VERSIONED else []
+            steps.append(("cxx", source, "", f"{where} {words(*defines, *version)}"))
     for source in sources("plan/*.cpp") + sources("cpu/**/*.cpp") + cuda_host:
         if source != KERNELS:
             steps.append(("cxx", source, "", words(*defines)))
@@ -242,21 +249,31 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     for rule, command in rules.items():
         lines += [f"rule {rule}", f"  command = {command}", "  description = $out"]
         lines += ["  depfile = $out.d", "  deps = gcc"]
-    lines += ["rule link", f"  command = {linker} -shared $in -o $out {user('LDFLAGS')} $flags"]
-    objects = []
+    for rule, command in (("link", linker), ("link_module", words(*cxx))):
+        lines += [
+            f"rule {rule}",
+            f"  command = {command} -shared $in -o $out {user('LDFLAGS')} $flags",
+        ]
+    objects: dict[bool, list[str]] = {False: [], True: []}  # whether they are Python's
     for rule, source, part, step_flags in steps:
-        objects.append(str(BUILD / source.with_suffix(f"{part}.o")))
-        lines += [f"build {objects[-1]}: {rule} {source}", f"  flags = {step_flags}"]
-    objects.reverse()  # the weakest first
-    lines += [f"build {BINARY}: link {' '.join(objects)}"]
-    lines += [f"  flags = {words('-L', torch / 'lib')} {TORCH_LIBS}", ""]
+        made = str(BUILD / source.with_suffix(f"{part}.o"))
+        objects[source.parts[1] == "python"].append(made)
+        lines += [f"build {made}: {rule} {source}", f"  flags = {step_flags}"]
+    objects[False].reverse()  # the weakest first
+    lines += [f"build {LIBRARY}: link {' '.join(objects[False])}"]
+    lines += [f"  flags = {words('-L', torch / 'lib', f'-Wl,-soname,{LIBRARY.name}')} {TORCH_LIBS}"]
+    lines += [f"build {BINARY}: link_module {' '.join(objects[True])} {LIBRARY}"]
+    lines += [f"  flags = {words('-Wl,-rpath,$ORIGIN')}", ""]
     return "\n".join(lines)
 
 
 class BuildExt(build_ext):
-    """Has ninja build the one extension module."""
+    """Has ninja build the library of the ops and the extension module."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def get_ext_filename(self, fullname: str) -> str:
+        return LIBRARY.name if fullname == LIBRARY.stem else super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
         check_python()
         torch, cxx, nvcc = find_torch(), find_cxx(), find_nvcc()
         print(f"fusedrnn: torch in {torch}, {' '.join(cxx)}, {nvcc or 'no nvcc, for CPUs only'}")
@@ -267,17 +284,23 @@ class BuildExt(build_ext):
         command = [find_ninja(), "-f", str(BUILD / "build.ninja"), *([f"-j{jobs}"] if jobs else [])]
         if subprocess.run(command, cwd=ROOT).returncode:
             fail("the compilation failed; the compiler's messages are above.")
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         self.mkpath(str(target.parent))
-        self.copy_file(str(ROOT / BINARY), str(target))
+        self.copy_file(str(ROOT / BUILD / target.name), str(target))
         # An editable install leaves a copy in ROOT, which is found first there: keep it current.
-        if (ROOT / BINARY.name).exists():
-            self.copy_file(str(ROOT / BINARY), str(ROOT / BINARY.name))
+        if (ROOT / target.name).exists():
+            self.copy_file(str(ROOT / BUILD / target.name), str(ROOT / target.name))
 
 
 if __name__ == "__main__":  # the tests import this file
     setup(
-        ext_modules=[Extension("fusedrnn_C", sources=[], py_limited_api=True)],
+        ext_modules=[
+            Extension(binary.name.partition(".")[0], sources=[], py_limited_api=True)
+            for binary in (LIBRARY, BINARY)
+        ],
         cmdclass={"build_ext": BuildExt},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -1,9 +1,11 @@
 """The compiled module `fusedrnn_C`, checked: its functions are declared in _C.pyi.
 
-It stands outside the package so that the sources in a clone find the installed binary.
+It stands outside the package so that the sources in a clone find the installed binary. Loading it
+loads the ops, which are beside it in a library that needs no Python.
 """
 
 import re
+from pathlib import Path
 
 import torch  # its libraries have the symbols that the binary needs
 
@@ -31,4 +33,7 @@ def _check() -> None:
 
 _check()
 
+import fusedrnn_C  # noqa: E402
 from fusedrnn_C import *  # noqa: E402, F403
+
+LIBRARY = str(Path(fusedrnn_C.__file__).with_name("libfusedrnn.so"))

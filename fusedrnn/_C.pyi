@@ -1,6 +1,8 @@
-# The functions of the extension module fusedrnn_C that take no tensors; the rest of it are ops.
+# The extension module fusedrnn_C: its functions take no tensors, the ops are in the library.
 
 from fusedrnn.cuda import Spec
+
+LIBRARY: str  # its path
 
 def reserve_bytes(
     *,

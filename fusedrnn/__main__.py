@@ -15,11 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = "train a character language model with torch.nn and with fusedrnn, and compare"
     commands.add_parser("info", help="versions, CPU instruction set, CUDA architectures, devices")
+    commands.add_parser("library", help="the path of the library of the ops, for C++")
     demo_options.add_arguments(commands.add_parser("demo", help=demo, description=demo))
     options = parser.parse_args(arguments)
     if options.command == "info":
         for name, value in fusedrnn.info().items():
             print(f"{name}: {value}")
+        return 0
+    if options.command == "library":
+        print(fusedrnn.info()["library"])
         return 0
     try:
         from fusedrnn.demo import cli  # here, as rich and matplotlib are an optional dependency

@@ -16,8 +16,6 @@ from fusedrnn.layer import LayerBase
 
 # What calling torch.ops.fusedrnn.infer calls, a quarter of a microsecond sooner.
 _infer = getattr(ops.infer, "_op", ops.infer)
-# The fields of Config behind those of a stack without options.
-_NO_OPTIONS = tuple(ops.Config._field_defaults.values())
 
 
 def _call(
@@ -25,7 +23,7 @@ def _call(
 ) -> tuple[Tensor, Tensor, Any]:
     """y, hn and an LSTM's cn; `stack`: the first fields of Config."""
     if graph:
-        constants = (0.0, *stack, *_NO_OPTIONS)
+        constants = (0.0, *stack, *ops.NO_OPTIONS)
         nothing = (None,) * ops.NON_DIFFERENTIABLE
         return ops.apply_forward(None, save, constants, nothing, x, hx, cx, *weights)
     with torch._C._AutoDispatchBelowAutograd():

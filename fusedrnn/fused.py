@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import autocast, checks, dynamo, fast_path, flops, masks, ops, reference, support
+from fusedrnn import (
+    autocast,
+    checks,
+    decompositions,
+    dynamo,
+    fast_path,
+    flops,
+    masks,
+    onnx,
+    ops,
+    reference,
+    support,
+)
 from fusedrnn.layer import LayerBase
 from fusedrnn.signatures import AllStates, Input, Lengths, Resets, Results, States
 
@@ -98,12 +110,14 @@ class Fused(LayerBase):
         call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
         y, hn, cn, hs, cs = self._run(call, more, cpu_only)
         if casts is not None:
-            y, hn, cn = y.to(casts.output), hn.to(casts.output), cn.to(casts.cell)
+            y, hn = y.to(casts.output), hn.to(casts.output)
+            cn = cn if cn is None else cn.to(casts.cell)
         return self._shaped(input, one_hot, unsort, y, hn, cn, (hs, cs) if return_all else None)
 
     def _run(self, call: tuple, more: bool, cpu_only: bool) -> tuple:
-        """y, hn, cn, hs, cs of the op, or of the reference where no kernel can and torch.nn cannot.
+        """y, hn, cn, hs, cs of an op, or of the reference where no kernel can and torch.nn cannot.
 
+        cn is an LSTM's, else empty or None; hs and cs may be None without `return_all`.
         `more`: torch.nn has no such call; `cpu_only`: neither have the CUDA kernels.
         """
         x, hx, cx, weights = call[:4]
@@ -113,8 +127,13 @@ class Fused(LayerBase):
             or (cpu_only and not x.is_cpu)
         ):
             return reference.forward(*call)
+        if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:
+            # Each argument costs time. With gradients its Autograd key calls the other op.
+            return *ops.infer(*call[:4], *self._stack()), None, None
         # A trace is replayed with and without gradients.
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if tracing:
+            onnx.refuse_tracing(more)
         graph = tracing or (
             torch.is_grad_enabled()
             and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
@@ -123,7 +142,7 @@ class Fused(LayerBase):
         return ops.run(call, graph, graph and not self.recompute)
 
     def _shaped(
-        self, input: Any, one_hot: bool, unsort: Any, y: Tensor, hn: Tensor, cn: Tensor, all: Any
+        self, input: Any, one_hot: bool, unsort: Any, y: Tensor, hn: Tensor, cn: Any, all: Any
     ) -> Any:
         """The results of a call in the form of its `input`; `all`: hs and cs where wanted."""
         packed = isinstance(input, PackedSequence)
@@ -156,3 +175,4 @@ class Fused(LayerBase):
 
 dynamo.allow(Fused)
 flops.register()
+decompositions.register()

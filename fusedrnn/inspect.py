@@ -19,11 +19,12 @@ from fusedrnn.support import fallback_reason, is_one_hot
 
 
 def info() -> dict[str, str]:
-    """Versions, the CPU instruction set in use, the GPUs the binary is for, the devices here."""
+    """Versions, the library of the ops, the instruction set in use, the GPUs it is for, devices."""
     variants = [name if here else f"{name} (not this CPU's)" for name, here in _C.cpu_variants()]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "fusedrnn": __version__,
+        "library": _C.LIBRARY,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu kernels": f"{_C.cpu_variant()}, compiled: {', '.join(variants)}",

@@ -248,7 +248,7 @@ class _Forward(torch.autograd.Function):
         call = Call(tensors, ctx.constants)
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
-            return (*[None] * 4, *_plain_gradients(call, needs, grads))
+            return (*[None] * 4, *plain_gradients(call, needs, grads))
         if not ctx.save or ctx.output._version != ctx.version:
             with torch.no_grad():
                 y, _, _, reserve, hs, cs = forward(*call.arguments(), True)
@@ -265,7 +265,7 @@ class _Forward(torch.autograd.Function):
 apply_forward = super(torch.autograd.Function, _Forward).apply
 
 
-def _plain_gradients(
+def plain_gradients(
     call: Call, needs: list[bool], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of call.differentiable() by the reference; None where not required."""
@@ -398,6 +398,16 @@ def can_skip_dispatch(tensors: tuple[Tensor | None, ...]) -> bool:
         or torch._C._is_tracing()
         or torch.overrides.has_torch_function(tensors)
     )
+
+
+# The fields of Config behind those of a stack without options.
+NO_OPTIONS = tuple(Config._field_defaults.values())
+
+
+def is_plain(call: tuple) -> bool:
+    """Whether `infer` has all arguments of `call`, which are those of `forward` without `save`."""
+    others, options = call[4 : 4 + NON_DIFFERENTIABLE], call[-len(NO_OPTIONS) :]
+    return all(o is None for o in others) and options == NO_OPTIONS
 
 
 def run(call: tuple, graph: bool, save: bool) -> tuple:

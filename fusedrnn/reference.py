@@ -114,12 +114,97 @@ class Regularisers(NamedTuple):
     zone_c: Tensor | float
 
 
-def zone_out(zone: Tensor | float, t: int, before: Tensor, new: Tensor) -> Tensor:
+def zone_out(zone: Tensor | float, before: Tensor, new: Tensor) -> Tensor:
     if isinstance(zone, Tensor):
-        zone = zone[t].to(new.dtype)
+        zone = zone.to(new.dtype)
     elif not zone:
         return new
     return zone * before + (1 - zone) * new
+
+
+class Steps(NamedTuple):
+    """What a layer reads at each of its T steps, and so (T, ...)."""
+
+    gx: Tensor  # x W_ih^T + b_ih
+    anew: Tensor | None  # bool (T, B): the step is entered with states of zeros
+    active: Tensor | None  # bool (T, B): the row has this step
+    zone_h: Tensor | None
+    zone_c: Tensor | None
+
+
+class Constants(NamedTuple):
+    """What a layer reads at every step."""
+
+    w_hh: Tensor
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    h_mask: Tensor | None
+    norm: Norm | None
+
+
+def advance(
+    step: Step, rates: tuple[float, float], constants: Constants, state: State, now: Steps
+) -> tuple[State, State]:
+    """One step of all rows, from what `now` has for it; `rates`: zoneout's of h and c without
+    masks. Returns the state after it, and what it puts out: h and c, zeros past a length.
+    """
+    h, c = state
+    if now.anew is not None:
+        h = torch.where(now.anew[:, None], 0, h)
+        c = c if c is None else torch.where(now.anew[:, None], 0, c)
+    norm = constants.norm
+    operand = h if constants.h_mask is None else h * constants.h_mask.to(h.dtype)
+    if norm is None:
+        gh = linear(operand, constants.w_hh, constants.b_hh)
+    else:
+        gh = plus(norm.gates(linear(operand, constants.w_hh), norm.gain_hh), constants.b_hh)
+        if norm.gain_c is not None:
+            step = partial(lstm_step, seen=norm.cell)
+    h_new, c_new = step(now.gx, gh, h, c)
+    if constants.w_hr is not None:
+        h_new = linear(h_new, constants.w_hr)
+    h_new = zone_out(rates[0] if now.zone_h is None else now.zone_h, h, h_new)
+    if c is not None and c_new is not None:
+        c_new = zone_out(rates[1] if now.zone_c is None else now.zone_c, c, c_new)
+    if now.active is None:
+        return (h_new, c_new), (h_new, c_new)
+    active = now.active[:, None]
+    out = torch.where(active, h_new, 0), None if c_new is None else torch.where(active, c_new, 0)
+    kept = None if c is None or c_new is None else torch.where(active, c_new, c)
+    return (torch.where(active, h_new, h), kept), out
+
+
+Advance = Callable[[Constants, State, Steps], "tuple[State, State]"]
+
+
+def each_step(
+    advance: Advance, constants: Constants, state: State, steps: Steps, reverse: bool
+) -> tuple[State, State]:
+    """The state after all steps, and what they put out, stacked: a loop in Python."""
+    hs: list[Tensor] = []
+    cs: list[Tensor] = []
+    count = len(steps.gx)
+    for t in reversed(range(count)) if reverse else range(count):
+        now = Steps(*(None if s is None else s[t] for s in steps))  # type: ignore[arg-type]
+        state, (h, c) = advance(constants, state, now)
+        hs.append(h)
+        if c is not None:
+            cs.append(c)
+    if reverse:
+        hs.reverse()
+        cs.reverse()
+
+    def stacked(of_steps: list[Tensor], like: Tensor | None) -> Tensor | None:
+        if like is None:
+            return None
+        return torch.stack(of_steps) if of_steps else like.new_empty((0, *like.shape))
+
+    y, c_all = stacked(hs, state[0]), stacked(cs, state[1])
+    assert y is not None
+    return state, (y, c_all)
+
+
+Loop = Callable[[Advance, Constants, State, Steps, bool], "tuple[State, State]"]
 
 
 def layer(
@@ -134,6 +219,7 @@ def layer(
     regularisers: Regularisers,
     reverse: bool,
     norm: Norm | None = None,
+    loop: Loop = each_step,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer in one direction: x (T, B, in), h (B, P), c (B, H) -> y (T, B, P), h_n, c_n, cs.
 
@@ -152,52 +238,30 @@ def layer(
         gx = linear(x, w_ih)
     if norm is not None:
         gx = norm.gates(gx, norm.gain_ih)
-        if norm.gain_c is not None:
-            step = partial(lstm_step, seen=norm.cell)
     gx = plus(gx, b_ih)
-
-    def recurrent(operand: Tensor) -> Tensor:
-        if norm is None:
-            return linear(operand, w_hh, b_hh)
-        return plus(norm.gates(linear(operand, w_hh), norm.gain_hh), b_hh)
-
-    steps = range(len(x))
-    outputs: list[Tensor] = []
-    cells: list[Tensor] = []
-    for t in reversed(steps) if reverse else steps:
-        begin = t + 1 if reverse else t
-        if resets is not None and begin < len(x):
-            anew = resets[begin]
-            if lengths is not None:
-                anew = anew & (begin < lengths)
-            h = torch.where(anew[:, None], 0, h)
-            c = c if c is None else torch.where(anew[:, None], 0, c)
-        operand = h if regularisers.h_mask is None else h * regularisers.h_mask.to(h.dtype)
-        h_new, c_new = step(gx[t], recurrent(operand), h, c)
-        if w_hr is not None:
-            h_new = linear(h_new, w_hr)
-        h_new = zone_out(regularisers.zone_h, t, h, h_new)
-        if c is not None and c_new is not None:
-            c_new = zone_out(regularisers.zone_c, t, c, c_new)
-        out, cell = h_new, c_new
-        if lengths is not None:
-            active = (t < lengths)[:, None]
-            out = torch.where(active, h_new, 0)
-            h_new = torch.where(active, h_new, h)
-            if c is not None and c_new is not None:
-                cell = torch.where(active, c_new, 0)
-                c_new = torch.where(active, c_new, c)
-        h, c = h_new, c_new
-        outputs.append(out)
-        if cell is not None:
-            cells.append(cell)
-    if reverse:
-        outputs.reverse()
-        cells.reverse()
-    y = torch.stack(outputs) if outputs else h.new_empty((0, *h.shape))
-    if c is None:
-        return y, h, c, None
-    return y, h, c, torch.stack(cells) if cells else c.new_empty((0, *c.shape))
+    active = anew = None
+    if lengths is not None:
+        active = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
+    if resets is not None:
+        anew = resets if active is None else resets & active
+        if reverse:  # the step before a sequence begins is the last of another one
+            anew = torch.cat([anew[1:], torch.zeros_like(anew[:1])])
+    zones, rates = (regularisers.zone_h, regularisers.zone_c), [0.0, 0.0]
+    masks: list[Tensor | None] = [None, None]
+    for i, zone in enumerate(zones):
+        if isinstance(zone, Tensor):
+            masks[i] = zone
+        else:
+            rates[i] = zone
+    constants = Constants(w_hh, b_hh, w_hr, regularisers.h_mask, norm)
+    (h, c), (y, cs) = loop(
+        partial(advance, step, (rates[0], rates[1])),
+        constants,
+        (h, c),
+        Steps(gx, anew, active, *masks),
+        reverse,
+    )
+    return y, h, c, cs
 
 
 def check_batch_sizes(rows: list[int], tokens: int) -> None:
@@ -233,15 +297,19 @@ def forward(
     zoneout_c: float = 0.0,
     all_states: bool = False,
     layer_norm: bool = False,
+    loop: Loop = each_step,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward op in plain PyTorch; arguments and results as in `fusedrnn.ops`, no reserve."""
+    """The forward op in plain PyTorch; arguments and results as in `fusedrnn.ops`, no reserve.
+
+    `loop` takes a layer through its steps.
+    """
     if batch_sizes is not None:
         if not torch.compiler.is_compiling():
             check_batch_sizes(batch_sizes.tolist(), len(x))
         x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
     if lengths is not None:
         lengths = lengths.to(x.device)
-        valid = torch.arange(len(x), device=x.device)[:, None] < lengths
+        valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
     like = x
     if not x.is_floating_point():
         # Values past a length are ignored: they need not be indices.
@@ -298,6 +366,7 @@ def forward(
                 regularisers,
                 reverse=d == 1,
                 norm=norm,
+                loop=loop,
             )
             outputs.append(y)
             h_n.append(h)

@@ -1,5 +1,6 @@
 """What setup.py decides, what it says when it cannot build, and what its binary asks for."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -7,13 +8,14 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BINARY = "fusedrnn_C.abi3.so"
+LIBRARY, BINARY = "libfusedrnn.so", "fusedrnn_C.abi3.so"
 NVCC_12_4 = "compute_50\ncompute_75\ncompute_80\ncompute_86\ncompute_87\ncompute_89\ncompute_90\n"
 NVCC_13_0 = NVCC_12_4.replace("compute_50\n", "") + "compute_100\ncompute_103\ncompute_120\n"
 
@@ -196,9 +198,9 @@ def test_gencode(build):
 @pytest.fixture
 def sources(build, monkeypatch, tmp_path):
     """A source tree of empty files in place of ours."""
-    names = ("torch/module.cpp", "plan/planner.cpp", "cpu/kernels.cpp", "cpu/dispatch.cpp")
+    names = "torch/library python/module plan/planner cpu/kernels cpu/dispatch".split()
     for name in names:
-        path = tmp_path / "csrc" / name
+        path = tmp_path / "csrc" / f"{name}.cpp"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     monkeypatch.setattr(build, "ROOT", tmp_path)
@@ -214,9 +216,13 @@ def flags_of(text: str) -> dict[str, str]:
     return dict(found)
 
 
-def test_only_csrc_torch_sees_torch(build, sources):
+def test_only_csrc_torch_sees_torch_and_only_csrc_python_python(build, sources):
     flags = flags_of(build.ninja_file(Path("/site/torch"), ["g++"], None))
-    assert {name for name, line in flags.items() if "/site/torch" in line} == {"torch/module.o"}
+    for where, seen in (
+        ("/site/torch", "torch/library.o"),
+        (sysconfig.get_path("include"), "python/module.o"),
+    ):
+        assert {name for name, line in flags.items() if where in line} == {seen}
 
 
 def test_kernels_are_compiled_once_for_each_instruction_set_and_linked_weakest_first(
@@ -229,9 +235,9 @@ def test_kernels_are_compiled_once_for_each_instruction_set_and_linked_weakest_f
     for isa, name in zip(build.ISAS, names, strict=True):
         assert f"-DFUSEDRNN_ISA={isa} {build.ISAS[isa]}".strip() == flags[name].strip()
     assert "-m" not in next(iter(build.ISAS.values()))  # the first runs on every such processor
-    linked = re.search(r"^build build/ninja/fusedrnn_C\S+: link (.*)$", text, re.M)[1].split()
+    linked = re.search(r"^build build/ninja/libfusedrnn.so: link (.*)$", text, re.M)[1].split()
     assert linked[-len(names) :] == [f"build/ninja/csrc/{name}" for name in names]
-    for name in ("torch/module.o", "plan/planner.o", "cpu/dispatch.o"):
+    for name in ("torch/library.o", "plan/planner.o", "cpu/dispatch.o"):
         assert all(f"-DFUSEDRNN_HAVE_{isa}=1" in flags_of(text)[name] for isa in build.ISAS)
 
 
@@ -245,9 +251,9 @@ def test_cuda_sources_are_compiled_when_there_are_any(build, sources, script):
     text = build.ninja_file(Path("/site/torch"), ["ccache", "g++", "-m64"], nvcc)
     assert "build build/ninja/csrc/cuda/stepwise/kernel.o: nvcc " in text
     assert f"{nvcc} -ccbin g++ " in text
-    module = flags_of(text)["torch/module.o"]
-    assert "-DFUSEDRNN_WITH_CUDA=1" in module
-    assert """'-DFUSEDRNN_CUDA_ARCHS="8.0;8.6;8.9;9.0a;10.0;12.0+PTX"'""" in module
+    library = flags_of(text)["torch/library.o"]
+    assert "-DFUSEDRNN_WITH_CUDA=1" in library
+    assert """'-DFUSEDRNN_CUDA_ARCHS="8.0;8.6;8.9;9.0a;10.0;12.0+PTX"'""" in library
     assert "cuda" not in build.ninja_file(Path("/site/torch"), ["g++"], None)
 
 
@@ -262,32 +268,48 @@ def test_flags_of_the_environment_are_kept(build, sources, monkeypatch):
 # What was built.
 
 
-def binary_lines(*command: str) -> list[str]:
-    origin = importlib.util.find_spec("fusedrnn_C").origin
+@functools.cache
+def lines_of(name: str, *command: str) -> list[str]:
+    file = Path(importlib.util.find_spec("fusedrnn_C").origin).with_name(name)
     tool = shutil.which(command[0]) or pytest.skip(f"needs {command[0]}")
-    run = subprocess.run([tool, *command[1:], origin], capture_output=True, text=True, check=True)
+    run = subprocess.run([tool, *command[1:], file], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()
 
 
-def test_binary_needs_only_what_every_torch_has():
-    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", "\n".join(binary_lines("readelf", "-d"))))
+def symbols(name: str, which: str) -> list[str]:
+    return [line.split()[-1] for line in lines_of(name, "nm", "-D", which)]
+
+
+def needed(name: str) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(\w+)", "\n".join(lines_of(name, "readelf", "-d"))))
+
+
+def test_binaries_need_only_what_every_torch_has():
     torch = {"libtorch", "libtorch_cpu", "libc10"}  # no libtorch_cuda, no libcudart
     system = {"libstdc", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread", "ld"}
-    assert "libtorch" in needed  # the way to the CUDA symbols, see TORCH_LIBS
-    assert needed <= torch | system
+    assert "libtorch" in needed(LIBRARY)  # the way to the CUDA symbols, see TORCH_LIBS
+    assert needed(LIBRARY) <= torch | system
+    assert "libfusedrnn" in needed(BINARY)
+    assert needed(BINARY) <= {"libfusedrnn"} | system
 
 
-def test_binary_uses_only_the_stable_abi_of_torch_and_python():
-    names = [line.split()[-1] for line in binary_lines("nm", "-D", "--undefined-only")]
+def test_the_library_uses_only_the_stable_abi_of_torch_and_no_python():
+    names = symbols(LIBRARY, "--undefined-only")
     assert [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)", name)] == []
+    assert [name for name in names if re.match(r"_?Py", name)] == []
+
+
+def test_the_module_uses_only_the_stable_abi_of_python():
+    names = symbols(BINARY, "--undefined-only")
     private = re.compile(r"_Py(?!_(NoneStruct|TrueStruct|FalseStruct|Dealloc))")
-    assert [name for name in names if private.match(name)] == []
+    assert [name for name in names if private.match(name) or "torch" in name] == []
 
 
-def test_binary_exports_nothing_that_could_clash():
-    names = [line.split()[-1] for line in binary_lines("nm", "-D", "--defined-only")]
-    names.remove("PyInit_fusedrnn_C")
-    assert [name for name in names if "fusedrnn" in name or name.startswith("cuda")] == []
+def test_binaries_export_nothing_that_could_clash():
+    for name, only in ((LIBRARY, "fusedrnn_inspection"), (BINARY, "PyInit_fusedrnn_C")):
+        names = symbols(name, "--defined-only")
+        names.remove(only)
+        assert [name for name in names if "fusedrnn" in name or name.startswith("cuda")] == []
 
 
 def test_binary_has_every_instruction_set(build):
@@ -312,14 +334,16 @@ def test_builds_are_incremental_and_the_wheel_serves_every_python(tmp_path):
         return set(re.findall(r"^\[\d+/\d+\] build/ninja/csrc/(\S+)\.o$", done.stdout, re.M))
 
     everything = compiled()
-    assert {"torch/module", "cpu/dispatch"} < everything
+    assert {"torch/library", "python/module", "cpu/dispatch"} < everything
     assert compiled() == set()
     (root / "csrc/cpu/dispatch.cpp").touch()
     assert compiled() == {"cpu/dispatch"}
     (root / "csrc/torch/checks.h").touch()
-    (root / BINARY).write_text("of an editable install, by now too old")
+    for name in (LIBRARY, BINARY):
+        (root / name).write_text("of an editable install, by now too old")
     assert {name.split("/")[0] for name in compiled()} == {"torch"}
-    assert (root / BINARY).read_bytes() == (root / "build/ninja" / BINARY).read_bytes()
+    for name in (LIBRARY, BINARY):
+        assert (root / name).read_bytes() == (root / "build/ninja" / name).read_bytes()
 
     done = run_setup(root, "bdist_wheel", **quick)
     assert done.returncode == 0, done.stdout

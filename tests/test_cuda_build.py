@@ -19,7 +19,7 @@ from fusedrnn import _C
 
 # Not shipped, but it uses every wrapper of csrc/cuda/primitives.h.
 PROGRAMS = "tests/emulator/programs.cu"
-BINARY = importlib.util.find_spec("fusedrnn_C").origin
+BINARY = str(Path(importlib.util.find_spec("fusedrnn_C").origin).with_name("libfusedrnn.so"))
 PERSISTENT = "persistent_(forward|backward)_kernel"
 
 

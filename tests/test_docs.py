@@ -56,7 +56,7 @@ def test_files_that_pages_name_exist(page):
     folders = ("benchmarks", "csrc", "examples", "fusedrnn", "tests")
     files = [f"/{p.relative_to(ROOT).as_posix()}" for f in folders for p in (ROOT / f).rglob("*.*")]
     files += [f"/{p.name}" for p in ROOT.glob("*.*")]
-    text = re.sub(r"^```python\n.*?^```$", "", TEXTS[page], flags=re.M | re.S)
+    text = re.sub(r"^```(?:python|cmake)\n.*?^```$", "", TEXTS[page], flags=re.M | re.S)
     named = set(re.findall(r"(?<![\w/.*<>~-])[\w/]+\.(?:py|h|cpp|cu|inc)\b", text))
     assert {n for n in named if not any(f.endswith(f"/{n}") for f in files)} == set()
 

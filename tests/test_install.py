@@ -86,6 +86,21 @@ def test_the_check_comes_before_all_else():
     assert done.stderr.splitlines()[-1].startswith("ImportError: fusedrnn needs torch >= 2.10")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "cannot open"), (b"", "too short")], ids=["missing", "empty"]
+)
+def test_the_library_beside_the_binary_is_broken(tmp_path, content, problem):
+    binary = Path(sys.modules["fusedrnn_C"].__file__)
+    shutil.copy(binary, tmp_path)
+    if content is not None:
+        (tmp_path / "libfusedrnn.so").write_bytes(content)
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fusedrnn"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    message = done.stderr.splitlines()[-1]
+    assert "ImportError: the compiled part of fusedrnn cannot be loaded" in message
+    assert f"libfusedrnn.so: {problem}" in message or f"libfusedrnn.so: file {problem}" in message
+
+
 def test_the_binary_knows_its_version():
     assert sys.modules["fusedrnn_C"].__version__ == fusedrnn.__version__
 
@@ -212,7 +227,7 @@ def files_of(root: Path, *folders: str) -> set[str]:
 def test_wheel_holds_the_package_and_its_binary(clone, wheel):
     info = f"fusedrnn-{fusedrnn.__version__}.dist-info/"
     names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.startswith(info)}
-    assert names == files_of(clone, "fusedrnn") | {"fusedrnn_C.abi3.so"}
+    assert names == files_of(clone, "fusedrnn") | {"fusedrnn_C.abi3.so", "libfusedrnn.so"}
 
 
 @pytest.mark.slow
@@ -237,7 +252,8 @@ def installed(request, clone, python) -> tuple[str, Path, Path]:
     option = ["--editable"] if form == "editable" else []
     run(interpreter, *INSTALL, *option, what, cwd=clone.parent, FUSEDRNN_CUDA="0")
     yield form, interpreter, sources
-    (clone / "fusedrnn_C.abi3.so").unlink(missing_ok=True)
+    for name in ("fusedrnn_C.abi3.so", "libfusedrnn.so"):
+        (clone / name).unlink(missing_ok=True)
 
 
 @pytest.mark.slow

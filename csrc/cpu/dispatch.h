@@ -1,15 +1,11 @@
 // The kernels in this binary, and those that a call gets on this processor.
 #pragma once
 #include "cpu/call.h"
-#include "plan/cpu_plan.h"
+#include "plan/inspection.h"
 
 namespace fusedrnn {
 
-// A name, and whether this processor runs the kernels; all in the binary, best first.
-struct InstalledVariant {
-  const char* name;
-  bool supported;
-};
+// All in the binary, best first.
 const InstalledVariant* installed_variants(int* count);
 
 // This processor, with so many threads. Its first variant is the best that it runs, or the one that

@@ -1,14 +1,12 @@
 // What the user sets outside of a call, read once a call.
 #pragma once
+#include "plan/inspection.h"
 
 namespace fusedrnn {
 
-// torch's switches for float32 on CUDA: whether TF32 is permitted.
-struct Float32Switches {
-  bool recurrent;  // torch.backends.cudnn.rnn.fp32_precision, which also follows cudnn.allow_tf32
-  bool products;   // torch.backends.cuda.matmul.fp32_precision, which ATen's products obey
-};
+// As the function says that is followed, in Python csrc/python/switches.cpp.
 Float32Switches float32_switches();
+void follow_float32_switches(Float32Switches (*read)());
 
 // FUSEDRNN_PLAN, the backend to use in place of the planner's choice; null: not set.
 const char* forced_plan();

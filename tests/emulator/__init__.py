@@ -33,6 +33,7 @@ OP = (
     "tests/emulator/op.cpp",
     "csrc/cpu/run/scratch.cpp",
     *(f"csrc/torch/{name}.cpp" for name in ("call", "cuda", "cuda_call", "reserve", "switches")),
+    "csrc/python/switches.cpp",
 )
 
 # Frames larger than a page are probed, so that none skips the guard below its stack.
@@ -54,7 +55,8 @@ MODES = {
 def ninja_lines() -> list[str]:
     torch_folder = setup_script().find_torch()
     include = sysconfig.get_path("include")
-    system = f"-DFUSEDRNN_EMULATED {setup_script().ABI_FLAGS} -isystem {torch_folder}/include"
+    abi = f"{setup_script().TORCH_ABI} {setup_script().PYTHON_ABI}"
+    system = f"-DFUSEDRNN_EMULATED {abi} -isystem {torch_folder}/include"
     libraries = f"-L{torch_folder}/lib -ltorch_cpu -lc10"
     lines = compiling.rules(FLAGS)
     for mode, (kernels, runtime) in MODES.items():

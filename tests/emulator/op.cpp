@@ -3,13 +3,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include "emulator/simt.h"
+#include "python/switches.h"
 #include "torch/ops.h"
+#include "torch/switches.h"
 
 using namespace fusedrnn;
 
 namespace {
 void seed(int64_t value) { simt::set_seed(value); }  // of the order of threads; negative: fixed
 void fail_after(int64_t launches) { simt::fail_after(launches); }
+
+[[maybe_unused]] const bool follows = (follow_float32_switches(switches_of_python), true);
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {

@@ -1,17 +1,14 @@
-// Registers the ops and makes the Python module fusedrnn_C, whose few functions need no tensors.
+// The Python module fusedrnn_C, whose few functions need no tensors. Loading it loads the library
+// of the ops, which it asks.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <exception>
 #include <stdexcept>
 
-#include "cpu/dispatch.h"
-#include "cuda/device.h"
-#include "cuda/elementwise.h"
-#include "plan/cuda_plan.h"
-#include "torch/named_arguments.h"
-#include "torch/ops.h"
-#include "torch/switches.h"
+#include "plan/inspection.h"
+#include "python/named_arguments.h"
+#include "python/switches.h"
 
 namespace {
 
@@ -45,10 +42,17 @@ PyMethodDef by_name(const char* name, const char* doc) {
   return {name, reinterpret_cast<PyCFunction>(pointer), METH_VARARGS | METH_KEYWORDS, doc};
 }
 
+const Inspection& library() { return *fusedrnn_inspection(); }
+
 DType dtype_of(const std::string& name) {
   for (int i = 0; i < int(DType::kCount); i++)
     if (name == traits(DType(i)).name) return DType(i);
   throw std::runtime_error("fusedrnn: unknown dtype " + name);
+}
+Cell cell_of(const std::string& mode) {
+  for (int i = 0; i < int(Cell::kCount); i++)
+    if (mode == traits(Cell(i)).mode) return Cell(i);
+  throw std::runtime_error("fusedrnn: unknown mode " + mode);
 }
 
 // Of `mode`, `dtype`, `hidden_size`, `proj_size`, `num_layers` and `bidirectional`.
@@ -82,24 +86,19 @@ DeviceSpec device_of(const NamedArguments& a) {
 PyObject* cuda_plan(const NamedArguments& a) {
   const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
                             a.flag("tf32")};
-  CudaPlan plan;
-  std::string reason;
-  if (!plan_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
-                 &plan, &reason)) {
-    PyErr_SetString(PyExc_ValueError, reason.c_str());
+  bool possible;
+  const std::string text = library().cuda_plan(problem_of(a), request, device_of(a.group("device")),
+                                               a.text("forced").c_str(), &possible);
+  if (!possible) {
+    PyErr_SetString(PyExc_ValueError, text.c_str());
     throw PythonError();
   }
-  return PyUnicode_FromString(describe(plan).c_str());
+  return PyUnicode_FromString(text.c_str());
 }
 
 PyObject* cuda_device(PyObject*, PyObject*) {
   return guarded([] {
-    DeviceSpec device{};
-#ifdef FUSEDRNN_WITH_CUDA
-    if (const int error = device_spec(&device)) throw std::runtime_error(error_text(error));
-#else
-    throw std::runtime_error("this build has no CUDA kernels");
-#endif
+    const DeviceSpec device = library().cuda_device();
     PyObject* clusters = PyTuple_New(kLargestCluster);
     for (int i = 0; clusters && i < kLargestCluster; i++)
       PyTuple_SetItem(clusters, i, PyLong_FromLong(device.clusters[i + 1]));
@@ -112,7 +111,7 @@ PyObject* cuda_device(PyObject*, PyObject*) {
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
-  const InstalledVariant* all = installed_variants(&count);
+  const InstalledVariant* all = library().cpu_variants(&count);
   for (int i = 0; list && i < count; i++) {
     PyObject* entry = Py_BuildValue("(sO)", all[i].name, all[i].supported ? Py_True : Py_False);
     if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
@@ -122,7 +121,7 @@ PyObject* cpu_variants(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_variant(PyObject*, PyObject*) {
-  return guarded([] { return PyUnicode_FromString(this_machine(1).variants[0].name); });
+  return guarded([] { return PyUnicode_FromString(library().cpu_variant().c_str()); });
 }
 
 PyObject* cpu_plan(const NamedArguments& a) {
@@ -135,18 +134,10 @@ PyObject* cpu_plan(const NamedArguments& a) {
   request.steps = request.longest = a.integer("steps");
   request.batch = a.integer("batch"), request.tokens = a.integer("tokens");
   request.resets = a.flag("resets"), request.recurrent_dropout = a.flag("recurrent_dropout");
-  CpuMachine machine = this_machine(a.integer("threads"));
-  const CpuPlan plan = plan_cpu_here(p, request, &machine);
-  return PyUnicode_FromString(describe(plan, p, request, machine).c_str());
+  return PyUnicode_FromString(library().cpu_plan(p, request, a.integer("threads")).c_str());
 }
 
-PyObject* cuda_archs(PyObject*, PyObject*) {
-#ifdef FUSEDRNN_CUDA_ARCHS
-  return PyUnicode_FromString(FUSEDRNN_CUDA_ARCHS);
-#else
-  return PyUnicode_FromString("");
-#endif
-}
+PyObject* cuda_archs(PyObject*, PyObject*) { return PyUnicode_FromString(library().cuda_archs); }
 
 // fusedrnn/_C.pyi has their arguments and results.
 PyMethodDef methods[] = {
@@ -163,27 +154,12 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fusedrnn, m) {
-  m.def(kForwardSchema);
-  m.def(kInferSchema);
-  m.def(kBackwardSchema);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("forward", forward<forward_cpu>);
-  m.impl("infer", infer<forward_cpu>);
-  m.impl("backward", backward<backward_cpu>);
-}
-
-#ifdef FUSEDRNN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
-  m.impl("forward", forward<forward_cuda>);
-  m.impl("infer", infer<forward_cuda>);
-  m.impl("backward", backward<backward_cuda>);
-}
-#endif
-
 PyMODINIT_FUNC PyInit_fusedrnn_C() {
+  if (std::strcmp(library().version, FUSEDRNN_VERSION)) {
+    PyErr_Format(PyExc_ImportError, "libfusedrnn.so beside it is of version %s", library().version);
+    return nullptr;
+  }
+  library().follow_float32_switches(switches_of_python);
   static PyModuleDef def{};
   def.m_base = PyModuleDef_HEAD_INIT;
   def.m_name = "fusedrnn_C", def.m_size = -1, def.m_methods = methods;

@@ -1,0 +1,81 @@
+// Registers the ops, and has what the library answers besides them. Nothing here is Python's.
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "cuda/device.h"
+#include "cuda/elementwise.h"
+#include "torch/ops.h"
+#include "torch/switches.h"
+
+#ifndef FUSEDRNN_CUDA_ARCHS
+#define FUSEDRNN_CUDA_ARCHS ""
+#endif
+
+namespace fusedrnn {
+namespace {
+
+std::string cpu_variant() { return this_machine(1).variants[0].name; }
+
+std::string cpu_plan(const Problem& p, const CpuRequest& request, int64_t threads) {
+  CpuMachine machine = this_machine(threads);
+  const CpuPlan plan = plan_cpu_here(p, request, &machine);
+  return describe(plan, p, request, machine);
+}
+
+std::string cuda_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
+                      const char* forced, bool* possible) {
+  CudaPlan plan;
+  std::string reason;
+  *possible = plan_cuda(p, request, device, forced, &plan, &reason);
+  return *possible ? describe(plan) : reason;
+}
+
+DeviceSpec cuda_device() {
+  DeviceSpec device{};
+#ifdef FUSEDRNN_WITH_CUDA
+  if (const int error = device_spec(&device)) throw std::runtime_error(error_text(error));
+#else
+  throw std::runtime_error("this build has no CUDA kernels");
+#endif
+  return device;
+}
+
+constexpr Inspection inspection{
+    .version = FUSEDRNN_VERSION,
+    .cuda_archs = FUSEDRNN_CUDA_ARCHS,
+    .cpu_variants = installed_variants,
+    .cpu_variant = cpu_variant,
+    .cpu_plan = cpu_plan,
+    .cuda_plan = cuda_plan,
+    .cuda_device = cuda_device,
+    .follow_float32_switches = follow_float32_switches,
+};
+
+}  // namespace
+}  // namespace fusedrnn
+
+const fusedrnn::Inspection* fusedrnn_inspection() { return &fusedrnn::inspection; }
+
+STABLE_TORCH_LIBRARY(fusedrnn, m) {
+  m.def(fusedrnn::kForwardSchema);
+  m.def(fusedrnn::kInferSchema);
+  m.def(fusedrnn::kBackwardSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  using namespace fusedrnn;
+  m.impl("forward", forward<forward_cpu>);
+  m.impl("infer", infer<forward_cpu>);
+  m.impl("backward", backward<backward_cpu>);
+}
+
+#ifdef FUSEDRNN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
+  using namespace fusedrnn;
+  m.impl("forward", forward<forward_cuda>);
+  m.impl("infer", infer<forward_cuda>);
+  m.impl("backward", backward<backward_cuda>);
+}
+#endif

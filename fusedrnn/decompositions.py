@@ -1,0 +1,131 @@
+"""The ops in aten's operators, for `ExportedProgram.run_decompositions` and what is built on it.
+
+torch.export, torch.compile and AOTInductor keep the ops, which run the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fusedrnn import onnx, ops, reference
+from fusedrnn.on_import import when_imported
+
+
+def _scan(
+    advance: reference.Advance,
+    constants: reference.Constants,
+    state: reference.State,
+    steps: reference.Steps,
+    reverse: bool,
+) -> tuple[reference.State, reference.State]:
+    """reference.each_step as torch's `scan`, for any number of steps."""
+    # torch.scan itself would start torch.compile inside of the tracing that asks for it.
+    from torch._higher_order_ops.scan import scan_op
+
+    if reverse:
+        steps = pytree.tree_map_only(Tensor, lambda s: s.flip(0), steps)
+    groups = [pytree.tree_flatten(group) for group in (state, steps, constants)]
+    leaves = [[leaf for leaf in group if leaf is not None] for group, _ in groups]
+
+    def restored(given: Iterator[Tensor], group: Any) -> Any:
+        flat, spec = group
+        return pytree.tree_unflatten([None if f is None else next(given) for f in flat], spec)
+
+    def body(*given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        state, now, constants = (restored(rest, group) for group in groups)
+        after, out = advance(constants, state, now)
+        # A result of scan's body must not be another one's memory.
+        return [s for s in after if s is not None] + [o.clone() for o in out if o is not None]
+
+    found = scan_op(body, [s.clone() for s in leaves[0]], leaves[1], tuple(leaves[2]))
+    states, outputs = found[: len(leaves[0])], found[len(leaves[0]) :]
+    if reverse:
+        outputs = [o.flip(0) for o in outputs]
+    (h, c), (y, cs) = ((*pair, None)[:2] for pair in (states, outputs))
+    return (h, c), (y, cs)
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = ops.Call.of(*arguments[:-1])
+    config = ops.Config(*call.constants[1:])
+    x = call.tensors[0]
+    assert x is not None
+    if call.tensors[3] is not None and not torch.onnx.is_in_onnx_export():
+        return NotImplemented  # the sizes of packed input are values
+    if torch.onnx.is_in_onnx_export():
+        y, hn, c, hs = onnx.forward(call, config)
+        cn, cs = y.new_empty(0) if c is None else c, y.new_empty(0)
+    else:
+        loop = reference.each_step if isinstance(x.shape[0], int) else _scan
+        y, hn, cn, hs, cs = reference.forward(*call.arguments(), loop=loop)  # type: ignore[misc]
+    # Only backward reads it, which computes it again.
+    return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
+
+
+def infer(x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any) -> tuple:
+    others = (*[None] * ops.NON_DIFFERENTIABLE, 0.0, *ops.Config(*stack), False)
+    y, hn, cn, *_ = forward(x, hx, cx, weights, *others)
+    return y, hn, cn if stack[0] == "LSTM" else None
+
+
+def backward(*arguments: Any) -> Any:
+    """By autograd, whose operators the tracing sees."""
+    grads, y, needs = arguments[: ops.RESULTS], arguments[ops.RESULTS], arguments[ops.RESULTS + 4]
+    call = ops.Call.of(*arguments[ops.RESULTS + 5 :])
+    x = call.tensors[0]
+    assert x is not None
+    if call.tensors[3] is not None:
+        return NotImplemented
+    if not isinstance(x.shape[0], int):
+        raise NotImplementedError(
+            "fusedrnn: the backward pass becomes aten's operators for a constant number of steps "
+            "only: make T static, or leave torch.ops.fusedrnn out of the table of decompositions"
+        )
+    # Decompositions run below autograd, which these keys exclude.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        found = ops.plain_gradients(call, needs, grads)
+
+    def result(gradient: Tensor | None, of: Tensor | None, need: bool) -> Tensor:
+        if gradient is None:
+            return torch.zeros_like(of) if need and of is not None else y.new_empty(0)
+        return gradient
+
+    dx, dhx, dcx, *dweights = map(result, found, call.differentiable(), needs)
+    return dx, dhx, dcx, dweights
+
+
+TABLE = {ops.forward: forward, ops.infer: infer, ops.backward: backward}
+
+
+def register() -> None:
+    """Adds the ops to torch's default table of decompositions, and leaves them out of Inductor's,
+    which is a copy of it.
+    """
+
+    def add(utils: ModuleType) -> None:
+        table = utils.CustomDecompTable
+        known = table.__init__
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            known(self, *args, **kwargs)
+            self.update(TABLE)
+
+        table.__init__ = __init__
+
+    def leave_out(inductor: ModuleType) -> None:
+        for op in TABLE:
+            inductor.decompositions.pop(op, None)
+
+    when_imported("torch.export.decomp_utils", add)
+    when_imported("torch._inductor.decomposition", leave_out)
