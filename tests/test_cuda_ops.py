@@ -386,10 +386,11 @@ def addresses():
                     continue
                 for kind in test_ops.KINDS:
                     for dtype in (torch.float32, torch.bfloat16):
-                        call = test_ops.backward_arguments(
-                            cell=cell, kind=kind, mask=True, dtype=dtype
-                        )
-                        ops.backward(*call.values())
+                        for changed in (False, True):
+                            call = test_ops.backward_arguments(
+                                cell=cell, kind=kind, mask=True, dtype=dtype, changed=changed
+                            )
+                            ops.backward(*call.values())
     print("no error")
 
 
