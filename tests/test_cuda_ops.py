@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import test_numbers
+import test_one_hot
 import test_ops
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
@@ -249,6 +250,11 @@ def test_masks_lengths_and_integers(cell, kind, one_hot):
         load().seed(2)  # another order of threads, the same bits
         for a, b in zip(once, fused_results(call, grads_out), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("filled", "stepwise")
+def test_sums_of_many_tokens_of_one_value():
+    test_one_hot.test_many_of_one_value("gru")
 
 
 @pytest.mark.usefixtures("filled", "stepwise")

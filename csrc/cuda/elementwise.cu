@@ -68,18 +68,39 @@ __global__ void layer_input_kernel(const __grid_constant__ LayerInput p) {
 }
 
 template <class S>
-__global__ void one_hot_kernel(const __grid_constant__ OneHotVectors p) {
+__global__ void gather_kernel(const __grid_constant__ Integers p, const S* w, int64_t columns,
+                              Compute<S>* out) {
   using C = Compute<S>;
   const Tokens& t = p.tokens;
-  for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
-    const int64_t token = i / p.width;
+  for (int64_t i = first_index(); i < t.tokens * columns; i += index_stride()) {
+    const int64_t token = i / columns;
     C value = 0;
+    // Packed tokens all exist.
     if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
-      const int64_t hot = p.values[token];
-      value = hot < 0 || hot >= p.width ? C(NAN) : C(hot == i % p.width);
+      const int64_t row = p.values[token];
+      value = row < 0 || row >= p.width ? C(NAN) : to_compute(w[row * columns + i % columns]);
     }
-    static_cast<S*>(p.out)[i] = from_compute<S>(value);
+    out[i] = value;
   }
+}
+
+// A block takes a value and kThreads columns at a time, and goes through all tokens. The sum is
+// compensated (Kahan): a value may have very many.
+template <class S>
+__global__ void sum_rows_kernel(const __grid_constant__ Integers p, const S* rows, int64_t stride,
+                                int64_t columns, Compute<S>* out) {
+  using C = Compute<S>;
+  for (int64_t value = blockIdx.y; value < p.width; value += gridDim.y)
+    for (int64_t j = first_index(); j < columns; j += index_stride()) {
+      C sum = 0, lost = 0;
+      for (int64_t token = 0; token < p.tokens.tokens; token++) {
+        if (p.values[token] != value) continue;
+        const C term = to_compute(rows[token * stride + j]) - lost, next = sum + term;
+        lost = next - sum - term;
+        sum = next;
+      }
+      out[value * columns + j] = sum;
+    }
 }
 
 template <class C>
@@ -179,11 +200,23 @@ int layer_input(const LayerInput& p, void* stream) {
   });
 }
 
-int one_hot_vectors(const OneHotVectors& p, void* stream) {
-  const int64_t count = p.tokens.tokens * p.width;
+int gather_rows(const Integers& p, const void* w, int64_t columns, void* out, void* stream) {
+  const int64_t count = p.tokens.tokens * columns;
   if (count == 0) return 0;
   return with_dtype(p.dtype, [&](auto s) {
-    return launch(one_hot_kernel<decltype(s)>, grid_for(count), stream, p);
+    using S = decltype(s);
+    return launch(gather_kernel<S>, grid_for(count), stream, p, static_cast<const S*>(w), columns,
+                  static_cast<Compute<S>*>(out));
+  });
+}
+
+int sum_rows(const Integers& p, const void* rows, int64_t stride, int64_t columns, void* out,
+             void* stream) {
+  if (p.width == 0 || columns == 0) return 0;
+  return with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(sum_rows_kernel<S>, grid_for(columns, p.width), stream, p,
+                  static_cast<const S*>(rows), stride, columns, static_cast<Compute<S>*>(out));
   });
 }
 

@@ -36,16 +36,24 @@ struct LayerInput {
 };
 int layer_input(const LayerInput&, void* stream);
 
-// The one-hot vectors that integers stand for, zeros where a row has no step; storage type
-// [tokens, width]. A value without one becomes NaN, for the host cannot look at it without waiting.
-struct OneHotVectors {
+// Integers that stand for one-hot vectors of `width`.
+struct Integers {
   DType dtype;
   Tokens tokens;
   const int64_t* values;  // [tokens]
   int64_t width;
-  void* out;
 };
-int one_hot_vectors(const OneHotVectors&, void* stream);
+
+// out = for each token its row of w, which is its vector's product with w; zeros where a row has no
+// step. w of the storage type [width, columns], out of the compute type [tokens, columns]. A value
+// without a vector gives NaN, for the host cannot look at it without waiting.
+int gather_rows(const Integers&, const void* w, int64_t columns, void* out, void* stream);
+
+// The gradient of w: out = for each value the sum of its tokens' rows, in their order. rows of the
+// storage type [tokens, stride], zeros where a row has no step; out of the compute type
+// [width, columns].
+int sum_rows(const Integers&, const void* rows, int64_t stride, int64_t columns, void* out,
+             void* stream);
 
 // out = (a + b) times the dropout mask, which is its gradient, plus c. Compute type, `count`
 // elements; out may be a.

@@ -71,8 +71,8 @@ struct Differentials {
 };
 
 void weight_gradients(const CudaCall& call, const Layer& a, const Differentials& d,
-                      const Tensor& input, const Tensor& output, const std::vector<bool>& needs,
-                      int64_t index, GradientTensors& g) {
+                      const std::optional<Tensor>& input, const Tensor& output,
+                      const std::vector<bool>& needs, int64_t index, GradientTensors& g) {
   const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
   const Problem& p = call.problem;
   auto wanted = [&](WeightKind kind) {
@@ -86,10 +86,21 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
     Tensor slots = d.dgates;
     return transpose(narrow(slots, 1, column, count), 0, 1);
   };
-  if (wanted(kWeightIH))
-    for (const GateRange& range : x_ranges(a.cell))
-      call.multiply(rows(range.slot * H, range.count * H), input,
-                    narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H));
+  if (wanted(kWeightIH)) {
+    Tensor by_value = call.empty({input ? 0 : p.input_size, G}, call.compute());
+    if (!input)
+      call.check(sum_rows(call.integers(), d.dgates.const_data_ptr(), S, G,
+                          by_value.mutable_data_ptr(), call.stream()),
+                 "adding rows of gradients");
+    for (const GateRange& range : x_ranges(a.cell)) {
+      Tensor to = narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H);
+      if (input)
+        call.multiply(rows(range.slot * H, range.count * H), *input, to);
+      else
+        torch::stable::copy_(to,
+                             transpose(narrow(by_value, 1, range.slot * H, range.count * H), 0, 1));
+    }
+  }
   if (wanted(kWeightHH)) {
     const Tensor before = call.empty({call.tokens, a.out_size()}, call.type());
     call.check(
@@ -147,11 +158,12 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
   for (int64_t first = 0, end; first < L; first = end) {
     end = std::min(L, first + call.plan.layers);
     std::vector<Tensor> outputs, gates_x;  // of the group
-    const Tensor input = call.input_of(first, below, false);
+    std::optional<Tensor> input;
+    if (!p.indexed(first)) input = call.input_of(first, below, false);
     for (int64_t dir = 0; dir < D; dir++) {
       gates_x.push_back(call.empty({call.tokens, p.gate_rows()}, call.compute()));
       Tensor w_ih = call.weights[p.weight_index(first, dir, kWeightIH)];
-      call.multiply(input, transpose(w_ih, 0, 1), gates_x.back());
+      call.multiply_input(input, w_ih, gates_x.back());
     }
     std::vector<LayerForward> layers;
     for (int64_t layer = first; layer < end; layer++) {
@@ -257,9 +269,9 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
         if (std::find(begin, begin + p.weights_per_direction(), true) ==
             begin + p.weights_per_direction())
           continue;
-        if (!input) input = call.input_of(layer, below, true);
+        if (!input && !p.indexed(layer)) input = call.input_of(layer, below, true);
         Tensor own = narrow(const_cast<Tensor&>(output), 1, dir * out, out);
-        weight_gradients(call, layers[at], differentials[at], *input, own, needs, index, g);
+        weight_gradients(call, layers[at], differentials[at], input, own, needs, index, g);
       }
     }
 

@@ -1,5 +1,6 @@
 // A call on a GPU: its plan, its tensors as the kernels see them, and the products of ATen.
 #pragma once
+#include "cuda/elementwise.h"
 #include "cuda/stack.h"
 #include "cuda/stepwise/layer.h"
 #include "plan/cuda_plan.h"
@@ -37,6 +38,10 @@ class CudaCall : public Call {
   // `exact` rows that have no step are zeros, and not whatever the user left there.
   Tensor input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const;
   const uint8_t* mask_of(int64_t layer) const;  // of a layer's input
+  // What the input makes of a layer's gates: out = input W_ih^T, of the compute type.
+  // Without input it is the call's integers.
+  void multiply_input(const std::optional<Tensor>& input, const Tensor& w_ih, Tensor out) const;
+  Integers integers() const;
 
  private:
   CurrentDevice device_;

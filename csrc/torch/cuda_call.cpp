@@ -170,14 +170,6 @@ const uint8_t* CudaCall::mask_of(int64_t layer) const {
 
 Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const {
   const int64_t width = problem.layer_input(layer);
-  if (problem.indexed(layer)) {
-    const Tensor out = empty({tokens, width}, type());
-    check(one_hot_vectors({problem.dtype, tokens_, static_cast<const int64_t*>(x.const_data_ptr()),
-                           width, out.mutable_data_ptr()},
-                          stream()),
-          "reading integers");
-    return out;
-  }
   const Tensor in = layer ? *below : torch::stable::reshape(x, {tokens, width});
   const uint8_t* keep = mask_of(layer);
   if (!keep && !(exact && layer == 0 && lengths)) return in;
@@ -187,6 +179,21 @@ Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, boo
                               stream()),
         "reading a layer's input");
   return out;
+}
+
+Integers CudaCall::integers() const {
+  return {problem.dtype, tokens_, static_cast<const int64_t*>(x.const_data_ptr()),
+          problem.input_size};
+}
+
+void CudaCall::multiply_input(const std::optional<Tensor>& input, const Tensor& w_ih,
+                              Tensor out) const {
+  const Tensor w = torch::stable::transpose(w_ih, 0, 1);
+  if (input) return multiply(*input, w, out);
+  const Tensor rows = torch::stable::contiguous(w);
+  check(
+      gather_rows(integers(), rows.const_data_ptr(), out.size(1), out.mutable_data_ptr(), stream()),
+      "gathering rows of weights");
 }
 
 }  // namespace fusedrnn
