@@ -25,6 +25,7 @@ DEVICES = {
     "H200": Spec(capability=90, processors=132, shared_bytes=232448, clusters=_H200_CLUSTERS),
     "A100": Spec(capability=80, processors=108, shared_bytes=166912, clusters=()),
     "L4": Spec(capability=89, processors=58, shared_bytes=101376, clusters=()),
+    "T4": Spec(capability=75, processors=40, shared_bytes=65536, clusters=()),
     "RTX 4090": Spec(capability=89, processors=128, shared_bytes=101376, clusters=()),
 }
 

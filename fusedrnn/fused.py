@@ -79,9 +79,9 @@ class Fused(LayerBase):
         packed = isinstance(input, PackedSequence)
         data: Any = input.data if isinstance(input, PackedSequence) else input
         one_hot = support.is_one_hot(data, packed)
-        # Features without CUDA kernels; features that torch.nn does not have.
-        cpu_only = resets is not None or return_all or self.only_ours() is not None
-        more = cpu_only or lengths is not None or one_hot
+        # Features that torch.nn does not have.
+        more = lengths is not None or one_hot or resets is not None or return_all
+        more = more or self.only_ours() is not None
         batched_only = hx is not None or lengths is not None or resets is not None
         if one_hot and not (packed or batched_only):
             checks.warn_of_features(self, data, 4)
@@ -108,23 +108,23 @@ class Fused(LayerBase):
         # Not always self.dropout: torch.compile(dynamic=True) makes an input of a float.
         dropout = 0.0 if drawn[0] is None else self.dropout
         call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
-        y, hn, cn, hs, cs = self._run(call, more, cpu_only)
+        y, hn, cn, hs, cs = self._run(call, more)
         if casts is not None:
             y, hn = y.to(casts.output), hn.to(casts.output)
             cn = cn if cn is None else cn.to(casts.cell)
         return self._shaped(input, one_hot, unsort, y, hn, cn, (hs, cs) if return_all else None)
 
-    def _run(self, call: tuple, more: bool, cpu_only: bool) -> tuple:
+    def _run(self, call: tuple, more: bool) -> tuple:
         """y, hn, cn, hs, cs of an op, or of the reference where no kernel can and torch.nn cannot.
 
         cn is an LSTM's, else empty or None; hs and cs may be None without `return_all`.
-        `more`: torch.nn has no such call; `cpu_only`: neither have the CUDA kernels.
+        `more`: torch.nn has no such call.
         """
         x, hx, cx, weights = call[:4]
         if (
             torch._C._are_functorch_transforms_active()
             or (more and support.no_kernel(x) is not None)
-            or (cpu_only and not x.is_cpu)
+            or (self.layer_norm and not x.is_cpu)  # no CUDA kernel has it
         ):
             return reference.forward(*call)
         if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:

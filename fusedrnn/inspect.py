@@ -136,6 +136,10 @@ def _checked(
     return _of_layer(module, input, resets is not None, return_all)
 
 
+def _in_kernels(regularisers: str | None) -> list[str]:
+    return [f"{regularisers} in the kernels"] if regularisers else []
+
+
 FUSED = (RNN, GRU, LSTM)
 
 
@@ -150,8 +154,8 @@ def _of_layer(
     reason = fallback_reason(data)
     packed = isinstance(input, PackedSequence)
     one_hot, regularisers = is_one_hot(data, packed), module.only_ours()
-    if not reason and regularisers and data.device.type == "cuda":
-        reason = f"no CUDA kernel has {regularisers}"
+    if not reason and module.layer_norm and data.device.type == "cuda":
+        reason = "no CUDA kernel has layer_norm"
     if reason:
         ours = one_hot or regularisers
         what = "plain PyTorch" if ours else "torch.nn's own kernels"
@@ -170,7 +174,8 @@ def _of_layer(
         forward, backward = (
             cuda.plan(config, stored, steps, batch, backward, spec) for backward in (False, True)
         )
-        return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
+        lines = [f"fused CUDA kernels, forward {forward}", f"backward {backward}"]
+        return "\n  ".join([head, *lines, *_in_kernels(regularisers)])
     plans = {
         backward: _C.cpu_plan(
             mode=module.mode,
@@ -196,8 +201,7 @@ def _of_layer(
         for backward in (False, True)
     }
     lines = [f"fused CPU kernels, forward {plans[False]}", f"backward {plans[True]}"]
-    if regularisers:
-        lines.append(f"{regularisers} in the kernels")
+    lines += _in_kernels(regularisers)
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
     return "\n  ".join([head, *lines])

@@ -38,6 +38,7 @@ def cell_params(kind, mode: str, dtype: torch.dtype, batch: int, hidden: int, **
         dtype=bindings.DType[str(dtype).removeprefix("torch.")],
         batch=batch,
         hidden_size=hidden,
+        c_stride=hidden,
         **fields,
     )
 

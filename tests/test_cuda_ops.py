@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import test_numbers
+import test_one_hot
 import test_ops
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
@@ -252,6 +253,11 @@ def test_masks_lengths_and_integers(cell, kind, one_hot):
 
 
 @pytest.mark.usefixtures("filled", "stepwise")
+def test_sums_of_many_tokens_of_one_value():
+    test_one_hot.test_many_of_one_value("gru")
+
+
+@pytest.mark.usefixtures("filled", "stepwise")
 @pytest.mark.parametrize("cell", CELLS)
 def test_products_read_only_what_was_written(cell, monkeypatch):
     """Rows without a step too, though nothing depends on what comes out for them."""
@@ -386,10 +392,11 @@ def addresses():
                     continue
                 for kind in test_ops.KINDS:
                     for dtype in (torch.float32, torch.bfloat16):
-                        call = test_ops.backward_arguments(
-                            cell=cell, kind=kind, mask=True, dtype=dtype
-                        )
-                        ops.backward(*call.values())
+                        for changed in (False, True):
+                            call = test_ops.backward_arguments(
+                                cell=cell, kind=kind, mask=True, dtype=dtype, changed=changed
+                            )
+                            ops.backward(*call.values())
     print("no error")
 
 

@@ -119,6 +119,7 @@ class Stack:
             batch=self.B,
             steps=self.T,
             mask_scale=1 / (1 - self.dropout),
+            c_stride=self.H,
             slices=-(-self.B // self.rows),
         )
         arrays: dict = {"lengths": self.lengths, "offsets": self.offsets}
@@ -185,8 +186,9 @@ class Stack:
                 {
                     "w_hh": self.weights[i][1], "saved": self.saved[i], "saved_c": self.saved_c[i],
                     "y": self.y[i], "h0": self.h0[i], "c0": self.c0[i],
-                    "dy": dx[i + 1] if chained else None if given is None else self.tokens(given),
-                    "dy_mask": self.tokens(self.mask[i + 1])
+                    "dy": None if given is None else self.tokens(given),
+                    "above": dx[i + 1] if chained else None,
+                    "above_mask": self.tokens(self.mask[i + 1])
                     if chained and self.mask is not None else None,
                     "w_ih": self.weights[i][0] if feeds else None, "dx": dx[i] if feeds else None,
                     "dgates": dgates[i], "dhn": dhn[i], "dcn": dcn[i],

@@ -10,6 +10,7 @@ import copy
 import pytest
 import test_numbers
 import test_ops
+import test_recurrence
 import torch
 from cases import CELLS, DTYPES, make_pair, random_state, run
 from tolerances import assert_as_exact_as_torch
@@ -168,6 +169,14 @@ def test_lengths_and_integers(cell):
     inside, _ = gpu(x.cuda(), lengths=(lengths * 5 - 1).clamp(0, 7))
     assert torch.equal(outside.isnan(), inside.isnan())
     assert torch.equal(outside.nan_to_num(), inside.nan_to_num())
+
+
+@pytest.mark.parametrize("call", test_recurrence.CALLS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_changes_the_recurrence(cell, call):
+    test_recurrence.assert_near_float64(
+        cell, test_recurrence.CALLS[call], torch.float32, hidden=70, device="cuda"
+    )
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
@@ -407,6 +416,12 @@ def test_explain_names_the_backend(backend):
     text = fusedrnn.explain(fusedrnn.LSTM(4, 8).cuda(), torch.randn(5, 3, 4, device="cuda"))
     assert "CUDA kernels" in text
     assert backend != "stepwise" or "stepwise" in text
+    layer = fusedrnn.LSTM(4, 8, recurrent_dropout=0.5).cuda()
+    text = fusedrnn.explain(layer, torch.randn(5, 3, 4, device="cuda"))
+    assert "CUDA kernels" in text and "recurrent_dropout in the kernels" in text
+    layer = fusedrnn.LSTM(4, 8, layer_norm=True).cuda()
+    text = fusedrnn.explain(layer, torch.randn(5, 3, 4, device="cuda"))
+    assert "plain PyTorch, because no CUDA kernel has layer_norm" in text
 
 
 def test_the_plain_implementation_runs_there():

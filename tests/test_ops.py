@@ -27,10 +27,12 @@ def arguments(
     dtype=torch.float64,
     grad=False,
     one_step=0,
+    changed=False,
 ):
     """The forward op's arguments by name, `save` last.
 
-    one_step: of so many rows, with resets and recurrent dropout.
+    one_step: of so many rows, with resets and recurrent dropout; changed: with all that changes the
+    recurrence, and all states.
     """
     _, module = make_pair(
         cell, INPUT, HIDDEN, num_layers=LAYERS, bidirectional=True, bias=bias, dtype=dtype
@@ -64,6 +66,22 @@ def arguments(
         x = torch.randn(1, one_step, INPUT, dtype=dtype)
         masks = (torch.rand(2 * LAYERS, one_step, config.out_size) < 0.5).to(dtype) * 2
         found |= {"x": x, "hx": hx, "cx": cx, "resets": resets, "h_mask": masks}
+    if changed:
+        tokens, states = x.shape[:-1], 2 * LAYERS
+
+        def zones(width):
+            return torch.randint(0, 2, (states, tokens.numel(), width)).byte()
+
+        wide = ops.compute_dtype(dtype)
+        found |= {
+            "resets": torch.rand(tokens) < 0.4,
+            "h_mask": (torch.rand(states, B, config.out_size) < 0.5).to(wide) * 2,
+            "zone_h": zones(config.out_size),
+            "zone_c": zones(HIDDEN) if config.mode == "LSTM" else None,
+            "zoneout_h": 0.5,
+            "zoneout_c": 0.5 if config.mode == "LSTM" else 0.0,
+            "all_states": True,
+        }
     if grad:
         for t in (x, hx, cx, *found["weights"]):
             if t is not None:
@@ -71,9 +89,9 @@ def arguments(
     return found
 
 
-def backward_arguments(needs=None, **kwargs):
+def backward_arguments(needs=None, changed=False, **kwargs):
     """The backward op's arguments by name, from a forward with the same."""
-    call = arguments(**kwargs)
+    call = arguments(changed=changed, **kwargs)
     with torch.no_grad():
         y, hn, cn, reserve, hs, cs = ops.forward(*call.values())
     del call["save"]
@@ -83,8 +101,8 @@ def backward_arguments(needs=None, **kwargs):
         "grad_y": torch.randn_like(y),
         "grad_hn": torch.randn_like(hn),
         "grad_cn": grad_cn,
-        "grad_hs": None,
-        "grad_cs": None,
+        "grad_hs": torch.randn_like(hs) if changed else None,
+        "grad_cs": torch.randn_like(cs) if changed and grad_cn is not None else None,
         "y": y,
         "reserve": reserve,
         "hs": hs,
@@ -101,6 +119,7 @@ CALLS = {
     "lengths, mask": {"kind": "lengths", "mask": True},
     "packed, mask": {"kind": "packed", "mask": True},
     "packed, no states": {"kind": "packed", "states": False},
+    "everything": {"kind": "lengths", "mask": True, "changed": True},
 }
 
 

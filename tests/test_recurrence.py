@@ -2,6 +2,7 @@
 dropout and zoneout, each alone and all together, against the plain PyTorch reference."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def everything(module, x, states, **kwargs):
     found = [y, *(state if module.mode == "LSTM" else (state,)), *states.h, *(states.c or ())]
     found = [f.data if isinstance(f, PackedSequence) else f for f in found]
     generator = torch.Generator().manual_seed(3)
-    loss = sum((f * torch.randn(f.shape, generator=generator, dtype=f.dtype)).sum() for f in found)
+    forms = (torch.randn(f.shape, generator=generator, dtype=f.dtype).to(f.device) for f in found)
+    loss = sum((f * form).sum() for f, form in zip(found, forms, strict=True))
     inputs = [*leaves, *module.parameters()] + ([data] if data.is_floating_point() else [])
     return [f.detach() for f in found], torch.autograd.grad(loss, inputs)
 
@@ -103,10 +105,10 @@ def test_matches_the_reference(
     assert_matches_the_reference(fused, kind, steps, batch, resets, threads)
 
 
-def assert_matches_the_reference(fused, kind, steps, batch, resets, threads):
-    """Results and gradients of a float64 module, WIDTH wide, on `kind` of input; twice the same."""
+def arguments(fused, kind, steps, batch, resets):
+    """x, states and keywords of a call of a module, WIDTH wide, with `kind` of input."""
     batch = 1 if kind == "unbatched" else batch
-    x = torch.randn(steps, batch, WIDTH, dtype=torch.float64)
+    x = torch.randn(steps, batch, WIDTH, dtype=torch.float64).to(fused.weight_ih_l0.dtype)
     if kind == "integers":
         x = torch.randint(0, WIDTH, (steps, batch))
     where, kwargs = torch.rand(steps, batch) < 0.3, {}
@@ -123,6 +125,12 @@ def assert_matches_the_reference(fused, kind, steps, batch, resets, threads):
         x, where, states = x[:, 0], where[:, 0], tuple(s[:, 0] for s in states)
     if resets:
         kwargs["resets"] = where
+    return x, states, kwargs
+
+
+def assert_matches_the_reference(fused, kind, steps, batch, resets, threads):
+    """Results and gradients of a float64 module, WIDTH wide, on `kind` of input; twice the same."""
+    x, states, kwargs = arguments(fused, kind, steps, batch, resets)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -133,14 +141,85 @@ def assert_matches_the_reference(fused, kind, steps, batch, resets, threads):
     for a, b in zip((*ours[0], *ours[1]), (*again[0], *again[1]), strict=True):
         assert torch.equal(a, b)
     with pytest.MonkeyPatch().context() as context:
-        context.setattr(ops, "run", plain_run)
+        context.setattr(ops, "run", exact_run)
         theirs = everything(fused, x, states, **kwargs)
     assert_all_close(ours[0], theirs[0], rtol=1e-11, atol=1e-12)
     assert_all_close(ours[1], theirs[1], rtol=1e-10, atol=1e-11)
 
 
-def plain_run(call, graph, save):
-    return reference.forward(*call)
+def exact_run(call, graph, save):
+    """The op as the reference in float64 computes it, in the op's dtypes."""
+
+    def wide(value):
+        if isinstance(value, list):
+            return [w.double() for w in value]
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.double() if floats else value
+
+    dtype = call[3][0].dtype
+    y, hn, cn, hs, cs = reference.forward(*map(wide, call))
+    return *(t.to(dtype) for t in (y, hn, cn, hs)), cs.to(ops.compute_dtype(dtype))
+
+
+class Call(NamedTuple):
+    which: str = "none"  # of REGULARISERS
+    kind: str = "padded"
+    resets: bool = False
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    training: bool = True
+
+
+# What changes the recurrence, alone and with the rest, for the kernels of every device.
+CALLS = {
+    "resets": Call(resets=True),
+    "resets, lengths, both directions": Call(kind="lengths", resets=True, bidirectional=True),
+    "recurrent dropout": Call("dropout"),
+    "recurrent dropout, packed, resets": Call("dropout", "packed", resets=True, bidirectional=True),
+    "all states": Call(layers=3),
+    "all states, dropout, lengths": Call(kind="lengths", layers=2, dropout=0.5),
+    "zoneout": Call("zoneout", layers=2),
+    "zoneout in evaluation": Call("zoneout", "lengths", training=False),
+    "zoneout of h": Call("zoneout of h", "packed", layers=2),
+    "zoneout of c": Call("zoneout of c", resets=True),
+    "everything": Call("both", "packed", True, 3, dropout=0.4),
+    "everything, both directions": Call("both", "lengths", True, 2, True, 0.4),
+    "everything, integers": Call("both", "integers", True, 2),
+}
+# How far results and gradients may be off, relative to the largest value of each.
+FEW = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.bfloat16: 5e-2,
+    torch.float16: 6e-3,
+}
+
+
+def assert_near_float64(cell, call, dtype, hidden=9, device="cpu"):
+    """One of CALLS, against the reference in float64 with the same masks."""
+    options = {"num_layers": call.layers, "bidirectional": call.bidirectional, "dtype": dtype}
+    _, fused = regularised(cell, call.which, WIDTH, hidden, **options, dropout=call.dropout)
+    fused.train(call.training)
+    x, states, kwargs = arguments(fused, call.kind, 5, B, call.resets)
+    fused, x = fused.to(device), x.to(device)
+    states = tuple(s.to(device) for s in states)
+    kwargs = {k: v.to(device) for k, v in kwargs.items()}
+    ours = everything(fused, x, states, **kwargs)
+    with pytest.MonkeyPatch().context() as context:
+        context.setattr(ops, "run", exact_run)
+        theirs = everything(fused, x, states, **kwargs)
+    for i, (a, b) in enumerate(zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if a.numel():
+            error = (a.double() - b.double()).abs().max().item()
+            assert error <= FEW[dtype] * b.abs().max().clamp_min(1e-2).item(), (i, error)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_changes_the_recurrence(cell, call):
+    assert_near_float64(cell, CALLS[call], torch.float32)
 
 
 # Resets

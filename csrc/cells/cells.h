@@ -4,6 +4,7 @@
 #include "cells/lstm.h"
 #include "cells/normed.h"
 #include "cells/rnn.h"
+#include "cells/zoneout.h"
 
 namespace fusedrnn {
 

@@ -51,12 +51,6 @@ struct PackedOffsets {
   int64_t w_ih, w_hh, w_hr, total;
 };
 
-// Zoneout: what part of an old value stays, and the rest is the new one.
-struct Zoneout {
-  const uint8_t* mask;  // [layers * directions, tokens, width], 1: all of it; null: `rate`
-  double rate;
-};
-
 // Null: that one is not applied.
 struct Regularisers {
   const uint8_t* mask;  // dropout between layers [layers - 1, tokens, directions * out]
@@ -64,7 +58,7 @@ struct Regularisers {
   // Recurrent dropout: h is multiplied with it before W_hh. Compute type
   // [layers * directions, batch, out].
   const void* h_mask;
-  Zoneout zoneout_h, zoneout_c;
+  Zoneout zoneout_h, zoneout_c;  // masks [layers * directions, tokens, width]
 };
 
 struct Common : Regularisers {

@@ -3,6 +3,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/elementwise.h"
 #include "cuda/primitives.h"
+#include "cuda/tokens.h"
 
 namespace fusedrnn {
 namespace {
@@ -22,13 +23,16 @@ __device__ inline int64_t index_stride() { return int64_t(gridDim.x) * kThreads;
 
 // The step is at all, and within row b's length.
 __device__ inline bool runs_at(const Tokens& p, int64_t b, int64_t step) {
-  return step >= 0 && step < (p.lengths ? p.lengths[b] : p.steps);
+  return step >= 0 && step < length_of(p, b);
 }
 
 template <class From, class To>
-__global__ void convert_kernel(const From* from, To* to, int64_t count) {
-  for (int64_t i = first_index(); i < count; i += index_stride())
-    to[i] = from_compute<To>(from ? to_compute(from[i]) : Compute<To>(0));
+__global__ void convert_kernel(const From* from, const Compute<To>* mask, To* to, int64_t count) {
+  for (int64_t i = first_index(); i < count; i += index_stride()) {
+    Compute<To> value = from ? to_compute(from[i]) : Compute<To>(0);
+    if (mask) value *= mask[i];
+    to[i] = from_compute<To>(value);
+  }
 }
 
 struct HostValues {
@@ -64,18 +68,39 @@ __global__ void layer_input_kernel(const __grid_constant__ LayerInput p) {
 }
 
 template <class S>
-__global__ void one_hot_kernel(const __grid_constant__ OneHotVectors p) {
+__global__ void gather_kernel(const __grid_constant__ Integers p, const S* w, int64_t columns,
+                              Compute<S>* out) {
   using C = Compute<S>;
   const Tokens& t = p.tokens;
-  for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
-    const int64_t token = i / p.width;
+  for (int64_t i = first_index(); i < t.tokens * columns; i += index_stride()) {
+    const int64_t token = i / columns;
     C value = 0;
+    // Packed tokens all exist.
     if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
-      const int64_t hot = p.values[token];
-      value = hot < 0 || hot >= p.width ? C(NAN) : C(hot == i % p.width);
+      const int64_t row = p.values[token];
+      value = row < 0 || row >= p.width ? C(NAN) : to_compute(w[row * columns + i % columns]);
     }
-    static_cast<S*>(p.out)[i] = from_compute<S>(value);
+    out[i] = value;
   }
+}
+
+// A block takes a value and kThreads columns at a time, and goes through all tokens. The sum is
+// compensated (Kahan): a value may have very many.
+template <class S>
+__global__ void sum_rows_kernel(const __grid_constant__ Integers p, const S* rows, int64_t stride,
+                                int64_t columns, Compute<S>* out) {
+  using C = Compute<S>;
+  for (int64_t value = blockIdx.y; value < p.width; value += gridDim.y)
+    for (int64_t j = first_index(); j < columns; j += index_stride()) {
+      C sum = 0, lost = 0;
+      for (int64_t token = 0; token < p.tokens.tokens; token++) {
+        if (p.values[token] != value) continue;
+        const C term = to_compute(rows[token * stride + j]) - lost, next = sum + term;
+        lost = next - sum - term;
+        sum = next;
+      }
+      out[value * columns + j] = sum;
+    }
 }
 
 template <class C>
@@ -84,6 +109,7 @@ __global__ void input_gradient_kernel(const __grid_constant__ InputGradient p) {
     C value = static_cast<const C*>(p.a)[i];
     if (p.b) value += static_cast<const C*>(p.b)[i];
     if (p.mask) value *= C(p.mask[i]) * C(p.scale);
+    if (p.c) value += static_cast<const C*>(p.c)[i];
     static_cast<C*>(p.out)[i] = value;
   }
 }
@@ -95,24 +121,29 @@ struct PreviousStates {
 };
 template <class S>
 __global__ void previous_kernel(const __grid_constant__ PreviousStates p) {
-  const Tokens& tokens = p.layer.tokens;
-  const int64_t width = p.layer.out_size(), steps = tokens.steps, batch = tokens.batch;
+  const Layer& layer = p.layer;
+  const Tokens& tokens = layer.tokens;
+  const int64_t width = layer.out_size(), steps = tokens.steps, batch = tokens.batch;
   auto first = [&](int64_t t) {
     return !tokens.offsets ? t * batch : t < steps ? tokens.offsets[t] : tokens.tokens;
   };
   for (int64_t t = blockIdx.y; t < steps; t += gridDim.y) {
     const int64_t from = first(t), rows = first(t + 1) - from;
-    const int64_t before = p.layer.reverse ? t + 1 : t - 1;
+    const int64_t before = layer.reverse ? t + 1 : t - 1;
     const int64_t before_from = before >= 0 && before < steps ? first(before) : 0;
     for (int64_t i = first_index(); i < rows * width; i += index_stride()) {
       const int64_t b = i / width, j = i % width;
       S value = from_compute<S>(0);
-      if (runs_at(tokens, b, t)) {
+      if (runs_at(tokens, b, t) &&
+          !begins_anew(tokens, layer.resets, layer.reverse, t, b, length_of(tokens, b))) {
         if (runs_at(tokens, b, before)) {
-          value = static_cast<const S*>(p.y)[(before_from + b) * p.layer.y_stride + j];
-        } else if (p.layer.h0) {
-          value = static_cast<const S*>(p.layer.h0)[i];
+          value = static_cast<const S*>(p.y)[(before_from + b) * layer.y_stride + j];
+        } else if (layer.h0) {
+          value = static_cast<const S*>(layer.h0)[i];
         }
+        if (layer.h_mask)
+          value =
+              from_compute<S>(to_compute(value) * static_cast<const Compute<S>*>(layer.h_mask)[i]);
       }
       static_cast<S*>(p.out)[from * width + i] = value;
     }
@@ -128,15 +159,20 @@ int to_compute_type(DType dtype, const void* from, void* to, int64_t count, void
   return with_dtype(dtype, [&](auto s) {
     using S = decltype(s);
     return launch(convert_kernel<S, Compute<S>>, grid_for(count), stream,
-                  static_cast<const S*>(from), static_cast<Compute<S>*>(to), count);
+                  static_cast<const S*>(from), nullptr, static_cast<Compute<S>*>(to), count);
   });
 }
 int to_storage_type(DType dtype, const void* from, void* to, int64_t count, void* stream) {
+  return to_storage_type(dtype, from, nullptr, to, count, stream);
+}
+int to_storage_type(DType dtype, const void* from, const void* mask, void* to, int64_t count,
+                    void* stream) {
   if (count == 0) return 0;
   return with_dtype(dtype, [&](auto s) {
     using S = decltype(s);
-    return launch(convert_kernel<Compute<S>, S>, grid_for(count), stream,
-                  static_cast<const Compute<S>*>(from), static_cast<S*>(to), count);
+    using C = Compute<S>;
+    return launch(convert_kernel<C, S>, grid_for(count), stream, static_cast<const C*>(from),
+                  static_cast<const C*>(mask), static_cast<S*>(to), count);
   });
 }
 
@@ -164,11 +200,23 @@ int layer_input(const LayerInput& p, void* stream) {
   });
 }
 
-int one_hot_vectors(const OneHotVectors& p, void* stream) {
-  const int64_t count = p.tokens.tokens * p.width;
+int gather_rows(const Integers& p, const void* w, int64_t columns, void* out, void* stream) {
+  const int64_t count = p.tokens.tokens * columns;
   if (count == 0) return 0;
   return with_dtype(p.dtype, [&](auto s) {
-    return launch(one_hot_kernel<decltype(s)>, grid_for(count), stream, p);
+    using S = decltype(s);
+    return launch(gather_kernel<S>, grid_for(count), stream, p, static_cast<const S*>(w), columns,
+                  static_cast<Compute<S>*>(out));
+  });
+}
+
+int sum_rows(const Integers& p, const void* rows, int64_t stride, int64_t columns, void* out,
+             void* stream) {
+  if (p.width == 0 || columns == 0) return 0;
+  return with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(sum_rows_kernel<S>, grid_for(columns, p.width), stream, p,
+                  static_cast<const S*>(rows), stride, columns, static_cast<Compute<S>*>(out));
   });
 }
 

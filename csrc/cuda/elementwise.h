@@ -12,6 +12,9 @@ const char* error_text(int error);
 // count values from one type to the other; `from` null: zeros.
 int to_compute_type(DType, const void* from, void* to, int64_t count, void* stream);
 int to_storage_type(DType, const void* from, void* to, int64_t count, void* stream);
+// The same of from times mask, of the compute type.
+int to_storage_type(DType, const void* from, const void* mask, void* to, int64_t count,
+                    void* stream);
 
 // int64 values of the host, by way of the kernel's parameters: nothing waits, and a CUDA graph may
 // capture it.
@@ -33,30 +36,40 @@ struct LayerInput {
 };
 int layer_input(const LayerInput&, void* stream);
 
-// The one-hot vectors that integers stand for, zeros where a row has no step; storage type
-// [tokens, width]. A value without one becomes NaN, for the host cannot look at it without waiting.
-struct OneHotVectors {
+// Integers that stand for one-hot vectors of `width`.
+struct Integers {
   DType dtype;
   Tokens tokens;
   const int64_t* values;  // [tokens]
   int64_t width;
-  void* out;
 };
-int one_hot_vectors(const OneHotVectors&, void* stream);
 
-// out = (a + b) times the dropout mask: its gradient. Compute type, `count` elements; out may be a.
+// out = for each token its row of w, which is its vector's product with w; zeros where a row has no
+// step. w of the storage type [width, columns], out of the compute type [tokens, columns]. A value
+// without a vector gives NaN, for the host cannot look at it without waiting.
+int gather_rows(const Integers&, const void* w, int64_t columns, void* out, void* stream);
+
+// The gradient of w: out = for each value the sum of its tokens' rows, in their order. rows of the
+// storage type [tokens, stride], zeros where a row has no step; out of the compute type
+// [width, columns].
+int sum_rows(const Integers&, const void* rows, int64_t stride, int64_t columns, void* out,
+             void* stream);
+
+// out = (a + b) times the dropout mask, which is its gradient, plus c. Compute type, `count`
+// elements; out may be a.
 struct InputGradient {
   DType dtype;
-  const void *a, *b;    // b null: zeros
-  const uint8_t* mask;  // null: none
+  const void *a, *b, *c;  // b, c null: zeros
+  const uint8_t* mask;    // null: none
   double scale;
   int64_t count;
   void* out;
 };
 int input_gradient(const InputGradient&, void* stream);
 
-// out = for each token h of the step before in its direction, h0 at a row's first step, zeros where
-// a row has no step; storage type [tokens, out].
+// out = for each token what was multiplied with W_hh there: h of the step before in its direction,
+// h0 at a row's first step, zeros where a sequence begins anew, all of them times h_mask. Zeros
+// where a row has no step. Storage type [tokens, out].
 int previous_states(const Layer&, const void* y, void* out, void* stream);
 
 }  // namespace fusedrnn

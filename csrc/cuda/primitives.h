@@ -24,12 +24,23 @@ struct alignas(16) Words {
 #else
 #define FUSEDRNN_SM90(...) __trap()
 #endif
-// Whether this pass of the compiler is for a GPU that has them: a kernel of clusters needs no code
-// for others.
+// The same of sm_80: products of TF32, and of 16 bits with a depth of 16.
+#if __CUDA_ARCH__ >= 800
+#define FUSEDRNN_SM80(...) __VA_ARGS__
+#else
+#define FUSEDRNN_SM80(...) __trap()
+#endif
+// Whether this pass of the compiler is for a GPU that has them: a kernel that uses them needs no
+// code for others.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define FUSEDRNN_HAS_CLUSTERS 1
 #else
 #define FUSEDRNN_HAS_CLUSTERS 0
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define FUSEDRNN_HAS_TENSOR_CORES 1
+#else
+#define FUSEDRNN_HAS_TENSOR_CORES 0
 #endif
 
 // T* name: all dynamic shared memory of the block; T name[N]: static shared memory.
@@ -168,36 +179,37 @@ __device__ inline void store_async(Words* mine, const Words& w, Mbarrier* m, int
 //   b[0]        column g of B at row t                       b[1]        the same at row t + 4
 __device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
                            const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  FUSEDRNN_SM80(
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
+                   "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+                   "r"(b[0]), "r"(b[1])));
 }
 __device__ inline void mma(Float16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  FUSEDRNN_SM80(
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
+                   "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+                   "r"(b[0]), "r"(b[1])));
 }
 __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  FUSEDRNN_SM80(
+      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
+                   "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+                   "r"(b[0]), "r"(b[1])));
 }
 // The nearest TF32, ties away from zero, as a register of mma_tf32.
 __device__ inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  uint32_t bits = 0;
+  FUSEDRNN_SM80(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x)));
   return bits;
 }
 
 }  // namespace fusedrnn
 #else
 #define FUSEDRNN_HAS_CLUSTERS 1
+#define FUSEDRNN_HAS_TENSOR_CORES 1
 #include "emulator/primitives.h"
 #endif
 

@@ -22,7 +22,15 @@ struct Tokens {
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };
 
-struct Layer {  // of one direction
+// What changes the recurrence of a layer and direction; null: nothing.
+struct LayerRegularisers {
+  // [tokens] whether a new sequence begins at a token: see begins_anew() in cuda/tokens.h.
+  const uint8_t* resets;
+  const void* h_mask;            // compute type [batch, out]: h is multiplied with it before W_hh
+  Zoneout zoneout_h, zoneout_c;  // masks [tokens, out], [tokens, hidden]
+};
+
+struct Layer : LayerRegularisers {  // of one direction
   Cell cell;
   DType dtype;
   int64_t hidden_size, proj_size;
@@ -31,6 +39,7 @@ struct Layer {  // of one direction
   Weights weights;      // contiguous
   const void *h0, *c0;  // storage type [batch, out], [batch, hidden]; null: zeros
   int64_t y_stride;     // of y
+  int64_t c_stride;     // of saved_c
   // The dropout of what the layer reads of the one below [tokens, width]: 0 drops, 1 keeps times
   // the scale. Null: none. For backends that run several layers at once.
   const uint8_t* input_mask;
@@ -45,14 +54,22 @@ struct LayerForward : Layer {
   const void* gates_x;  // compute type [tokens, gates * hidden], x W_ih^T
   void* y;              // storage type [tokens, out], zeros where a row has no step
   void *hn, *cn;        // storage type [batch, out], [batch, hidden]; cn null without a cell state
-  void *saved, *saved_c;  // the reserve's slots and cell states; null: nothing is kept
+  // The slots that the cell saves, null: nothing is kept; and its cell states (compute type), of a
+  // cell that saves no slots with zoneout what it would have put out without; null where there are
+  // none or nobody wants them.
+  void *saved, *saved_c;
 };
 
 struct LayerBackward : Layer {
   const void* y;  // as forward left them
   const void *saved, *saved_c;
-  const void* dy;  // compute type [tokens, out], null: zeros
+  // dL/dy, but for what a layer above in the same launch contributes; compute type [tokens, out],
+  // null: zeros.
+  const void* dy;
   int64_t dy_stride;
+  // Given for every cell state beside what later steps contribute; compute type, rows as saved_c.
+  // Null: zeros.
+  const void* dcs;
   const void *dhn, *dcn;  // compute type [batch, out], [batch, hidden]; null: zeros
   void *dh0, *dc0;        // the same of the initial states, written in any case
   void* dgates;  // storage type [tokens, slots * hidden], gradients of the pre-activations, zeros

@@ -145,8 +145,11 @@ double stepwise_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec&
 
 }  // namespace
 
-bool plan_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
+bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
                const char* forced_text, CudaPlan* best, std::string* reason) {
+  const bool tensor_cores = device.capability >= 80;  // of TF32 and of our 16-bit products
+  CudaRequest r = request;
+  r.tf32 = r.tf32 && tensor_cores;
   Forced forced;
   if (!parse(forced_text, &forced, reason)) return false;
   auto wanted = [&](CudaBackend b) { return forced.backend < 0 || forced.backend == int(b); };
@@ -157,13 +160,14 @@ bool plan_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
     best->microseconds = stepwise_cycles(p, r, device) / kCyclesPerMicrosecond;
     found = true;
   }
-  const bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
-                          r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
+  bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
+                    r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
   const bool half = bytes(p.dtype) == 2;
+  if (half && !tensor_cores) persistent = false;
   for (CudaBackend backend : {CudaBackend::kCluster, CudaBackend::kGrid}) {
     if (!persistent || !wanted(backend)) continue;
     const bool cluster = backend == CudaBackend::kCluster;
-    if (device.capability < (cluster ? 90 : 80)) continue;
+    if (device.capability < (cluster ? 90 : 75)) continue;
     const int unit = half ? 8 : 4;  // units are exchanged 16 bytes at a time
     const int H = int(p.hidden_size), most = cluster ? kLargestCluster : device.processors;
     int last_units = 0;

@@ -119,6 +119,12 @@ struct WeightPointers {
 using Weights = WeightPointers<const void*>;
 using WeightGradients = WeightPointers<void*>;
 
+// What part of an old value zoneout keeps.
+struct Zoneout {
+  const uint8_t* mask;  // of each token and unit, 1: all of it; null: `rate`
+  double rate;          // 0: no zoneout
+};
+
 // The reserve holds, for every layer and direction, one row per token (a row of the batch at a
 // step): first all cell states (compute type), then the scales of layer normalisation (compute
 // type), then all saved slots (storage type), then the outputs of all layers but the last (storage

@@ -71,8 +71,8 @@ struct Differentials {
 };
 
 void weight_gradients(const CudaCall& call, const Layer& a, const Differentials& d,
-                      const Tensor& input, const Tensor& output, const std::vector<bool>& needs,
-                      int64_t index, GradientTensors& g) {
+                      const std::optional<Tensor>& input, const Tensor& output,
+                      const std::vector<bool>& needs, int64_t index, GradientTensors& g) {
   const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
   const Problem& p = call.problem;
   auto wanted = [&](WeightKind kind) {
@@ -86,10 +86,21 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
     Tensor slots = d.dgates;
     return transpose(narrow(slots, 1, column, count), 0, 1);
   };
-  if (wanted(kWeightIH))
-    for (const GateRange& range : x_ranges(a.cell))
-      call.multiply(rows(range.slot * H, range.count * H), input,
-                    narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H));
+  if (wanted(kWeightIH)) {
+    Tensor by_value = call.empty({input ? 0 : p.input_size, G}, call.compute());
+    if (!input)
+      call.check(sum_rows(call.integers(), d.dgates.const_data_ptr(), S, G,
+                          by_value.mutable_data_ptr(), call.stream()),
+                 "adding rows of gradients");
+    for (const GateRange& range : x_ranges(a.cell)) {
+      Tensor to = narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H);
+      if (input)
+        call.multiply(rows(range.slot * H, range.count * H), *input, to);
+      else
+        torch::stable::copy_(to,
+                             transpose(narrow(by_value, 1, range.slot * H, range.count * H), 0, 1));
+    }
+  }
   if (wanted(kWeightHH)) {
     const Tensor before = call.empty({call.tokens, a.out_size()}, call.type());
     call.check(
@@ -137,6 +148,8 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
   const bool saves = save == Save::kReserve;
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
   if (B == 0) return {y, hn, cn, reserve, hs, cs};
+  // The kernels write no cell states where a row has no step.
+  if (p.all_states && call.lengths) torch::stable::zero_(cs);
   char *const hn_at = static_cast<char*>(hn.mutable_data_ptr()),
               *const cn_at =
                   traits(p.cell).has_cell ? static_cast<char*>(cn.mutable_data_ptr()) : nullptr;
@@ -145,17 +158,18 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
   for (int64_t first = 0, end; first < L; first = end) {
     end = std::min(L, first + call.plan.layers);
     std::vector<Tensor> outputs, gates_x;  // of the group
-    const Tensor input = call.input_of(first, below, false);
+    std::optional<Tensor> input;
+    if (!p.indexed(first)) input = call.input_of(first, below, false);
     for (int64_t dir = 0; dir < D; dir++) {
       gates_x.push_back(call.empty({call.tokens, p.gate_rows()}, call.compute()));
       Tensor w_ih = call.weights[p.weight_index(first, dir, kWeightIH)];
-      call.multiply(input, transpose(w_ih, 0, 1), gates_x.back());
+      call.multiply_input(input, w_ih, gates_x.back());
     }
     std::vector<LayerForward> layers;
     for (int64_t layer = first; layer < end; layer++) {
-      outputs.push_back(layer == L - 1 ? torch::stable::reshape(y, {call.tokens, D * out})
-                        : saves        ? call.output_in(reserve, layer)
-                                       : call.empty({call.tokens, D * out}, call.type()));
+      outputs.push_back(layer == L - 1          ? torch::stable::reshape(y, {call.tokens, D * out})
+                        : saves || p.all_states ? call.output_in(reserve, hs, layer)
+                                                : call.empty({call.tokens, D * out}, call.type()));
       for (int64_t dir = 0; dir < D; dir++) {
         LayerForward a{};
         static_cast<Layer&>(a) = call.layer_of(layer, dir);
@@ -164,10 +178,8 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
         const int64_t row = (layer * D + dir) * B * size;
         a.hn = hn_at + row * out;
         a.cn = cn_at ? cn_at + row * p.hidden_size : nullptr;
-        if (saves) {
-          a.saved = call.slots_in(reserve, layer, dir);
-          a.saved_c = call.cells_in(reserve, layer, dir);
-        }
+        if (saves) a.saved = call.slots_in(reserve, layer, dir);
+        if (saves || p.all_states) a.saved_c = call.cells_in(reserve, cs, layer, dir);
         layers.push_back(a);
       }
     }
@@ -190,7 +202,13 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
 
   auto output_of = [&](int64_t layer) {
     return layer == L - 1 ? torch::stable::reshape(y, {tokens, D * out})
-                          : call.output_in(reserve, layer);
+                          : call.output_in(reserve, saved.hs, layer);
+  };
+  // What is given for the outputs of a layer, beside what the layer above contributes.
+  auto given_for = [&](int64_t layer) -> const void* {
+    if (layer == L - 1) return g.y ? g.y->const_data_ptr() : nullptr;
+    return g.hs ? static_cast<const char*>(g.hs->const_data_ptr()) + layer * tokens * D * out * wide
+                : nullptr;
   };
   // Of one layer and direction, among those of all; null stays null.
   auto state_at = [&](void* all, int64_t layer, int64_t dir, int64_t width) -> void* {
@@ -200,7 +218,7 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
                                                                    g.cn ? g.cn->mutable_data_ptr()
                                                                         : nullptr;
 
-  OptionalTensor grad_out = g.y;  // of the output of the layer at hand, null: zeros
+  OptionalTensor grad_out;  // of the output of the layer at hand; null: what is given for it
   for (int64_t end = L, first; end > g.lowest; end = first) {
     first = std::max(g.lowest, (end - 1) / call.plan.layers * call.plan.layers);
     std::vector<LayerBackward> layers;
@@ -215,10 +233,14 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
         static_cast<Layer&>(a) = call.layer_of(layer, dir);
         a.y = static_cast<const char*>(output_of(layer).const_data_ptr()) + dir * out * size;
         a.saved = call.slots_in(reserve, layer, dir),
-        a.saved_c = call.cells_in(reserve, layer, dir);
-        if (layer == end - 1 && grad_out)
-          a.dy = static_cast<const char*>(grad_out->const_data_ptr()) + dir * out * wide;
+        a.saved_c = call.cells_in(reserve, saved.cs, layer, dir);
+        const void* const dy =
+            layer == end - 1 && grad_out ? grad_out->const_data_ptr() : given_for(layer);
+        if (dy) a.dy = static_cast<const char*>(dy) + dir * out * wide;
         a.dy_stride = D * out;
+        if (g.cs)
+          a.dcs = static_cast<const char*>(g.cs->const_data_ptr()) +
+                  (layer * tokens * D + dir) * H * wide;
         a.dhn = state_at(dhn, layer, dir, out), a.dcn = state_at(dcn, layer, dir, H);
         auto result = [&](bool needed, Tensor& all, int64_t width) {
           if (needed) return state_at(all.mutable_data_ptr(), layer, dir, width);
@@ -247,9 +269,9 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
         if (std::find(begin, begin + p.weights_per_direction(), true) ==
             begin + p.weights_per_direction())
           continue;
-        if (!input) input = call.input_of(layer, below, true);
+        if (!input && !p.indexed(layer)) input = call.input_of(layer, below, true);
         Tensor own = narrow(const_cast<Tensor&>(output), 1, dir * out, out);
-        weight_gradients(call, layers[at], differentials[at], *input, own, needs, index, g);
+        weight_gradients(call, layers[at], differentials[at], input, own, needs, index, g);
       }
     }
 
@@ -264,10 +286,11 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
                                  call.weights[p.weight_index(first, dir, kWeightIH)],
                                  dir == 0 ? grad_in : other);
     const uint8_t* mask = call.mask_of(first);
-    if (D == 2 || mask)
+    const void* const more = first ? given_for(first - 1) : nullptr;
+    if (D == 2 || mask || more)
       call.check(input_gradient(
                      {p.dtype, grad_in.const_data_ptr(), D == 2 ? other.const_data_ptr() : nullptr,
-                      mask, call.mask_scale(), tokens * width, grad_in.mutable_data_ptr()},
+                      more, mask, call.mask_scale(), tokens * width, grad_in.mutable_data_ptr()},
                      call.stream()),
                  "the gradient of a layer's input");
     grad_out = grad_in;

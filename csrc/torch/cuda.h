@@ -1,5 +1,6 @@
 // A call on a GPU: its plan, its tensors as the kernels see them, and the products of ATen.
 #pragma once
+#include "cuda/elementwise.h"
 #include "cuda/stack.h"
 #include "cuda/stepwise/layer.h"
 #include "plan/cuda_plan.h"
@@ -27,15 +28,20 @@ class CudaCall : public Call {
   Tensor bytes(int64_t count) const { return empty({count}, ScalarType::Byte); }
 
   Layer layer_of(int64_t layer, int64_t dir) const;
-  // The reserve's cell states, slots and, of an inner layer, outputs; null where there are none.
-  char* cells_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
+  // The cell states or candidates, slots and, of an inner layer, outputs: in the reserve, or in hs
+  // and cs where all states are results. Null where there are none.
+  char* cells_in(const Tensor& reserve, const Tensor& cs, int64_t layer, int64_t dir) const;
   char* slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
-  Tensor output_in(const Tensor& reserve, int64_t layer) const;
+  Tensor output_in(const Tensor& reserve, const Tensor& hs, int64_t layer) const;
 
   // What a layer reads [tokens, width]: x, or the output of the layer below through the mask. With
   // `exact` rows that have no step are zeros, and not whatever the user left there.
   Tensor input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const;
   const uint8_t* mask_of(int64_t layer) const;  // of a layer's input
+  // What the input makes of a layer's gates: out = input W_ih^T, of the compute type.
+  // Without input it is the call's integers.
+  void multiply_input(const std::optional<Tensor>& input, const Tensor& w_ih, Tensor out) const;
+  Integers integers() const;
 
  private:
   CurrentDevice device_;

@@ -31,15 +31,20 @@ char* byte_at(const Tensor& reserve, int64_t offset) {
   return static_cast<char*>(const_cast<void*>(reserve.const_data_ptr())) + offset;
 }
 
+// Element i of a tensor of elements of `size` bytes; null where there is no tensor.
+const void* element(const OptionalTensor& t, int64_t i, int64_t size) {
+  return t ? static_cast<const char*>(t->const_data_ptr()) + i * size : nullptr;
+}
+const uint8_t* byte(const OptionalTensor& t, int64_t i) {
+  return static_cast<const uint8_t*>(element(t, i, 1));
+}
+
 }  // namespace
 
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     : Call(in, config), device_(x), through_float64_(false), tokens_{} {
-  // The modules leave these to the plain PyTorch implementation.
-  FUSEDRNN_EXPECT(
-      !resets && !regularisers.h_mask && !problem.zoneout && !problem.all_states &&
-          !problem.layer_norm,
-      "fusedrnn: no CUDA kernel has resets, recurrent dropout, zoneout, all states or layer_norm");
+  // The modules leave it to the plain PyTorch implementation.
+  FUSEDRNN_EXPECT(!problem.layer_norm, "fusedrnn: no CUDA kernel has layer_norm");
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
   bool tf32 = false;
   if (problem.dtype == DType::kFloat32) {
@@ -124,25 +129,37 @@ Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
   a.weights = weights_of(layer, dir);
   a.y_stride = out_width();
   a.input_mask = mask_of(layer), a.mask_scale = mask_scale();
-  const int64_t row = (layer * p.num_directions + dir) * batch * fusedrnn::bytes(p.dtype);
-  auto state = [&](const OptionalTensor& all, int64_t width) -> const void* {
-    return all ? static_cast<const char*>(all->const_data_ptr()) + row * width : nullptr;
-  };
-  a.h0 = state(hx, p.out_size()), a.c0 = state(cx, p.hidden_size);
+  const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, index = layer * D + dir,
+                size = fusedrnn::bytes(p.dtype);
+  a.h0 = element(hx, index * batch * P, size), a.c0 = element(cx, index * batch * H, size);
+  const RegulariserTensors& r = regularisers;
+  a.resets = byte(resets, 0);
+  a.h_mask = element(r.h_mask, index * batch * P, compute_bytes(p.dtype));
+  a.zoneout_h = {byte(r.zone_h, index * tokens * P), r.zoneout_h};
+  a.zoneout_c = {byte(r.zone_c, index * tokens * H), r.zoneout_c};
+  a.c_stride = p.all_states && traits(p.cell).has_cell ? D * H : H;
   return a;
 }
 
-char* CudaCall::cells_in(const Tensor& reserve, int64_t layer, int64_t dir) const {
-  if (!traits(problem.cell).has_cell) return nullptr;
-  return byte_at(reserve, Reserve(problem).cell_offset(layer, dir, tokens));
+char* CudaCall::cells_in(const Tensor& reserve, const Tensor& cs, int64_t layer,
+                         int64_t dir) const {
+  const Problem& p = problem;
+  if (p.all_states && traits(p.cell).has_cell)
+    return byte_at(
+        cs, (layer * tokens * p.num_directions + dir) * p.hidden_size * compute_bytes(p.dtype));
+  if (!Reserve::keeps_cells(p) && !Reserve::keeps_candidates(p)) return nullptr;
+  return byte_at(reserve, Reserve(p).cell_offset(layer, dir, tokens));
 }
 char* CudaCall::slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const {
   if (!traits(problem.cell).saved) return nullptr;
   return byte_at(reserve, Reserve(problem).slots_offset(layer, dir, tokens));
 }
-Tensor CudaCall::output_in(const Tensor& reserve, int64_t layer) const {
-  return tensor_at(byte_at(reserve, Reserve(problem).output_offset(layer, tokens)),
-                   {tokens, out_width()}, type());
+Tensor CudaCall::output_in(const Tensor& reserve, const Tensor& hs, int64_t layer) const {
+  const char* const at =
+      problem.all_states
+          ? byte_at(hs, layer * tokens * out_width() * fusedrnn::bytes(problem.dtype))
+          : byte_at(reserve, Reserve(problem).output_offset(layer, tokens));
+  return tensor_at(at, {tokens, out_width()}, type());
 }
 
 const uint8_t* CudaCall::mask_of(int64_t layer) const {
@@ -153,14 +170,6 @@ const uint8_t* CudaCall::mask_of(int64_t layer) const {
 
 Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const {
   const int64_t width = problem.layer_input(layer);
-  if (problem.indexed(layer)) {
-    const Tensor out = empty({tokens, width}, type());
-    check(one_hot_vectors({problem.dtype, tokens_, static_cast<const int64_t*>(x.const_data_ptr()),
-                           width, out.mutable_data_ptr()},
-                          stream()),
-          "reading integers");
-    return out;
-  }
   const Tensor in = layer ? *below : torch::stable::reshape(x, {tokens, width});
   const uint8_t* keep = mask_of(layer);
   if (!keep && !(exact && layer == 0 && lengths)) return in;
@@ -170,6 +179,21 @@ Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, boo
                               stream()),
         "reading a layer's input");
   return out;
+}
+
+Integers CudaCall::integers() const {
+  return {problem.dtype, tokens_, static_cast<const int64_t*>(x.const_data_ptr()),
+          problem.input_size};
+}
+
+void CudaCall::multiply_input(const std::optional<Tensor>& input, const Tensor& w_ih,
+                              Tensor out) const {
+  const Tensor w = torch::stable::transpose(w_ih, 0, 1);
+  if (input) return multiply(*input, w, out);
+  const Tensor rows = torch::stable::contiguous(w);
+  check(
+      gather_rows(integers(), rows.const_data_ptr(), out.size(1), out.mutable_data_ptr(), stream()),
+      "gathering rows of weights");
 }
 
 }  // namespace fusedrnn

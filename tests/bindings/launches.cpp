@@ -36,7 +36,7 @@ template <class T>
 py::class_<T> cell_step(py::module_& m, const char* name) {
   auto type = launch<T>(m, name);
   fields(type, NAMED(cell), NAMED(dtype), NAMED(batch), NAMED(hidden_size), NAMED(step),
-         NAMED(steps), NAMED(reverse));
+         NAMED(steps), NAMED(reverse), NAMED(c_stride));
   pointers(type, NAMED(lengths));
   return type;
 }
@@ -64,7 +64,7 @@ void persistent(py::module_& m, const char* name, const py::class_<Stage>& stage
   auto type = launch<T>(m, name);
   fields(type, NAMED(cell), NAMED(dtype), NAMED(engine), NAMED(cluster), NAMED(chained),
          NAMED(stages), NAMED(batch), NAMED(hidden_size), NAMED(steps), NAMED(mask_scale),
-         NAMED(shape), NAMED(first_slice), NAMED(slices));
+         NAMED(c_stride), NAMED(shape), NAMED(first_slice), NAMED(slices));
   pointers(type, NAMED(lengths), NAMED(offsets));
   const py::dict table = type.attr("pointers"), of_stage = stage.attr("pointers");
   for (int i = 0; i < kMaxStages; i++)
@@ -93,8 +93,8 @@ void bind_persistent_backward(py::module_& m) {
   auto type = launch<T>(m, "BackwardStage");
   fields(type, NAMED(y_stride), NAMED(dy_stride), NAMED(reverse));
   pointers(type, NAMED(w_hh), NAMED(saved), NAMED(saved_c), NAMED(y), NAMED(h0), NAMED(c0),
-           NAMED(dy), NAMED(dy_mask), NAMED(w_ih), NAMED(dx), NAMED(dgates), NAMED(dhn), NAMED(dcn),
-           NAMED(dh0), NAMED(dc0));
+           NAMED(dy), NAMED(above), NAMED(above_mask), NAMED(w_ih), NAMED(dx), NAMED(dgates),
+           NAMED(dhn), NAMED(dcn), NAMED(dh0), NAMED(dc0));
   persistent<PersistentBackward>(m, "PersistentBackward", type);
 }
 

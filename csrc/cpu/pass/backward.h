@@ -172,8 +172,9 @@ class BackwardPass {
                *const dh = buf.dh + r * buf.ld_dh;
       const ZoneoutMask<C> zoneout(call.zoneout_h, d.index * seq.tokens + token, P);
       for (int64_t j = 0; j < P; j++) {
-        const C all = dh[j] + dy[j], passed = zoneout ? zoneout.load(j, 1)[0] * all : C(0);
-        dproj[j] = all - passed, dh[j] = passed;
+        C all = dh[j] + dy[j];
+        dh[j] = zoneout ? zone_out_backward(zoneout.load(j, 1)[0], all) : C(0);
+        dproj[j] = all;
       }
       to_operands(buf.dproj + r * buf.ld_proj, buf.ld_proj / kPlanes<X>, dproj, P);
     }

@@ -18,11 +18,6 @@ struct ForwardRow {
   ZoneoutMask<C> zoneout_h, zoneout_c;
 };
 
-template <class C>
-FUSEDRNN_INLINE Vec<C> zone_out(Vec<C> rate, Vec<C> before, Vec<C> now) {
-  return rate * before + (1 - rate) * now;
-}
-
 // The functions below take n units from j on.
 
 // h_{t-1}, where it is used.
@@ -34,7 +29,7 @@ template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> with_zoneout(const ZoneoutMask<Compute<S>>& zoneout, int64_t j,
                                              int64_t n, Vec<Compute<S>> before,
                                              Vec<Compute<S>> now) {
-  return zoneout ? zone_out<Compute<S>>(zoneout.load(j, n), before, now) : now;
+  return zoneout ? zone_out(zoneout.load(j, n), before, now) : now;
 }
 template <class S>
 FUSEDRNN_INLINE void store_h(const ForwardRow<S>& row, int64_t j, int64_t n, Vec<Compute<S>> h) {
@@ -101,10 +96,7 @@ FUSEDRNN_INLINE Vec<C> gradient(const C* d, const C* more, const ZoneoutMask<C>&
                                 int64_t n, Vec<C>* passed) {
   Vec<C> sum = load(d + j, n);
   if (more) sum += load(more + j, n);
-  if (zoneout) {
-    *passed = zoneout.load(j, n) * sum;
-    sum -= *passed;
-  }
+  if (zoneout) *passed = zone_out_backward(zoneout.load(j, n), sum);
   return sum;
 }
 template <class S>

@@ -305,8 +305,7 @@ class ForwardPass {
       const ZoneoutMask<C> zoneout(call.zoneout_h, d.index * seq.tokens + token, P);
       for (int64_t j = 0; zoneout && j < P; j += G::kWidth) {
         const int64_t width = min(G::kWidth, P - j);
-        store(h + j,
-              zone_out<C>(zoneout.load(j, width), load(h_prev + j, width), load(h + j, width)),
+        store(h + j, zone_out(zoneout.load(j, width), load(h_prev + j, width), load(h + j, width)),
               width);
       }
       convert_row(d.out + (token * D + d.dir) * P, h, P);

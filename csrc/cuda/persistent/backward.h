@@ -22,8 +22,8 @@ template <class E, bool kCluster>
 struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> {
   using S = typename E::Operand;  // the storage type too
   using Base = Block<PersistentBackward, S, kCluster>;
-  using Base::feeds_next, Base::follows, Base::me, Base::p, Base::piece, Base::s, Base::shared,
-      Base::team, Base::weight;
+  using Base::begins_anew, Base::feeds_next, Base::follows, Base::h_factor, Base::me, Base::p,
+      Base::piece, Base::s, Base::shared, Base::team, Base::weight;
   const BackwardStage& stage = Base::stage();
 
   __device__ BackwardBlock(const PersistentBackward& p, char* shared)
@@ -133,59 +133,104 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     raise(team.own_done, step);
   }
 
+  // What a step starts from: zeros, the call's initial state, or the state of another step.
+  enum Start { kZeros, kInitial, kBefore };
+  // What the cell of a step reads.
+  struct StepInputs {
+    S raw[kMostSlots];  // what forward saved; converted later: all loads are on their way together
+    float h = 0, h_prev = 0, c = 0, c_prev = 0, dy = 0, dcs = 0, zone_h = 0, zone_c = 0;
+  };
+  __device__ StepInputs read_step(int64_t token, Start start, int64_t before) const {
+    const CellLayout& layout = p.layout;
+    const int64_t H = p.hidden_size, at = me.b * H + me.j;
+    const int64_t earlier = start == kBefore ? token_of(p, before, me.b) : 0;
+    StepInputs in;
+    if (layout.saved) {
+      const S* saved = static_cast<const S*>(stage.saved) + token * layout.saved * H + me.j;
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++) in.raw[k] = saved[(k < layout.saved ? k : 0) * H];
+    }
+    if (layout.saved == 0)
+      in.h = stage.saved_c ? read<float>(stage.saved_c, token * p.c_stride + me.j)
+                           : read<S>(stage.y, token * stage.y_stride + me.j);
+    if (layout.uses_h_prev && start != kZeros)
+      in.h_prev = start == kInitial ? read<S>(stage.h0, at)
+                                    : read<S>(stage.y, earlier * stage.y_stride + me.j);
+    if (layout.has_cell) {
+      in.c = read<float>(stage.saved_c, token * p.c_stride + me.j);
+      if (start != kZeros)
+        in.c_prev = start == kInitial ? read<S>(stage.c0, at)
+                                      : read<float>(stage.saved_c, earlier * p.c_stride + me.j);
+      in.dcs = read<float>(stage.dcs, token * p.c_stride + me.j);
+    }
+    in.dy = read<float>(stage.dy, token * stage.dy_stride + me.j);
+    if (p.zoneout_h > 0) in.zone_h = zone_rate(stage.masks.zone_h, p.zoneout_h, token * H + me.j);
+    if (p.zoneout_c > 0) in.zone_c = zone_rate(stage.masks.zone_c, p.zoneout_c, token * H + me.j);
+    return in;
+  }
+
+  // A step of zoneout and of the cell, from the gradients of h and c to those of the gates, in
+  // `slots`, and of the h and c before, but for what goes through W_hh.
+  __device__ void step_cell(StepInputs in, float (&slots)[kMostSlots], float& dh, float& dc) const {
+    if (p.layout.saved)
+#pragma unroll
+      for (int k = 0; k < kMostSlots; k++) slots[k] = to_compute(in.raw[k]);
+    const bool zones_h = p.zoneout_h > 0, zones_c = p.zoneout_c > 0;
+    float passed_h = 0, passed_c = 0;
+    if (zones_h) passed_h = zone_out_backward(in.zone_h, dh);
+    if (zones_c) passed_c = zone_out_backward(in.zone_c, dc);
+    with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
+      using Cell = decltype(cell);
+      if constexpr (Cell::kHasCell)
+        if (zones_c) in.c = Cell::cell_state(own, in.c_prev);
+      dh = Cell::template backward<ScalarMath>(own, in.h_prev, in.h, in.c_prev, in.c, dh, dc);
+    });
+    dh += passed_h, dc += passed_c;
+  }
+
   __device__ void run() const {
     const CellLayout& layout = p.layout;
     const int64_t H = p.hidden_size, at = me.b * H + me.j;
+    const float factor = h_factor();
     S* gates = reinterpret_cast<S*>(shared + s.x);
+    bool anew = false;  // the last step began from zeros, which no gradient passes
     float dh = 0, dc = 0, dx = 0;
     if (me.exists) {
       dh = read<float>(stage.dhn, at);
       if (layout.has_cell) dc = read<float>(stage.dcn, at);
     }
+    auto through_w_hh = [&](int64_t step) {
+      const float sum = received(kRecurrent, s.recurrent, step) * factor;
+      return anew ? 0.f : sum;
+    };
     set_up();
 
     for (int64_t step = 0; step < me.last; step++) {
       const int64_t t = time(step), before = stage.reverse ? t + 1 : t - 1;
       const bool runs = me.exists && t < me.length;
       const bool first = before < 0 || before >= me.length;
+      const bool from_zeros = begins_anew(t);
       const int64_t token = me.exists && (runs || !p.offsets) ? token_of(p, t, me.b) : 0;
       float slots[kMostSlots] = {};
-      S raw[kMostSlots];
-      float h = 0, h_prev = 0, c = 0, c_prev = 0, dy = 0;
-      if (runs) {
-        const int64_t earlier = first ? 0 : token_of(p, before, me.b);
-        if (layout.saved) {  // converted later: all loads are on their way together
-          const S* saved = static_cast<const S*>(stage.saved) + token * layout.saved * H + me.j;
-#pragma unroll
-          for (int k = 0; k < kMostSlots; k++) raw[k] = saved[(k < layout.saved ? k : 0) * H];
-        }
-        if (layout.saved == 0) h = read<S>(stage.y, token * stage.y_stride + me.j);
-        if (layout.uses_h_prev)
-          h_prev =
-              first ? read<S>(stage.h0, at) : read<S>(stage.y, earlier * stage.y_stride + me.j);
-        if (layout.has_cell) {
-          c = read<float>(stage.saved_c, token * H + me.j);
-          c_prev = first ? read<S>(stage.c0, at) : read<float>(stage.saved_c, earlier * H + me.j);
-        }
-      }
+      StepInputs in;
+      if (runs) in = read_step(token, from_zeros ? kZeros : first ? kInitial : kBefore, before);
       if (follows()) wait_for(team.before_done, team.size, step + 1);
-      if (runs) {
-        dy = read<float>(stage.dy, token * stage.dy_stride + me.j);
-        if (stage.dy_mask) dy *= stage.dy_mask[token * H + me.j] ? p.mask_scale : 0.f;
+      if (runs && follows()) {
+        float above = read<float>(stage.above, token * H + me.j);
+        if (stage.above_mask) above *= stage.above_mask[token * H + me.j] ? p.mask_scale : 0.f;
+        in.dy += above;
       }
       if (step > 0) {
         wait(step);
-        if (me.exists) dh += received(kRecurrent, s.recurrent, step);
+        if (me.exists) dh += through_w_hh(step);
         if (feeds_next() && me.exists) dx = received(kInput, s.input, step);
       }
-      if (runs && layout.saved)
-#pragma unroll
-        for (int k = 0; k < kMostSlots; k++) slots[k] = to_compute(raw[k]);
-      if (runs)
-        with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
-          dh =
-              decltype(cell)::template backward<ScalarMath>(own, h_prev, h, c_prev, c, dh + dy, dc);
-        });
+      if (runs) {
+        dh += in.dy, dc += in.dcs;
+        step_cell(in, slots, dh, dc);
+        if (from_zeros) dh = dc = 0;
+      }
+      anew = from_zeros;
       if (me.in_block)
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++)
@@ -208,7 +253,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     }
     if (me.last > 0) {
       wait(me.last);
-      if (me.exists) dh += received(kRecurrent, s.recurrent, me.last);
+      if (me.exists) dh += through_w_hh(me.last);
       if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, s.input, me.last) : 0.f);
     }
     if (me.exists) {
@@ -225,7 +270,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
 template <class E, bool kCluster>
 __global__ void __launch_bounds__(kPersistentThreads, 1)
     persistent_backward_kernel(const __grid_constant__ PersistentBackward p) {
-  if constexpr (FUSEDRNN_HAS_CLUSTERS || !kCluster) {
+  if constexpr (kCanRun<E, kCluster>) {
     FUSEDRNN_DYNAMIC_SHARED(char, shared);
     const BackwardBlock<E, kCluster> block(p, shared);
     block.run();

@@ -2,6 +2,7 @@
 // read and sent, and how they reach the arrays in global memory.
 #pragma once
 #include "cuda/persistent/team.h"
+#include "cuda/tokens.h"
 
 namespace fusedrnn {
 
@@ -26,10 +27,6 @@ struct Element {
       if (other < p.batch && length_of(p, other) > last) last = length_of(p, other);
     }
     length = exists ? length_of(p, b) : 0;
-  }
-
-  static __device__ int64_t length_of(const Persistent& p, int64_t b) {
-    return p.lengths ? p.lengths[b] : p.steps;
   }
 };
 
@@ -61,11 +58,6 @@ struct Share {
   }
 };
 
-// The token of row b at step t.
-__device__ inline int64_t token_of(const Persistent& p, int64_t t, int64_t b) {
-  return (p.offsets ? p.offsets[t] : t * p.batch) + b;
-}
-
 // Element `at` of an array of type T; null reads as zero and is not written.
 template <class T>
 __device__ inline float read(const void* array, int64_t at) {
@@ -74,6 +66,11 @@ __device__ inline float read(const void* array, int64_t at) {
 template <class T>
 __device__ inline void write(void* array, int64_t at, float value) {
   if (array) static_cast<T*>(array)[at] = from_compute<T>(value);
+}
+
+// What part of the old value zoneout keeps of element `at`: all or nothing where there is a mask.
+__device__ inline float zone_rate(const uint8_t* mask, float rate, int64_t at) {
+  return mask ? float(mask[at]) : rate;
 }
 
 // What a block of either kernel has. P is its parameters, S the storage type; `vector` elements are
@@ -91,6 +88,15 @@ struct Block {
       : p(p), s(p.shape), team(p), me(p, team.rank, team.slice), piece(s, vector), shared(shared) {}
 
   __device__ const auto& stage() const { return p.stage[team.stage]; }
+  // Whether step t of the stage begins with states of zeros, in this thread's row.
+  __device__ bool begins_anew(int64_t t) const {
+    return fusedrnn::begins_anew(p, p.resets, stage().reverse, t, me.b, me.length);
+  }
+  // The factor of recurrent dropout of this thread's unit.
+  __device__ float h_factor() const {
+    const void* const mask = stage().masks.h_mask;
+    return mask && me.exists ? read<float>(mask, me.b * p.hidden_size + me.j) : 1.f;
+  }
   // Whether a stage of the launch comes before, and after, this one.
   __device__ bool follows() const { return p.chained && team.stage > 0; }
   __device__ bool feeds_next() const { return p.chained && team.stage + 1 < p.stages; }

@@ -22,8 +22,8 @@ template <class E, bool kCluster>
 struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
   using S = typename E::Operand;  // the storage type too
   using Base = Block<PersistentForward, S, kCluster>;
-  using Base::feeds_next, Base::follows, Base::me, Base::p, Base::piece, Base::s, Base::shared,
-      Base::team, Base::weight;
+  using Base::begins_anew, Base::feeds_next, Base::follows, Base::h_factor, Base::me, Base::p,
+      Base::piece, Base::s, Base::shared, Base::team, Base::weight;
   const ForwardStage& stage = Base::stage();
 
   __device__ ForwardBlock(const PersistentForward& p, char* shared)
@@ -55,9 +55,12 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
       const int64_t b = team.slice * s.rows + row;
-      const bool initial = row < s.rows && b < p.batch && column < H;
-      reinterpret_cast<S*>(shared + s.x)[i] =
-          E::operand(initial ? read<S>(stage.h0, b * H + column) : 0.f);
+      bool initial = row < s.rows && b < p.batch && column < H;
+      if (initial && p.resets)
+        initial = !fusedrnn::begins_anew(p, p.resets, stage.reverse, time(0), b, length_of(p, b));
+      float value = initial ? read<S>(stage.h0, b * H + column) : 0.f;
+      if (initial && stage.masks.h_mask) value *= read<float>(stage.masks.h_mask, b * H + column);
+      reinterpret_cast<S*>(shared + s.x)[i] = E::operand(value);
     }
     if (follows())
       for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
@@ -106,7 +109,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     const Share mine(s.rows);
     for (int row = mine.row; row < s.rows; row += mine.rows) {
       const int64_t b = team.slice * s.rows + row;
-      const bool runs = b < p.batch && t < Element::length_of(p, b);
+      const bool runs = b < p.batch && t < length_of(p, b);
       const int64_t token = runs ? token_of(p, t, b) : 0;
       for (int column = mine.lane; column < H; column += mine.lanes) {
         float value = runs ? read<S>(below.y, token * below.y_stride + column) : 0.f;
@@ -121,7 +124,8 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     __syncthreads();  // the next product writes where these sums were
   }
 
-  // Where a thread leaves h: for the team, or in x itself, which no product reads just then.
+  // Where a thread leaves its element of the next x: for the team, or in x itself, which no product
+  // reads just then.
   __device__ S& own_h() const {
     return team.alone() ? x(0)[me.row * s.x_row + me.unit]
                         : reinterpret_cast<S*>(shared + s.staging)[me.row * s.units + me.unit];
@@ -157,9 +161,25 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     }
   }
 
+  // A step of the cell from the pre-activations in `slots`, and its zoneout.
+  __device__ void step_cell(int64_t token, float (&slots)[kMostSlots], float& h, float& c) const {
+    const int64_t H = p.hidden_size;
+    const float h_prev = h, c_prev = c;
+    with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
+      h = decltype(cell)::template forward<ScalarMath>(own, h, c);
+    });
+    if (p.zoneout_h > 0) {
+      if (!p.layout.has_cell) write<float>(stage.saved_c, token * p.c_stride + me.j, h);
+      h = zone_out(zone_rate(stage.masks.zone_h, p.zoneout_h, token * H + me.j), h_prev, h);
+    }
+    if (p.zoneout_c > 0)
+      c = zone_out(zone_rate(stage.masks.zone_c, p.zoneout_c, token * H + me.j), c_prev, c);
+  }
+
   __device__ void run() const {
     const CellLayout& layout = p.layout;
     const int64_t H = p.hidden_size, at = me.b * H + me.j;
+    const float factor = h_factor();
     float bias[kMostSlots] = {};
     float h = 0, c = 0;
     if (me.exists) {
@@ -175,9 +195,12 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
 
     float input[kMostSlots] = {};  // of the next step
     if (me.last > 0) read_input(0, input);
+    bool anew = begins_anew(time(0));  // the next step
     for (int64_t step = 0; step < me.last; step++) {
       const int64_t t = time(step);
       const bool runs = me.exists && t < me.length, more = step + 1 < me.last;
+      if (anew) h = c = 0;
+      anew = more && begins_anew(time(step + 1));
       if (step > 0) await(step);
       multiply<E>(shared, s.recurrent, s.rows, x(step), s.x_row);
       __syncthreads();
@@ -191,17 +214,15 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
           if (layout.x_gate[k] >= 0) slots[k] += input[k];
           if (layout.h_gate[k] >= 0) slots[k] += sums[k];
         }
-        with_cell_type(p.cell, slots, [&](auto cell, auto& own) {
-          h = decltype(cell)::template forward<ScalarMath>(own, h, c);
-        });
+        step_cell(token_of(p, t, me.b), slots, h, c);
       }
-      if (me.in_block) own_h() = E::operand(h);
+      if (me.in_block) own_h() = E::operand(anew ? 0.f : h * factor);
       __syncthreads();
       if (more) publish(step + 1);
       if (runs) {
         const int64_t token = token_of(p, t, me.b);
         write<S>(stage.y, token * stage.y_stride + me.j, h);
-        if (layout.has_cell) write<float>(stage.saved_c, token * H + me.j, c);
+        if (layout.has_cell) write<float>(stage.saved_c, token * p.c_stride + me.j, c);
         if (stage.saved) {
           S* const saved = static_cast<S*>(stage.saved) + token * layout.saved * H + me.j;
 #pragma unroll
@@ -227,7 +248,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
 template <class E, bool kCluster>
 __global__ void __launch_bounds__(kPersistentThreads, 1)
     persistent_forward_kernel(const __grid_constant__ PersistentForward p) {
-  if constexpr (FUSEDRNN_HAS_CLUSTERS || !kCluster) {
+  if constexpr (kCanRun<E, kCluster>) {
     FUSEDRNN_DYNAMIC_SHARED(char, shared);
     const ForwardBlock<E, kCluster> block(p, shared);
     block.run();

@@ -53,6 +53,7 @@ CellLayout layout_of() {
 // `select` gives the kernel for an engine.
 template <class P, class F>
 int launch_persistent(P p, void* stream, F select) {
+  static_assert(sizeof(P) <= 4096, "parameters of a kernel take up to 4 KiB");
   if (!fits(p)) return kInvalidValue;
   with_cell(p.cell, [&](auto cell) {
     p.layout = layout_of<decltype(cell)>();

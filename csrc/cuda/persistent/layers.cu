@@ -18,6 +18,9 @@ P problem_of(const CudaPlan& plan, const Layer& layer, size_t stages) {
   p.batch = layer.tokens.batch, p.hidden_size = layer.hidden_size, p.steps = layer.tokens.steps;
   p.lengths = layer.tokens.lengths, p.offsets = layer.tokens.offsets;
   p.mask_scale = float(layer.mask_scale);
+  p.resets = layer.resets;
+  p.zoneout_h = float(layer.zoneout_h.rate), p.zoneout_c = float(layer.zoneout_c.rate);
+  p.c_stride = layer.c_stride;
   p.shape = plan.shape;
   p.slices = plan.at_once;
   return p;
@@ -50,6 +53,10 @@ int64_t gradient_bytes(const Layer& layer) {
 }
 bool chained(const CudaPlan& plan) { return plan.layers > 1; }
 
+StageMasks masks_of(const Layer& layer) {
+  return {layer.h_mask, layer.zoneout_h.mask, layer.zoneout_c.mask};
+}
+
 }  // namespace
 
 int64_t persistent_workspace(const CudaPlan& plan, const std::vector<LayerForward>& layers) {
@@ -72,6 +79,7 @@ int persistent_forward(const CudaPlan& plan, const std::vector<LayerForward>& la
     if (chained(plan) && i > 0) s.w_ih = a.weights.w_ih, s.mask = a.input_mask;
     s.h0 = a.h0, s.c0 = a.c0, s.hn = a.hn, s.cn = a.cn;
     s.y = a.y, s.y_stride = a.y_stride, s.saved = a.saved, s.saved_c = a.saved_c;
+    s.masks = masks_of(a);
     s.reverse = a.reverse;
   }
   return for_each_part(p, plan.slices, workspace, stream,
@@ -89,11 +97,10 @@ int persistent_backward(const CudaPlan& plan, const std::vector<LayerBackward>& 
     const LayerBackward& a = layers[which];
     BackwardStage& s = p.stage[i];
     s.w_hh = a.weights.w_hh, s.saved = a.saved, s.saved_c = a.saved_c, s.y = a.y;
-    s.h0 = a.h0, s.c0 = a.c0, s.dy = a.dy, s.dy_stride = a.dy_stride;
-    if (chained(plan) && i > 0) {
-      s.dy = p.stage[i - 1].dx, s.dy_stride = a.hidden_size;
-      s.dy_mask = layers[which + 1].input_mask;
-    }
+    s.h0 = a.h0, s.c0 = a.c0, s.masks = masks_of(a);
+    s.dy = a.dy, s.dy_stride = a.dy_stride, s.dcs = a.dcs;
+    if (chained(plan) && i > 0)
+      s.above = p.stage[i - 1].dx, s.above_mask = layers[which + 1].input_mask;
     if (chained(plan) && i + 1 < count)
       s.w_ih = a.weights.w_ih, s.dx = gradients + int64_t(i) * gradient_bytes(a);
     s.dgates = a.dgates, s.dhn = a.dhn, s.dcn = a.dcn, s.dh0 = a.dh0, s.dc0 = a.dc0;

@@ -10,6 +10,13 @@
 
 namespace fusedrnn {
 
+// What regularises one layer and direction; null: nothing. Where zoneout has no mask there is a
+// rate.
+struct StageMasks {
+  const void* h_mask;              // compute type [batch, hidden]
+  const uint8_t *zone_h, *zone_c;  // [tokens, hidden]
+};
+
 // One layer and direction, forward.
 struct ForwardStage {
   const void *w_hh, *b_ih, *b_hh;  // storage type; biases may be null: zeros
@@ -20,8 +27,9 @@ struct ForwardStage {
   const void *h0, *c0;    // storage type [batch, hidden]; null: zeros
   void *hn, *cn;          // storage type [batch, hidden]
   void* y;                // storage type [tokens, y_stride]
-  void *saved, *saved_c;  // storage type [tokens, saved * hidden], compute type [tokens, hidden];
+  void *saved, *saved_c;  // storage type [tokens, saved * hidden], compute type [tokens, c_stride];
                           // null: not saved
+  StageMasks masks;
   int64_t y_stride;
   bool reverse;
 };
@@ -31,13 +39,16 @@ struct BackwardStage {
   const void* w_hh;                 // storage type
   const void *saved, *saved_c, *y;  // what forward left
   const void *h0, *c0;              // storage type, or null: zeros
-  const void* dy;                   // compute type [tokens, dy_stride], or null: zeros
-  const uint8_t* dy_mask;           // elements of dy that count, of a chained stage; or null
+  const void *dy, *dcs;             // compute type [tokens, dy_stride], [tokens, c_stride], or null
+  const void* above;                // compute type [tokens, hidden], of a chained stage: dx of the
+                                    // stage before, which comes on top of dy
+  const uint8_t* above_mask;        // elements of it that count; or null
   const void* w_ih;                 // storage type, where a stage that follows is chained
-  void* dx;                         // compute type [tokens, hidden], of such a stage: its dy
+  void* dx;                         // compute type [tokens, hidden], of such a stage
   void* dgates;                     // storage type [tokens, slots * hidden]
   const void *dhn, *dcn;            // compute type [batch, hidden], or null: zeros
   void *dh0, *dc0;                  // compute type [batch, hidden]
+  StageMasks masks;
   int64_t y_stride, dy_stride;
   bool reverse;
 };
@@ -69,6 +80,9 @@ struct Persistent {
   const int64_t* lengths;  // [batch], each in [0, steps]
   const int64_t* offsets;  // [steps], or null
   float mask_scale;
+  const uint8_t* resets;       // [tokens], or null: see begins_anew() in cuda/tokens.h
+  float zoneout_h, zoneout_c;  // 0: none
+  int64_t c_stride;            // of saved_c
   PersistentShape shape;
   // Which of the slices of shape.rows rows this launch runs.
   int first_slice, slices;

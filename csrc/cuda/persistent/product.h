@@ -14,6 +14,7 @@ namespace fusedrnn {
 template <Engine kEngine>
 struct Ffma {
   using Operand = float;
+  static constexpr bool kTensorCores = false;
   static constexpr EngineTile kTile = tile_of(kEngine);
   static constexpr int kSums = kTile.columns;  // of a lane
 
@@ -43,6 +44,7 @@ struct Ffma {
 
 // What tensor cores have in common: the layout of mma's accumulators.
 struct MmaSums {
+  static constexpr bool kTensorCores = true;
   static constexpr int kSums = 4;
   static __device__ inline int sum_row(int lane, int sum) { return lane / 4 + sum / 2 * 8; }
   static __device__ inline int sum_column(int lane, int sum) { return lane % 4 * 2 + sum % 2; }
@@ -87,6 +89,11 @@ struct Half : MmaSums {
     for (int i = 0; i < N; i++) mma(S{}, sums[i], tile[i].word, b);
   }
 };
+
+// Whether this pass of the compiler is for a GPU that can run a kernel.
+template <class E, bool kCluster>
+constexpr bool kCanRun =
+    (FUSEDRNN_HAS_CLUSTERS || !kCluster) && (FUSEDRNN_HAS_TENSOR_CORES || !E::kTensorCores);
 
 // Fills the tiles with what w(row, column) points at, which is asked only for rows below `rows` and
 // columns below `depth`; null and the rest are zero. All threads of the block.

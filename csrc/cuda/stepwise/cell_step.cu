@@ -33,6 +33,16 @@ struct Projection {
 __device__ inline bool runs_at(const CellStep& p, int64_t b, int64_t step) {
   return step >= 0 && step < (p.lengths ? p.lengths[b] : p.steps);
 }
+// Whether row b starts `step`, which it runs at, from zeros.
+__device__ inline bool begins_anew(const CellStep& p, const uint8_t* resets, int64_t b,
+                                   int64_t step) {
+  return resets && runs_at(p, b, p.reverse ? step + 1 : step) && resets[b];
+}
+// What part of the old value stays of element `at`.
+template <class C>
+__device__ inline C rate_of(const Zoneout& z, int64_t at) {
+  return z.mask ? C(z.mask[at]) : C(z.rate);
+}
 
 // Element (b, j) of rows of type T; null reads as zero and is not written.
 template <class T>
@@ -56,6 +66,7 @@ __global__ void __launch_bounds__(kUnits* kRows)
       write<S>(p.y, b * p.y_stride + j, 0);
       continue;
     }
+    const bool anew = begins_anew(p, p.resets, b, p.step);
     C s[Cell::kSlots];
     for (int k = 0; k < Cell::kSlots; k++) {
       const int x = gate_of(Cell::x_ranges(), k), h = gate_of(Cell::h_ranges(), k);
@@ -63,18 +74,23 @@ __global__ void __launch_bounds__(kUnits* kRows)
       if (x >= 0)
         s[k] += read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, x * H + j);
       if (h >= 0)
-        s[k] += read<C>(p.gates_h, b * p.gates_h_stride + h * H + j) + read<S>(p.b_hh, h * H + j);
+        s[k] += (anew ? 0 : read<C>(p.gates_h, b * p.gates_h_stride + h * H + j)) +
+                read<S>(p.b_hh, h * H + j);
     }
     const int64_t at = b * H + j;
-    const C h_prev = Cell::kUsesHPrev ? read<C>(p.h, at) : C(0);
-    C c = Cell::kHasCell ? read<C>(p.c, at) : C(0);
-    const C h = Cell::template forward<ScalarMath>(s, h_prev, c);
+    const bool zones_h = p.zoneout_h.rate > 0, zones_c = p.zoneout_c.rate > 0;
+    const C h_prev = (Cell::kUsesHPrev || zones_h) && !anew ? read<C>(p.h, at) : C(0);
+    const C c_prev = Cell::kHasCell && !anew ? read<C>(p.c, at) : C(0);
+    C c = c_prev, h = Cell::template forward<ScalarMath>(s, h_prev, c);
+    if (!Cell::kHasCell) write<C>(p.saved_c, b * p.c_stride + j, h);
+    if (zones_h) h = zone_out(rate_of<C>(p.zoneout_h, at), h_prev, h);
+    if (zones_c) c = zone_out(rate_of<C>(p.zoneout_c, at), c_prev, c);
     write<C>(p.h, at, h);
-    write<S>(p.operand, at, h);
+    write<S>(p.operand, at, p.h_mask ? h * read<C>(p.h_mask, at) : h);
     write<S>(p.y, b * p.y_stride + j, h);
     if constexpr (Cell::kHasCell) {
       write<C>(p.c, at, c);
-      write<C>(p.saved_c, at, c);
+      write<C>(p.saved_c, b * p.c_stride + j, c);
     }
     for (int k = 0; k < Cell::kSaved; k++) write<S>(p.saved, (b * Cell::kSaved + k) * H + j, s[k]);
   }
@@ -92,7 +108,10 @@ __global__ void __launch_bounds__(kUnits* kRows)
        b += int64_t(gridDim.y) * kRows) {
     const int64_t at = b * H + j;
     C dh = read<C>(p.dh, at);
-    if (runs_at(p, b, later)) dh += read<C>(p.dh_product, at);
+    if (runs_at(p, b, later) && !begins_anew(p, p.later_resets, b, later)) {
+      const C product = read<C>(p.dh_product, at);
+      dh += p.h_mask ? product * read<C>(p.h_mask, at) : product;
+    }
     if (!runs_at(p, b, p.step)) {
       write<C>(p.dh, at, dh);
       for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, 0);
@@ -100,21 +119,29 @@ __global__ void __launch_bounds__(kUnits* kRows)
       continue;
     }
     dh += read<C>(p.dy, b * p.dy_stride + j);
-    const bool first = !runs_at(p, b, earlier);
+    const bool anew = begins_anew(p, p.resets, b, p.step), first = !runs_at(p, b, earlier);
     C s[Cell::kSlots];
     for (int k = 0; k < Cell::kSaved; k++) s[k] = read<S>(p.saved, (b * Cell::kSaved + k) * H + j);
     C h = 0, h_prev = 0, c = 0, c_prev = 0, dc = 0;
-    if constexpr (Cell::kSaved == 0) h = read<S>(p.h, b * p.h_stride + j);
+    if constexpr (Cell::kSaved == 0)
+      h = p.c ? read<C>(p.c, b * p.c_stride + j) : read<S>(p.h, b * p.h_stride + j);
     if constexpr (Cell::kUsesHPrev)
-      h_prev = first ? read<S>(p.h0, at) : read<S>(p.h_prev, b * p.h_stride + j);
+      if (!anew) h_prev = first ? read<S>(p.h0, at) : read<S>(p.h_prev, b * p.h_stride + j);
+    C passed_h = 0, passed_c = 0;  // by zoneout to the step before
+    if (p.zoneout_h.rate > 0) passed_h = zone_out_backward(rate_of<C>(p.zoneout_h, at), dh);
     if constexpr (Cell::kHasCell) {
-      c = read<C>(p.c, at);
-      c_prev = first ? read<S>(p.c0, at) : read<C>(p.c_prev, at);
-      dc = read<C>(p.dc, at);
-      if (p.hidden) write<S>(p.hidden, at, s[3] * ScalarMath::tanh(c));
+      c = read<C>(p.c, b * p.c_stride + j);
+      if (!anew) c_prev = first ? read<S>(p.c0, at) : read<C>(p.c_prev, b * p.c_stride + j);
+      dc = read<C>(p.dc, at) + read<C>(p.dcs, b * p.c_stride + j);
+      if (p.zoneout_c.rate > 0) {
+        c = Cell::cell_state(s, c_prev);
+        passed_c = zone_out_backward(rate_of<C>(p.zoneout_c, at), dc);
+      }
+      if (p.hidden) write<S>(p.hidden, at, Cell::template output<ScalarMath>(s, c));
     }
-    write<C>(p.dh, at, Cell::template backward<ScalarMath>(s, h_prev, h, c_prev, c, dh, dc));
-    if constexpr (Cell::kHasCell) write<C>(p.dc, at, dc);
+    const C direct = Cell::template backward<ScalarMath>(s, h_prev, h, c_prev, c, dh, dc);
+    write<C>(p.dh, at, anew ? 0 : direct + passed_h);
+    if constexpr (Cell::kHasCell) write<C>(p.dc, at, anew ? 0 : dc + passed_c);
     for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, s[k]);
   }
 }

@@ -21,6 +21,12 @@ struct CellStep {
   int64_t step, steps;  // this step in time, also in the reverse direction, and how many there are
   const int64_t* lengths;  // [batch], null: every row has `steps` steps
   bool reverse;
+  // [batch] of the step at which sequences begin if this one starts from zeros: `step`, in reverse
+  // step + 1. Null: none does.
+  const uint8_t* resets;
+  const void* h_mask;            // recurrent dropout, compute type [batch, hidden]; null: none
+  Zoneout zoneout_h, zoneout_c;  // masks [batch, hidden]
+  int64_t c_stride;              // of saved_c, c, c_prev and dcs
 };
 
 // (gates_x + b_ih, gates_h + b_hh, h, c) -> h, c. Rows of the gates are in torch.nn's order.
@@ -30,18 +36,19 @@ struct CellForward : CellStep {
   const void *b_ih, *b_hh;  // storage type [gates * hidden]; null: zeros
   void *h, *c;              // compute type [batch, hidden], updated in place; h may be null for
                             // cells that do not read it, c for those that have none
-  void* operand;            // storage type [batch, hidden]: h for the next product, or null
+  void* operand;            // storage type [batch, hidden]: h times h_mask for the next product,
+                            // or null
   void* y;                  // storage type [batch, hidden], or null
   void* saved;              // storage type [batch, saved * hidden], or null
-  void* saved_c;            // compute type [batch, hidden], or null
+  void* saved_c;  // compute type [batch, hidden], or null: c; h before zoneout of cells without c
   int64_t gates_x_stride, gates_h_stride, y_stride;
 };
 
 // The gradients of the pre-activations. dL/dh of this step is dh + dh_product + dy; what of it goes
 // around W_hh to the step before is left in dh, what goes through it is the caller's product of
 // dgates and W_hh, given as dh_product of the next launch (which takes it for the rows that ran in
-// the launch before). A last launch, of step -1 (`steps` in reverse), folds the last product into
-// dh: then dh and dc are the gradients of the initial states.
+// the launch before, and did not start from zeros there). A last launch, of step -1 (`steps` in
+// reverse), folds the last product into dh: then dh and dc are the gradients of the initial states.
 //
 // Packed data has fewer rows at later steps: `batch` says how many, `lengths` is still needed to
 // tell a row's first step. In reverse, a row that is not part of the next launch keeps its product
@@ -50,10 +57,12 @@ struct CellBackward : CellStep {
   const void* saved;            // storage type [batch, saved * hidden]
   const void *h, *h_prev;       // storage type [batch, hidden]: y of this step and the one before;
                                 // h for cells that save nothing, h_prev for cells that read it
-  const void *c, *c_prev;       // compute type [batch, hidden]: saved_c of the same steps
+  const void *c, *c_prev;       // compute type [batch, hidden]: saved_c of the same steps; c in
+                                // place of h where h was zoned out
   const void *h0, *c0;          // storage type [batch, hidden]: initial states; null: zeros
-  const void* dy;               // compute type [batch, hidden], or null
+  const void *dy, *dcs;         // compute type [batch, hidden], given at this step; or null
   const void* dh_product;       // compute type [batch, hidden], or null
+  const uint8_t* later_resets;  // `resets` of the launch before
   void *dh, *dc;                // compute type [batch, hidden], updated in place; dh may be null
   void* dgates;                 // storage type [batch, slots * hidden], or null
   void* hidden;                 // storage type [batch, hidden]: h before a projection, or null

@@ -38,7 +38,7 @@ struct ForwardArrays {
     h = arrays.take(B * P * wide);
     c = traits(a.cell).has_cell ? arrays.take(B * H * wide) : nullptr;
     gates_h = arrays.take(B * a.gate_columns() * wide);
-    operand = size == wide ? h : arrays.take(B * P * size);
+    operand = size == wide && !a.h_mask ? h : arrays.take(B * P * size);
     hidden = a.proj_size ? arrays.take(B * H * size) : nullptr;
     projected = a.proj_size ? arrays.take(B * P * wide) : nullptr;
     bytes = arrays.used;
@@ -67,16 +67,6 @@ const void* at(const void* array, int64_t i, int64_t size) {
   return array ? static_cast<const char*>(array) + i * size : nullptr;
 }
 
-template <class Step>
-Step step_of(const Layer& a) {
-  Step p{};
-  p.cell = a.cell, p.dtype = a.dtype;
-  p.hidden_size = a.hidden_size;
-  p.steps = a.tokens.steps, p.lengths = a.tokens.lengths;
-  p.reverse = a.reverse;
-  return p;
-}
-
 // Where a step of packed or padded rows begins, found by walking through them.
 struct Walk {
   const Tokens& tokens;
@@ -94,7 +84,43 @@ struct Walk {
       first -= rows();
     }
   }
+  // CellStep::resets of this step.
+  const uint8_t* resets(const Layer& a) const {
+    if (!a.resets || (a.reverse && t + 1 >= tokens.steps)) return nullptr;
+    return a.resets + first + (a.reverse ? rows() : 0);
+  }
 };
+
+// What a launch of a step has of its layer. The masks of zoneout are its cell's: with a projection
+// the one of h belongs to that.
+template <class Step>
+Step step_of(const Layer& a, const Walk& walk) {
+  Step p{};
+  p.cell = a.cell, p.dtype = a.dtype;
+  p.batch = walk.rows(), p.hidden_size = a.hidden_size;
+  p.step = walk.t, p.steps = a.tokens.steps;
+  p.lengths = a.tokens.lengths, p.reverse = a.reverse;
+  p.resets = walk.resets(a);
+  auto of_step = [&](Zoneout z, int64_t width) {
+    if (z.mask) z.mask += walk.first * width;
+    return z;
+  };
+  p.zoneout_h = of_step(a.zoneout_h, a.out_size());
+  p.zoneout_c = of_step(a.zoneout_c, a.hidden_size);
+  p.h_mask = a.h_mask, p.c_stride = a.c_stride;
+  return p;
+}
+// The same of the halves of a step with a projection.
+template <class Step>
+Step cell_of(Step p) {
+  p.h_mask = nullptr, p.zoneout_h = {};
+  return p;
+}
+template <class Step>
+Step projection_of(Step p, int64_t proj_size) {
+  p.hidden_size = proj_size, p.zoneout_c = {};
+  return p;
+}
 
 }  // namespace
 
@@ -110,7 +136,8 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
 
   int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
   if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
-  if (!error && w.operand != w.h) error = to_storage_type(a.dtype, w.h, w.operand, B * P, stream);
+  if (!error && w.operand != w.h)
+    error = to_storage_type(a.dtype, w.h, a.h_mask, w.operand, B * P, stream);
   // Rows that have no step yet are multiplied too, and are not written by the cells.
   if (!error && w.hidden) error = to_storage_type(a.dtype, nullptr, w.hidden, B * H, stream);
 
@@ -118,22 +145,21 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
     const int64_t first = walk.first, rows = walk.rows();
     multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G});
-    CellForward p = step_of<CellForward>(a);
-    p.batch = rows, p.step = walk.t;
+    const CellForward step = step_of<CellForward>(a, walk);
+    CellForward p = a.proj_size ? cell_of(step) : step;
     p.gates_x = at(a.gates_x, first * G, wide), p.gates_x_stride = G;
     p.gates_h = w.gates_h, p.gates_h_stride = G;
     p.b_ih = a.weights.b_ih, p.b_hh = a.weights.b_hh;
     p.c = w.c;
     p.saved = at(a.saved, first * saved_columns, size);
-    p.saved_c = at(a.saved_c, first * H, wide);
+    p.saved_c = at(a.saved_c, first * a.c_stride, wide);
 
     CellForward result{};  // of the kernel that ends the step
     if (a.proj_size) {
       p.operand = w.hidden;
       if ((error = cell_forward(p, stream))) break;
       multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P});
-      result = step_of<CellForward>(a);
-      result.batch = rows, result.step = walk.t, result.hidden_size = P;
+      result = projection_of(step, P);
       result.gates_x = w.projected, result.gates_x_stride = P;
     } else {
       result = p;
@@ -164,6 +190,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
 
   Walk walk(a.tokens, !a.reverse);
   const void* product = nullptr;  // of the step that came before this one, in the walk
+  const uint8_t* later_resets = nullptr;
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(a.reverse)) {
     const int64_t t = walk.t, first = walk.first, rows = walk.rows();
     // The step that forward took before this one.
@@ -173,18 +200,18 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
                                  : a.reverse ? first + rows
                                              : first - a.tokens.rows(before);
 
-    CellBackward outer = step_of<CellBackward>(a);  // takes dL/dy
-    outer.batch = rows, outer.step = t;
+    const CellBackward step = step_of<CellBackward>(a, walk);
+    CellBackward outer = a.proj_size ? projection_of(step, P) : step;  // takes dL/dy
+    outer.later_resets = later_resets;
     outer.dy = at(a.dy, first * a.dy_stride, wide), outer.dy_stride = a.dy_stride;
     outer.dh_product = product, outer.dh = a.dh0;
     CellBackward p = outer;
     if (a.proj_size) {
       void* const dproj = at(a.dproj, first * P, size);
-      outer.hidden_size = P, outer.dgates = dproj;
+      outer.dgates = dproj;
       if ((error = projection_backward(outer, stream))) break;
       multiply({dproj, P, rows, P, a.weights.w_hr, false, w.dhidden, H});
-      p = step_of<CellBackward>(a);
-      p.batch = rows, p.step = t;
+      p = cell_of(step);
       p.dy = w.dhidden, p.dy_stride = H;
       p.hidden = at(a.hidden, first * H, size);
     } else {
@@ -193,23 +220,26 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
       p.h0 = a.h0;
     }
     p.saved = at(a.saved, first * saved_columns, size);
+    p.c = at(a.saved_c, first * a.c_stride, wide);
     if (has_cell) {
-      p.c = at(a.saved_c, first * H, wide);
-      p.c_prev = inside ? at(a.saved_c, before_first * H, wide) : nullptr;
+      p.c_prev = inside ? at(a.saved_c, before_first * a.c_stride, wide) : nullptr;
       p.c0 = a.c0;
-      p.dc = a.dc0;
+      p.dc = a.dc0, p.dcs = at(a.dcs, first * a.c_stride, wide);
     }
     p.dgates = at(a.dgates, first * S, size);
     if ((error = cell_backward(p, stream))) break;
     // W_hh reaches the last slots.
     multiply({at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P});
-    product = w.product;
+    product = w.product, later_resets = step.resets;
   }
   if (error || !product) return error;
 
-  CellBackward last = step_of<CellBackward>(a);  // folds in the product of the first step
+  CellBackward last{};  // folds in the product of the first step
+  last.cell = a.cell, last.dtype = a.dtype, last.reverse = a.reverse;
   last.batch = B, last.hidden_size = P;
-  last.step = a.reverse ? a.tokens.steps : -1;
+  last.step = a.reverse ? a.tokens.steps : -1, last.steps = a.tokens.steps;
+  last.lengths = a.tokens.lengths;
+  last.later_resets = later_resets, last.h_mask = a.h_mask;
   if (a.tokens.batch_sizes) last.lengths = nullptr;  // each packed row has one to be folded in
   last.dh_product = w.product, last.dh = a.dh0;
   return a.proj_size ? projection_backward(last, stream) : cell_backward(last, stream);
