@@ -1,10 +1,11 @@
-"""``fusedrnn``, or ``python -m fusedrnn``: describes this installation, or runs the demo."""
+"""``fusedrnn`` or ``python -m fusedrnn``: describes or checks this installation, runs the demo."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 import fusedrnn
+from fusedrnn import check
 from fusedrnn.demo import options as demo_options
 
 
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = "train a character language model with torch.nn and with fusedrnn, and compare"
     commands.add_parser("info", help="versions, CPU instruction set, CUDA architectures, devices")
     commands.add_parser("library", help="the path of the library of the ops, for C++")
+    proof = "run every kernel family of this machine against float64, each in its own process"
+    check.add_arguments(commands.add_parser("check", help=proof, description=proof))
     demo_options.add_arguments(commands.add_parser("demo", help=demo, description=demo))
     options = parser.parse_args(arguments)
     if options.command == "info":
@@ -25,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "library":
         print(fusedrnn.info()["library"])
         return 0
+    if options.command == "check":
+        return check.main(options)
     try:
         from fusedrnn.demo import cli  # here, as rich and matplotlib are an optional dependency
 

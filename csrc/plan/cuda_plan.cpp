@@ -145,6 +145,25 @@ double stepwise_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec&
 
 }  // namespace
 
+Exchange exchange_of(const CudaPlan& plan) {
+  return plan.backend == CudaBackend::kStepwise  ? Exchange::kStepwise
+         : plan.backend == CudaBackend::kCluster ? Exchange::kCluster
+         : plan.shape.team == 1                  ? Exchange::kBlock
+                                                 : Exchange::kGrid;
+}
+
+Family family_of(const Problem& p, bool backward, const CudaPlan& plan) {
+  const bool stepwise = plan.backend == CudaBackend::kStepwise;
+  const Arithmetic arithmetic = p.dtype == DType::kFloat64           ? Arithmetic::kFloat64
+                                : p.dtype == DType::kBFloat16        ? Arithmetic::kBFloat16
+                                : p.dtype == DType::kFloat16         ? Arithmetic::kFloat16
+                                : stepwise                           ? Arithmetic::kFfma
+                                : plan.engine == Engine::kTf32       ? Arithmetic::kTf32
+                                : plan.engine == Engine::kFfmaNarrow ? Arithmetic::kFfmaNarrow
+                                                                     : Arithmetic::kFfma;
+  return {exchange_of(plan), arithmetic, p.cell, backward, !stepwise && plan.layers > 1};
+}
+
 bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
                const char* forced_text, CudaPlan* best, std::string* reason) {
   const bool tensor_cores = device.capability >= 80;  // of TF32 and of our 16-bit products
@@ -158,7 +177,7 @@ bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& d
     *best = CudaPlan{};
     best->backend = CudaBackend::kStepwise, best->layers = 1;
     best->microseconds = stepwise_cycles(p, r, device) / kCyclesPerMicrosecond;
-    found = true;
+    found = !device.struck[size_t(index_of(family_of(p, r.backward, *best)))];
   }
   bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
                     r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
@@ -191,6 +210,7 @@ bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& d
             Candidate c{p, r, device, {}};
             c.plan.backend = backend, c.plan.engine = engine, c.plan.layers = layers;
             if (!c.complete(units, rows)) continue;
+            if (device.struck[size_t(index_of(family_of(p, r.backward, c.plan)))]) continue;
             if (!found || c.plan.microseconds < best->microseconds) *best = c.plan, found = true;
           }
           if (forced.rows) break;
@@ -198,7 +218,10 @@ bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& d
     }
   }
   if (!found)
-    *reason = std::string("FUSEDRNN_PLAN=") + forced_text + " cannot run this shape on this device";
+    *reason =
+        forced_text && *forced_text
+            ? std::string("FUSEDRNN_PLAN=") + forced_text + " cannot run this shape on this device"
+            : "all kernels for this call were refused or found wrong on this device";
   return found;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <string>
 
+#include "plan/families.h"
 #include "plan/persistent.h"
 
 namespace fusedrnn {
@@ -20,6 +21,8 @@ struct DeviceSpec {
   int shared_bytes;  // that a block may ask for
   // How many clusters of so many blocks run at once, a block a processor; 0: none can.
   int clusters[kLargestCluster + 1];
+  // Families that must not run on it: refused, or found wrong.
+  Families struck;
 };
 
 struct CudaRequest {
@@ -40,6 +43,9 @@ struct CudaPlan {
 
   int launches() const { return (slices + at_once - 1) / at_once; }
 };
+
+Exchange exchange_of(const CudaPlan&);
+Family family_of(const Problem&, bool backward, const CudaPlan&);
 
 // `forced` is the value of FUSEDRNN_PLAN: the name of a backend, and after commas what else is not
 // to be chosen, of units=, rows= and layers=. Null or empty: all is chosen. False, with a reason,

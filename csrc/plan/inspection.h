@@ -19,19 +19,34 @@ struct InstalledVariant {
   bool supported;
 };
 
+// What the library asks of its process. All of it lasts as long as the process.
+struct Host {
+  Float32Switches (*float32_switches)();
+  bool (*warn)(const std::string& text);  // false: the user has made warnings errors
+  // Has a small case of a family computed on a device, by the ops of a namespace of torch.ops. Why
+  // the kernels must not run; empty where they are right.
+  std::string (*check_family)(int family, const char* ops, const std::string& device);
+};
+
+// A plan in words and its family, or why no backend can.
+struct PlanInWords {
+  bool possible;
+  std::string text;
+  int family;
+};
+
 struct Inspection {
   const char* version;     // of the package; first, so that any version of it can be compared
   const char* cuda_archs;  // separated by ;, empty without CUDA
   const InstalledVariant* (*cpu_variants)(int* count);                          // best first
   std::string (*cpu_variant)();                                                 // the one in use
   std::string (*cpu_plan)(const Problem&, const CpuRequest&, int64_t threads);  // in words
-  // The same, or with *possible false why no backend can.
-  std::string (*cuda_plan)(const Problem&, const CudaRequest&, const DeviceSpec&,
-                           const char* forced, bool* possible);
-  DeviceSpec (*cuda_device)();  // the current one
-  // Has `read` asked for the switches before each CUDA call; without, TF32 is not permitted in the
-  // recurrence.
-  void (*follow_float32_switches)(Float32Switches (*read)());
+  PlanInWords (*cuda_plan)(const Problem&, const CudaRequest&, const DeviceSpec&,
+                           const char* forced);
+  std::string (*name_of_family)(const Family&);
+  DeviceSpec (*cuda_device)();                       // the current one
+  void (*cuda_versions)(int* runtime, int* driver);  // of the binary and the driver; 0: none
+  void (*set_host)(const Host&);
 };
 
 }  // namespace fusedrnn

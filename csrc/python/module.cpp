@@ -7,8 +7,8 @@
 #include <stdexcept>
 
 #include "plan/inspection.h"
+#include "python/host.h"
 #include "python/named_arguments.h"
-#include "python/switches.h"
 
 namespace {
 
@@ -86,14 +86,33 @@ DeviceSpec device_of(const NamedArguments& a) {
 PyObject* cuda_plan(const NamedArguments& a) {
   const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
                             a.flag("tf32")};
-  bool possible;
-  const std::string text = library().cuda_plan(problem_of(a), request, device_of(a.group("device")),
-                                               a.text("forced").c_str(), &possible);
-  if (!possible) {
-    PyErr_SetString(PyExc_ValueError, text.c_str());
+  DeviceSpec device = device_of(a.group("device"));
+  for (int64_t family : a.integers("struck"))
+    if (family >= 0 && family < kFamilies) device.struck.set(size_t(family));
+  const PlanInWords found =
+      library().cuda_plan(problem_of(a), request, device, a.text("forced").c_str());
+  if (!found.possible) {
+    PyErr_SetString(PyExc_ValueError, found.text.c_str());
     throw PythonError();
   }
-  return PyUnicode_FromString(text.c_str());
+  return Py_BuildValue("(si)", found.text.c_str(), found.family);
+}
+
+PyObject* cuda_families(PyObject*, PyObject*) {
+  return guarded([] {
+    PyObject* list = PyList_New(0);
+    for (int i = 0; list && i < kFamilies; i++) {
+      const Family f = family_at(i);
+      if (!exists(f)) continue;
+      PyObject* entry = Py_BuildValue(
+          "(isssOOs)", i, kExchangeNames[int(f.exchange)], kArithmeticNames[int(f.arithmetic)],
+          traits(f.cell).mode, f.backward ? Py_True : Py_False, f.chained ? Py_True : Py_False,
+          library().name_of_family(f).c_str());
+      if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
+      Py_XDECREF(entry);
+    }
+    return list;
+  });
 }
 
 PyObject* cuda_device(PyObject*, PyObject*) {
@@ -106,6 +125,12 @@ PyObject* cuda_device(PyObject*, PyObject*) {
                          device.processors, "shared_bytes", device.shared_bytes, "clusters",
                          clusters);
   });
+}
+
+PyObject* cuda_versions(PyObject*, PyObject*) {
+  int runtime = 0, driver = 0;
+  library().cuda_versions(&runtime, &driver);
+  return Py_BuildValue("(ii)", runtime, driver);
 }
 
 PyObject* cpu_variants(PyObject*, PyObject*) {
@@ -147,7 +172,9 @@ PyMethodDef methods[] = {
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
     by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
     {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
-    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words"),
+    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words; its family's index"),
+    {"cuda_families", cuda_families, METH_NOARGS, "the kernel families: see Family in families.py"},
+    {"cuda_versions", cuda_versions, METH_NOARGS, "of the binary's CUDA runtime, of the driver"},
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -159,7 +186,7 @@ PyMODINIT_FUNC PyInit_fusedrnn_C() {
     PyErr_Format(PyExc_ImportError, "libfusedrnn.so beside it is of version %s", library().version);
     return nullptr;
   }
-  library().follow_float32_switches(switches_of_python);
+  library().set_host(python_host());
   static PyModuleDef def{};
   def.m_base = PyModuleDef_HEAD_INIT;
   def.m_name = "fusedrnn_C", def.m_size = -1, def.m_methods = methods;

@@ -6,8 +6,11 @@
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
+#include "torch/host.h"
 #include "torch/ops.h"
-#include "torch/switches.h"
+#ifdef FUSEDRNN_WITH_CUDA
+#include "torch/cuda_standing.h"
+#endif
 
 #ifndef FUSEDRNN_CUDA_ARCHS
 #define FUSEDRNN_CUDA_ARCHS ""
@@ -24,12 +27,12 @@ std::string cpu_plan(const Problem& p, const CpuRequest& request, int64_t thread
   return describe(plan, p, request, machine);
 }
 
-std::string cuda_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
-                      const char* forced, bool* possible) {
+PlanInWords cuda_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
+                      const char* forced) {
   CudaPlan plan;
   std::string reason;
-  *possible = plan_cuda(p, request, device, forced, &plan, &reason);
-  return *possible ? describe(plan) : reason;
+  if (!plan_cuda(p, request, device, forced, &plan, &reason)) return {false, reason, -1};
+  return {true, describe(plan), index_of(family_of(p, request.backward, plan))};
 }
 
 DeviceSpec cuda_device() {
@@ -42,6 +45,12 @@ DeviceSpec cuda_device() {
   return device;
 }
 
+void cuda_versions([[maybe_unused]] int* runtime, [[maybe_unused]] int* driver) {
+#ifdef FUSEDRNN_WITH_CUDA
+  library_versions(runtime, driver);
+#endif
+}
+
 constexpr Inspection inspection{
     .version = FUSEDRNN_VERSION,
     .cuda_archs = FUSEDRNN_CUDA_ARCHS,
@@ -49,8 +58,10 @@ constexpr Inspection inspection{
     .cpu_variant = cpu_variant,
     .cpu_plan = cpu_plan,
     .cuda_plan = cuda_plan,
+    .name_of_family = name_of,
     .cuda_device = cuda_device,
-    .follow_float32_switches = follow_float32_switches,
+    .cuda_versions = cuda_versions,
+    .set_host = set_host,
 };
 
 }  // namespace
@@ -62,6 +73,9 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kInferSchema);
   m.def(fusedrnn::kBackwardSchema);
+#ifdef FUSEDRNN_WITH_CUDA
+  for (const char* schema : fusedrnn::kStandingSchemas) m.def(schema);
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
@@ -77,5 +91,12 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
   m.impl("forward", forward<forward_cuda>);
   m.impl("infer", infer<forward_cuda>);
   m.impl("backward", backward<backward_cuda>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {
+  using namespace fusedrnn;
+  m.impl("trial", trial_op);
+  m.impl("standings", standings_op);
+  m.impl("generation", generation_op);
 }
 #endif

@@ -1,21 +1,20 @@
 #include "torch/switches.h"
 
-#include <atomic>
 #include <cstdlib>
+#include <cstring>
+
+#include "torch/error.h"
 
 namespace fusedrnn {
-namespace {
 
-std::atomic<Float32Switches (*)()> reader{nullptr};
-
-}  // namespace
-
-Float32Switches float32_switches() {
-  const auto read = reader.load();
-  return read ? read() : Float32Switches{false, true};
+KernelSwitch kernel_switch() {
+  const char* const found = std::getenv("FUSEDRNN_CUDA_KERNELS");
+  if (!found || !*found || !std::strcmp(found, "verified")) return KernelSwitch::kVerified;
+  if (!std::strcmp(found, "off")) return KernelSwitch::kOff;
+  FUSEDRNN_EXPECT(!std::strcmp(found, "on"), "fusedrnn: FUSEDRNN_CUDA_KERNELS is '", found,
+                  "'; it takes off, verified or on");
+  return KernelSwitch::kOn;
 }
-
-void follow_float32_switches(Float32Switches (*read)()) { reader = read; }
 
 const char* forced_plan() { return std::getenv("FUSEDRNN_PLAN"); }
 

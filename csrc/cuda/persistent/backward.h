@@ -130,7 +130,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     const int64_t t = time(step - 1);
     if (me.exists && t < me.length)
       write<float>(stage.dx, token_of(p, t, me.b) * p.hidden_size + me.j, dx);
-    raise(team.own_done, step);
+    team.raise(team.own_done, step);
   }
 
   // What a step starts from: zeros, the call's initial state, or the state of another step.
@@ -214,7 +214,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       float slots[kMostSlots] = {};
       StepInputs in;
       if (runs) in = read_step(token, from_zeros ? kZeros : first ? kInitial : kBefore, before);
-      if (follows()) wait_for(team.before_done, team.size, step + 1);
+      if (follows()) team.wait_for(team.before_done, step + 1);
       if (runs && follows()) {
         float above = read<float>(stage.above, token * H + me.j);
         if (stage.above_mask) above *= stage.above_mask[token * H + me.j] ? p.mask_scale : 0.f;
@@ -231,6 +231,11 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
         if (from_zeros) dh = dc = 0;
       }
       anew = from_zeros;
+      if (team.lost) {
+        dh = dc = dx = not_a_number();
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++) slots[k] = dh;
+      }
       if (me.in_block)
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++)
@@ -255,6 +260,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       wait(me.last);
       if (me.exists) dh += through_w_hh(me.last);
       if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, s.input, me.last) : 0.f);
+      if (team.lost) dh = dc = not_a_number();
     }
     if (me.exists) {
       write<float>(stage.dh0, at, dh);

@@ -58,6 +58,8 @@ struct Share {
   }
 };
 
+__device__ inline float not_a_number() { return bits_to_float(0x7fffffff); }
+
 // Element `at` of an array of type T; null reads as zero and is not written.
 template <class T>
 __device__ inline float read(const void* array, int64_t at) {
