@@ -52,19 +52,70 @@ def _scan(
     return (h, c), (y, cs)
 
 
+class _Packed:
+    """Packed input as padded input with lengths, by operators that need no values of batch_sizes,
+    but B where no state says it.
+    """
+
+    def __init__(self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor) -> None:
+        if hx is not None:
+            self.batch = hx.shape[1]
+        else:
+            self.batch = batch_sizes[0].item()  # type: ignore[assignment]
+            torch._check(self.batch >= 1)
+        rows, tokens = torch.arange(self.batch), torch.arange(x.shape[0])
+        ends = batch_sizes.cumsum(0)
+        starts = ends - batch_sizes
+        exists = rows < batch_sizes[:, None]
+        self.exists = exists.to(x.device)
+        self.lengths = exists.sum(0).to(x.device)
+        self.place = torch.where(exists, starts[:, None] + rows, 0).to(x.device)  # (T, B) -> token
+        step = (tokens[:, None] >= ends).sum(1)
+        self.step, self.row = step.to(x.device), (tokens - starts[step]).to(x.device)
+
+    def padded_call(self, call: ops.Call) -> ops.Call:
+        x, hx, cx, _, _, mask, resets, h_mask, *zones = call.tensors[: 3 + ops.NON_DIFFERENTIABLE]
+        assert x is not None
+
+        def flat(masks: Tensor | None) -> Tensor | None:
+            return None if masks is None else masks[:, self.place].flatten(1, 2)
+
+        resets = None if resets is None else resets[self.place]
+        others = (None, self.lengths, flat(mask), resets, h_mask, *map(flat, zones))
+        weights = call.tensors[3 + ops.NON_DIFFERENTIABLE :]
+        return ops.Call((x[self.place], hx, cx, *others, *weights), call.constants)
+
+    def padded(self, values: Tensor | None) -> Tensor | None:
+        """(..., tokens, width) as (..., T, B, width), with zeros."""
+        if values is None:
+            return None
+        return torch.where(self.exists[..., None], values[..., self.place, :], 0)
+
+    def packed(self, steps: Tensor) -> Tensor:
+        """(..., T, B, width) as (..., tokens, width)."""
+        if steps.dim() == 1:
+            return steps  # nothing
+        return steps[..., self.step, self.row, :]
+
+
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = ops.Call.of(*arguments[:-1])
     config = ops.Config(*call.constants[1:])
     x = call.tensors[0]
     assert x is not None
-    if call.tensors[3] is not None and not torch.onnx.is_in_onnx_export():
-        return NotImplemented  # the sizes of packed input are values
+    batch_sizes = call.tensors[3]
+    packed = None if batch_sizes is None else _Packed(x, call.tensors[1], batch_sizes)
+    if packed is not None:
+        call = packed.padded_call(call)
     if torch.onnx.is_in_onnx_export():
         y, hn, c, hs = onnx.forward(call, config)
         cn, cs = y.new_empty(0) if c is None else c, y.new_empty(0)
     else:
-        loop = reference.each_step if isinstance(x.shape[0], int) else _scan
+        steps = (x if batch_sizes is None else batch_sizes).shape[0]
+        loop = reference.each_step if isinstance(steps, int) else _scan
         y, hn, cn, hs, cs = reference.forward(*call.arguments(), loop=loop)  # type: ignore[misc]
+    if packed is not None:
+        y, hs, cs = map(packed.packed, (y, hs, cs))
     # Only backward reads it, which computes it again.
     return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
 
@@ -79,11 +130,14 @@ def backward(*arguments: Any) -> Any:
     """By autograd, whose operators the tracing sees."""
     grads, y, needs = arguments[: ops.RESULTS], arguments[ops.RESULTS], arguments[ops.RESULTS + 4]
     call = ops.Call.of(*arguments[ops.RESULTS + 5 :])
-    x = call.tensors[0]
+    x, hx, _, batch_sizes = call.tensors[:4]
     assert x is not None
-    if call.tensors[3] is not None:
-        return NotImplemented
-    if not isinstance(x.shape[0], int):
+    packed = None if batch_sizes is None else _Packed(x, hx, batch_sizes)
+    if packed is not None:
+        call = packed.padded_call(call)
+        dy, dhn, dcn, *states = grads
+        grads = (packed.padded(dy), dhn, dcn, *map(packed.padded, states))
+    if not isinstance((x if batch_sizes is None else batch_sizes).shape[0], int):
         raise NotImplementedError(
             "fusedrnn: the backward pass becomes aten's operators for a constant number of steps "
             "only: make T static, or leave torch.ops.fusedrnn out of the table of decompositions"
@@ -102,6 +156,8 @@ def backward(*arguments: Any) -> Any:
         return gradient
 
     dx, dhx, dcx, *dweights = map(result, found, call.differentiable(), needs)
+    if packed is not None:
+        dx = packed.packed(dx)
     return dx, dhx, dcx, dweights
 
 

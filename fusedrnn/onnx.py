@@ -33,14 +33,12 @@ def refuse_tracing(more: bool) -> None:
 
 
 def _check(call: ops.Call, config: ops.Config) -> None:
-    batch_sizes, _, mask, resets, h_mask, zone_h, zone_c = call.non_differentiable()
+    _, _, mask, resets, h_mask, zone_h, zone_c = call.non_differentiable()
     on_aten = "ONNX's layers have none; torch.export has, also with run_decompositions()"
     if mask is not None:
         _refuse("dropout between layers", "call model.eval() before the export")
     if h_mask is not None:
         _refuse("recurrent_dropout", "call model.eval() before the export")
-    if batch_sizes is not None:
-        _refuse("PackedSequence", "export the layer with padded input and lengths=")
     if resets is not None:
         _refuse("resets", on_aten)
     if zone_h is not None or zone_c is not None or config.zoneout_h or config.zoneout_c:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
@@ -151,6 +152,20 @@ def test_lengths_in_openvino(name, tmp_path):
     x, lengths = torch.randn(5, 2, 3), torch.tensor([1, 4])
     found = in_openvino(openvino.convert_model(program), arrays((x, lengths)))
     assert_same(found, model(x, lengths))
+
+
+@pytest.mark.slow
+def test_packed_input(tmp_path):
+    layer, path = fusedrnn.LSTM(3, 4, 2).eval(), tmp_path / "f.onnx"
+
+    def packed():
+        return pack_padded_sequence(torch.randn(5, 3, 3), [2, 5, 3], enforce_sorted=False)
+
+    assert exported(layer, (packed(),), None, path).count("LSTM") == 2
+    x = packed()
+    (y, *_), states = layer(x)
+    found = in_onnxruntime(path, arrays(x))
+    assert_same([found[0], *found[-2:]], (y, states))
 
 
 @pytest.mark.slow
