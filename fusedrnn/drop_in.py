@@ -54,12 +54,3 @@ class DropIn(nn.Module):
         twin = nn.Module.__new__(plain)
         twin.__dict__.update(self.__dict__)
         return twin
-
-
-class SingleStep(DropIn):
-    """A cell: torch.nn's own code under our name."""
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        if self._is_leaf(input):
-            return self._record(input, hx)
-        return super().forward(input, hx)

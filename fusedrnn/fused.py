@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import autocast, checks, dynamo, fast_path, flops, masks, ops, reference, support
+from fusedrnn import (
+    autocast,
+    batching,
+    checks,
+    dynamo,
+    fast_path,
+    flops,
+    masks,
+    ops,
+    reference,
+    support,
+)
 from fusedrnn.layer import LayerBase
 
 
@@ -117,8 +128,9 @@ class Fused(LayerBase):
         `more`: torch.nn has no such call; `cpu_only`: neither have the CUDA kernels.
         """
         x, hx, cx, weights = call[:4]
+        transformed = torch._C._are_functorch_transforms_active()
         if (
-            torch._C._are_functorch_transforms_active()
+            (transformed and ops.in_forward_mode())
             or (more and support.no_kernel(x) is not None)
             or (cpu_only and not x.is_cpu)
         ):
@@ -127,7 +139,7 @@ class Fused(LayerBase):
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         graph = tracing or (
             torch.is_grad_enabled()
-            and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
+            and ops.require_grad((x, hx, cx, *weights), transformed)
             and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
         )
         return ops.run(call, graph, graph and not self.recompute)
@@ -166,3 +178,4 @@ class Fused(LayerBase):
 
 dynamo.allow(Fused)
 flops.register()
+batching.register()

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fusedrnn.drop_in import SingleStep
 from fusedrnn.fused import AllStates, Fused
+from fusedrnn.single_step import SingleStep
 
 __all__ = ["GRU", "LSTM", "RNN", "AllStates", "GRUCell", "LSTMCell", "RNNCell"]
 
