@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.layer import LayerBase
@@ -27,6 +28,11 @@ def canonical(
                 f"{type(module).__name__}: a PackedSequence has lengths of its own, pass no others"
             )
         x, batch_sizes = input.data, input.batch_sizes
+        if _functorch.is_batchedtensor(batch_sizes):
+            raise ValueError(
+                f"{type(module).__name__}: vmap cannot run over PackedSequences, whose batch_sizes "
+                "differ: pass padded input and lengths="
+            )
         if input.sorted_indices is not None and hx is not None:
             states = tuple(s.index_select(1, input.sorted_indices) for s in states)
         unsort = input.unsorted_indices

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fusedrnn import onnx, ops, reference
+from fusedrnn import derivatives, onnx, ops, reference
 from fusedrnn.on_import import when_imported
 
 
@@ -129,7 +129,13 @@ def infer(x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any) -> tu
 def backward(*arguments: Any) -> Any:
     """By autograd, whose operators the tracing sees."""
     grads, y, needs = arguments[: ops.RESULTS], arguments[ops.RESULTS], arguments[ops.RESULTS + 4]
-    call = ops.Call.of(*arguments[ops.RESULTS + 5 :])
+    members = arguments[ops.RESULTS + 5]
+    if members:
+        raise NotImplementedError(
+            "fusedrnn: gradients of each sample do not become aten's operators: leave "
+            "torch.ops.fusedrnn out of the table of decompositions"
+        )
+    call = ops.Call.of(*arguments[ops.RESULTS + 6 :])
     x, hx, _, batch_sizes = call.tensors[:4]
     assert x is not None
     packed = None if batch_sizes is None else _Packed(x, hx, batch_sizes)
@@ -148,7 +154,7 @@ def backward(*arguments: Any) -> Any:
         excluded = excluded.remove(key)
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded):
-        found = ops.plain_gradients(call, needs, grads)
+        found = derivatives.plain_gradients(call, needs, grads)
 
     def result(gradient: Tensor | None, of: Tensor | None, need: bool) -> Tensor:
         if gradient is None:

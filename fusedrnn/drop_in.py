@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 PUBLIC = "fusedrnn.modules"  # where the public classes are
 
@@ -55,14 +55,3 @@ class DropIn(nn.Module):
         twin = nn.Module.__new__(plain)
         twin.__dict__.update(self.__dict__)
         return twin
-
-
-class SingleStep(DropIn):
-    """A cell: torch.nn's own code under our name."""
-
-    def forward(
-        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if self._is_leaf(input):
-            return self._record(input, hx)
-        return super().forward(input, hx)

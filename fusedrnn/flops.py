@@ -62,8 +62,8 @@ def _products(x: Tensor, weights: list[Tensor], config: ops.Config) -> int:
 
 def backward(*arguments: Any, out_val: Any = None) -> int:
     """Only products that a required gradient depends on."""
-    needs, call = arguments[ops.RESULTS + 4], arguments[ops.RESULTS + 5 :]
-    x, hx, weights, config = call[0], call[1], call[3], _config(call)
+    needs, _, *call = arguments[ops.RESULTS + 4 :]
+    x, hx, weights, config = call[0], call[1], call[3], _config(tuple(call))
     tokens, batch = _tokens(x), _batch(x, hx, call[4])
     need_x, need_hx, need_cx = needs[:3]
     layers = _layers(weights, config)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import (
     autocast,
+    batching,
     checks,
     decompositions,
     dynamo,
@@ -124,8 +125,9 @@ class Fused(LayerBase):
         no kernel can and torch.nn can. `more`: torch.nn has no such call.
         """
         x, hx, cx, weights = call[:4]
+        transformed = torch._C._are_functorch_transforms_active()
         if (
-            torch._C._are_functorch_transforms_active()
+            (transformed and ops.in_forward_mode())
             or (more and support.no_kernel(x) is not None)
             or (self.layer_norm and (support.on_gpu(x) or not x.is_cpu))  # no CUDA kernel has it
         ):
@@ -139,7 +141,7 @@ class Fused(LayerBase):
             onnx.refuse_tracing(more)
         graph = tracing or (
             torch.is_grad_enabled()
-            and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
+            and ops.require_grad((x, hx, cx, *weights), transformed)
             and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
         )
         if not support.on_gpu(x) or torch.compiler.is_compiling():
@@ -186,3 +188,4 @@ class Fused(LayerBase):
 dynamo.allow(Fused)
 flops.register()
 decompositions.register()
+batching.register()

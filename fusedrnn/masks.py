@@ -11,18 +11,29 @@ from fusedrnn import ops
 from fusedrnn.layer import LayerBase
 
 
+def _draw(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, probability: float) -> Tensor:
+    """Ones with this probability and else zeros, from torch's generator.
+
+    Under vmap as its `randomness` says, where the operator in place refuses what is not batched.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return torch.bernoulli(torch.empty(shape, dtype=dtype, device=like.device), probability)
+    return like.new_empty(shape, dtype=dtype).bernoulli_(probability)
+
+
 def between_layers(module: LayerBase, x: Tensor, config: ops.Config) -> Tensor | None:
     """The op's `mask` (L - 1, tokens, D * P), drawn in torch.nn's order."""
     if not (module.training and module.dropout > 0 and module.num_layers > 1):
         return None
-    tokens = math.prod(ops.tokens_shape(x))
-    mask = x.new_empty(
-        (module.num_layers - 1, tokens, config.directions * config.out_size), dtype=torch.uint8
-    )
-    if module.dropout == 1:
+    keep, layers = 1 - module.dropout, module.num_layers - 1
+    shape = math.prod(ops.tokens_shape(x)), config.directions * config.out_size
+    if torch._C._are_functorch_transforms_active() and keep:
+        return torch.stack([_draw(x, shape, torch.uint8, keep) for _ in range(layers)])
+    mask = x.new_empty((layers, *shape), dtype=torch.uint8)
+    if not keep:
         return mask.zero_()  # torch draws no numbers here either
     for layer in mask:
-        layer.bernoulli_(1 - module.dropout)
+        layer.bernoulli_(keep)
     return mask
 
 
@@ -38,15 +49,16 @@ def of_recurrence(
     h_mask = None
     if rate:
         batch = x.size(1) if batch_sizes is None else int(batch_sizes[0])
-        dtype = ops.compute_dtype(like.dtype)
-        h_mask = like.new_empty((states, batch, config.out_size), dtype=dtype)
-        h_mask = h_mask.bernoulli_(1 - rate).div_(1 - rate) if rate < 1 else h_mask.zero_()
+        shape, dtype = (states, batch, config.out_size), ops.compute_dtype(like.dtype)
+        if rate < 1:
+            h_mask = _draw(like, shape, dtype, 1 - rate).div_(1 - rate)
+        else:
+            h_mask = like.new_zeros(shape, dtype=dtype)
 
     def zones(rate: float, width: int) -> Tensor | None:
         if not rate:
             return None
-        mask = like.new_empty((states, tokens, width), dtype=torch.uint8)
-        return mask.bernoulli_(rate)
+        return _draw(like, (states, tokens, width), torch.uint8, rate)
 
     zone_h = zones(config.zoneout_h, config.out_size)
     return h_mask, zone_h, zones(config.zoneout_c, config.hidden_size)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.types import Device
 
-from fusedrnn.drop_in import SingleStep
 from fusedrnn.fused import Fused
 from fusedrnn.signatures import AllStates
+from fusedrnn.single_step import SingleStep
 
 if TYPE_CHECKING:
     from fusedrnn.signatures import OneState, OneStateCell, TwoStates, TwoStatesCell

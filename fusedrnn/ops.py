@@ -27,7 +27,8 @@ all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers bu
 LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest.
 infer returns y, hn, and cn of an LSTM, else None.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
-the others are empty.
+the others are empty. `members` is 0, or a number that divides B: then row b belongs to member
+b % members, and the gradients of weights (members, ...) are sums over each member's rows.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch as _C_functorch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fusedrnn import _C, reference
+from fusedrnn import _C, derivatives, reference
 
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
@@ -127,8 +129,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fusedrnn::infer")
 def _fake_infer(x, hx, cx, weights, *stack):  # type: ignore[no-untyped-def]
-    others = (*[None] * NON_DIFFERENTIABLE, 0.0, *Config(*stack), False)
-    y, hn, cn, *_ = _fake_forward(x, hx, cx, weights, *others)
+    y, hn, cn, *_ = _fake_forward(*plain_call(x, hx, cx, weights, *stack, save=False))
     return y, hn, cn if stack[0] == "LSTM" else None
 
 
@@ -142,8 +143,10 @@ def _fake_states(y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("fusedrnn::backward")
 def _fake_backward(  # type: ignore[no-untyped-def]
-    grad_y, grad_hn, grad_cn, grad_hs, grad_cs, y, reserve, hs, cs, needs, x, hx, cx, weights, *rest
+    grad_y, grad_hn, grad_cn, grad_hs, grad_cs, y, reserve, hs, cs, needs, members, *call
 ):
+    x, hx, cx, weights, *rest = call
+
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return y.new_empty(tensor.shape if needed and tensor is not None else (0,))
 
@@ -157,7 +160,11 @@ def _fake_backward(  # type: ignore[no-untyped-def]
         packed = batch_sizes is not None
         batch = torch.library.get_ctx().new_dynamic_size() if packed else x.shape[1]
         hidden = y.new_empty((config.num_layers * config.directions, batch, config.out_size))
-    of_weights = [like(w, needed) for w, needed in zip(weights, needs[3:], strict=True)]
+    lead = (members,) if members else ()
+    of_weights = [
+        y.new_empty((*lead, *w.shape) if needed else (0,))
+        for w, needed in zip(weights, needs[3:], strict=True)
+    ]
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), of_weights
 
 
@@ -166,7 +173,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 # by one and a call's constants as one tuple; `Call` converts between these and the op's arguments.
 
 
+RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
+BATCH_SIZES = 3  # among Call.tensors
 ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
 
 
@@ -192,8 +201,44 @@ class Call(NamedTuple):
         """x, hx, cx and the weights."""
         return self.tensors[:3] + self.tensors[3 + NON_DIFFERENTIABLE :]
 
+    @property
+    def batch_sizes(self) -> Tensor | None:
+        return self.tensors[BATCH_SIZES]
+
+    def row_dims(self) -> tuple[int | None, ...]:
+        """Of each tensor the dimension of rows or tokens: (T, B, ...), packed (tokens, ...)."""
+        tokens = 1 if self.batch_sizes is None else 0
+        states_and_others = (tokens, 1, 1, None, 0, 1, tokens, 1, 1, 1)
+        return states_and_others + (None,) * (len(self.tensors) - len(states_and_others))
+
+    def result_row_dims(self) -> tuple[int, int, int, int, int]:
+        """The same of y, hn, cn, hs and cs."""
+        tokens = 1 if self.batch_sizes is None else 0
+        return tokens, 1, 1, tokens + 1, tokens + 1
+
     def non_differentiable(self) -> tuple[Tensor | None, ...]:
         return self.tensors[3 : 3 + NON_DIFFERENTIABLE]
+
+
+def plain_call(x: Any, hx: Any, cx: Any, weights: Any, *stack: Any, save: bool) -> tuple:
+    """The arguments of forward from those of infer."""
+    return (x, hx, cx, weights, *[None] * NON_DIFFERENTIABLE, 0.0, *Config(*stack), save)
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of the backward op."""
+
+    grads: tuple[Tensor | None, ...]  # of y, hn, cn, hs, cs
+    made: tuple[Tensor, ...]  # y, reserve, hs, cs
+    needs: list[bool]
+    members: int
+    call: Call
+
+    @staticmethod
+    def of(*arguments: Any) -> BackwardCall:
+        grads, made = arguments[:RESULTS], arguments[RESULTS : RESULTS + 4]
+        needs, members, *call = arguments[RESULTS + 4 :]
+        return BackwardCall(grads, made, needs, members, Call.of(*call))
 
 
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
@@ -202,6 +247,16 @@ def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
         if keys is None:
             return op(*arguments)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+def _below_function(op: Any, keys: Any, arguments: tuple) -> Any:
+    """The same inside autograd.Function, which switches gradients off: not those of torch.func's
+    lower levels.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(op, keys, arguments)
+    with torch.enable_grad():
+        return _below_autograd(op, keys, arguments)
 
 
 _NOTHING = torch.empty(0, device="cpu")  # whatever the default device at import
@@ -225,17 +280,22 @@ class _Forward(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
         x, hx, cx, *weights = of_graph
         arguments = (x, hx, cx, weights, *others, *constants, save)
-        results = _below_autograd(forward, keys, arguments)
+        results = _below_function(forward, keys, arguments)
         y, _, _, reserve, *states = results
         plain = keys is None and not constants[ALL_STATES]  # then hs and cs are empty
         ctx.set_materialize_grads(False)
         # torch.nn allows its output to be written in place. So y is saved with a version counter of
-        # its own; where the output's counter has changed, backward computes y again.
-        ctx.output = _version_of(y)
+        # its own; where the output's counter has changed, backward computes y again. Tensors of
+        # torch.func's transforms cannot be given other data: there the output is a copy.
+        if torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():
+                ctx.output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
+        else:
+            ctx.output, kept_y = _version_of(y), y.data
         ctx.version = ctx.output._version
         ctx.states = states if plain else ()
         kept = () if plain else states
-        ctx.save_for_backward(y.data, reserve, *kept, x, hx, cx, *others, *weights)
+        ctx.save_for_backward(kept_y, reserve, *kept, x, hx, cx, *others, *weights)
         ctx.constants, ctx.save = constants, save
         if plain:
             return results[:3]
@@ -252,13 +312,13 @@ class _Forward(torch.autograd.Function):
         call = Call(tensors, ctx.constants)
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
-            return (*[None] * 4, *plain_gradients(call, needs, grads))
+            return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
         try:
             *states, dweights = _gradients(ctx, call, grads, needs, (y, reserve, hs, cs))
         except RuntimeError as error:
             if NOTHING_RUNS not in str(error):
                 raise
-            return (*[None] * 4, *plain_gradients(call, needs, grads))
+            return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
         found = zip((*states, *dweights), needs, strict=True)
         return (*[None] * 4, *(g if n else None for g, n in found))
 
@@ -269,7 +329,7 @@ def _gradients(ctx: Any, call: Call, grads: tuple, needs: list[bool], made: tupl
         with torch.no_grad():
             y, _, _, *kept = forward(*call.arguments(), True)
         made = (y, *kept)
-    arguments = (*grads, *made, needs, *call.arguments())
+    arguments = (*grads, *made, needs, 0, *call.arguments())
     if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *call.tensors)):
         return backward(*arguments)
     return _below_autograd(backward, None, arguments)
@@ -279,111 +339,75 @@ def _gradients(ctx: Any, call: Call, grads: tuple, needs: list[bool], made: tupl
 apply_forward = super(torch.autograd.Function, _Forward).apply
 
 
-def plain_gradients(
-    call: Call, needs: list[bool], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of call.differentiable() by the reference; None where not required."""
-    with torch.enable_grad():
-        leaves = [
-            t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(call.differentiable(), needs, strict=True)
-        ]
-        tensors = (*leaves[:3], *call.non_differentiable(), *leaves[3:])
-        outputs = reference.forward(*Call(tensors, call.constants).arguments())
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            [t for t in leaves if t is not None and t.requires_grad],
-            [g for _, g in pairs],
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if need else None for need in needs)
-
-
-RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
-
-
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keys: Any, made: tuple, needs: list[bool], constants: tuple, *rest: Any):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any,
+        keys: Any,
+        made: tuple,
+        needs: list[bool],
+        members: int,
+        constants: tuple,
+        *rest: Any,
+    ):
         grads, tensors = rest[:RESULTS], rest[RESULTS:]
         call = Call(tensors, constants)
-        arguments = (*grads, *made, needs, *call.arguments())
-        *states, dweights = _below_autograd(backward, keys, arguments)
+        arguments = (*grads, *made, needs, members, *call.arguments())
+        *states, dweights = _below_function(backward, keys, arguments)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*grads, *tensors)
-        ctx.constants, ctx.needs = constants, needs
+        ctx.constants, ctx.needs, ctx.members = constants, needs, members
         return (*states, *dweights)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Any) -> tuple:
         saved = ctx.saved_tensors
-        grads = _second_derivatives(
-            saved[:RESULTS], Call(saved[RESULTS:], ctx.constants), ctx.needs, grad_grads
+        call = Call(saved[RESULTS:], ctx.constants)
+        grads = derivatives.of_members(
+            ctx.members, saved[:RESULTS], call, ctx.needs, grad_grads, torch.is_grad_enabled()
         )
-        return (None,) * 4 + grads
-
-
-def _second_derivatives(
-    grads_out: tuple[Tensor | None, ...],
-    call: Call,
-    needs: list[bool],
-    grad_grads: tuple[Tensor | None, ...],
-) -> tuple:
-    """Differentiates the backward op through the plain PyTorch reference, any number of times.
-
-    Returns the gradients of grads_out and of call.tensors.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Fresh nodes: the graph that made the arguments is not differentiated here.
-        sources = [
-            t.view_as(t) if t is not None and t.requires_grad else t
-            for t in (*grads_out, *call.tensors)
-        ]
-        here = Call(tuple(sources[RESULTS:]), call.constants)
-        outputs = reference.forward(*here.arguments())
-        pairs = [(o, g) for o, g in zip(outputs, sources[:RESULTS], strict=True) if g is not None]
-        wanted = [
-            (t, gg)
-            for t, need, gg in zip(here.differentiable(), needs, grad_grads, strict=True)
-            if need and gg is not None
-        ]
-        if not pairs or not wanted:
-            return (None,) * len(sources)
-        first = torch.autograd.grad(
-            [o for o, _ in pairs],
-            [t for t, _ in wanted if t is not None],
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        live = [(g, gg) for g, (_, gg) in zip(first, wanted, strict=True) if g.requires_grad]
-        leaves = [t for t in sources if t is not None and t.requires_grad]
-        second: Any = [None] * len(leaves)
-        if live:
-            second = torch.autograd.grad(
-                [g for g, _ in live],
-                leaves,
-                [gg for _, gg in live],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-    found = iter(second)
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in sources)
+        return (None,) * 5 + grads
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def require_grad(tensors: tuple[Tensor | None, ...], transformed: bool) -> bool:
+    """Whether one of them requires a gradient; `transformed`: at any level of torch.func."""
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if not transformed:
+        return False
+    if torch.compiler.is_compiling():
+        return True  # levels cannot be looked through
+    inner = [
+        _C_functorch.get_unwrapped(t)
+        for t in tensors
+        if t is not None and _C_functorch.is_functorch_wrapped_tensor(t)
+    ]
+    return bool(inner) and require_grad(tuple(inner), True)
+
+
 def _has_tangent(*tensors: Tensor | None) -> bool:
-    if forward_ad._current_level < 0:
+    if not in_forward_mode():
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple:
+    """Records `function` in the graph of the dispatcher's level.
+
+    Function.apply would take it through all of torch.func's transforms, which the dispatcher does.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return function.apply(*arguments)
 
 
 def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
@@ -395,8 +419,8 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
         return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
     if not _needs_graph(*call.tensors):
         return _below_autograd(forward, keys, arguments)
-    return _Forward.apply(
-        keys, save, call.constants, call.non_differentiable(), *call.differentiable()
+    return _apply(
+        _Forward, keys, save, call.constants, call.non_differentiable(), *call.differentiable()
     )
 
 
@@ -407,9 +431,10 @@ def can_skip_dispatch(tensors: tuple[Tensor | None, ...]) -> bool:
     the dispatcher call it.
     """
     return not (
-        forward_ad._current_level >= 0
+        in_forward_mode()
         or torch.compiler.is_compiling()
         or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
         or torch.overrides.has_torch_function(tensors)
     )
 
@@ -445,24 +470,36 @@ def run(call: tuple, graph: bool, save: bool) -> tuple:
 def _infer_autograd(keys: Any, *arguments: Any) -> tuple:
     x, hx, cx, weights, *stack = arguments
     if _has_tangent(x, hx, cx, *weights) or _needs_graph(x, hx, cx, *weights):
-        others = (*[None] * NON_DIFFERENTIABLE, 0.0, *Config(*stack), True)
-        y, hn, cn, *_ = forward(x, hx, cx, weights, *others)
+        y, hn, cn, *_ = forward(*plain_call(*arguments, save=True))
         return y, hn, cn if stack[0] == "LSTM" else None
     return _below_autograd(infer, keys, arguments)
 
 
+def _dual_of_gradients(grads: tuple[Tensor | None, ...], rest: tuple) -> tuple:
+    """The backward op with tangents in `grads`, in which it is linear."""
+    pairs = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in grads]
+    *states, dweights = backward(*(primal for primal, _ in pairs), *rest)
+    *tangents, tangent_weights = backward(*(tangent for _, tangent in pairs), *rest)
+    dx, dhx, dcx, *dual_weights = (
+        forward_ad.make_dual(primal, tangent)
+        for primal, tangent in zip((*states, *dweights), (*tangents, *tangent_weights), strict=True)
+    )
+    return dx, dhx, dcx, dual_weights
+
+
 def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
-    grads, made, needs = arguments[:RESULTS], arguments[RESULTS : RESULTS + 4], arguments[9]
-    call = Call.of(*arguments[10:])
-    if _has_tangent(*grads, *call.tensors):
-        raise NotImplementedError(
-            "fusedrnn: forward-mode derivatives of a backward pass are not supported yet: "
-            "use fusedrnn.unswap, or fusedrnn.reference"
-        )
+    grads, made, needs, members, call = BackwardCall.of(*arguments)
+    if _has_tangent(*call.tensors):
+        # As forward does.
+        found = derivatives.plain_gradients(call, needs, grads)
+        dx, dhx, dcx, *dweights = (made[0].new_empty(0) if g is None else g for g in found)
+        return dx, dhx, dcx, dweights
+    if _has_tangent(*grads):
+        return _dual_of_gradients(grads, arguments[RESULTS:])
     if not _needs_graph(*grads, *call.tensors):
         return _below_autograd(backward, keys, arguments)
-    dx, dhx, dcx, *dweights = _Backward.apply(
-        keys, made, needs, call.constants, *grads, *call.tensors
+    dx, dhx, dcx, *dweights = _apply(
+        _Backward, keys, made, needs, members, call.constants, *grads, *call.tensors
     )
     return dx, dhx, dcx, dweights
 

@@ -57,8 +57,8 @@ AnyStates: TypeAlias = (
 Results: TypeAlias = tuple[Input, States] | tuple[Input, States, AnyStates]
 
 if TYPE_CHECKING:
-    from fusedrnn.drop_in import SingleStep
     from fusedrnn.fused import Fused
+    from fusedrnn.single_step import SingleStep
 
     State = TypeVar("State")
     TensorCells = TypeVar("TensorCells")

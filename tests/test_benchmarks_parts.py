@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import sweeps, training
+from benchmarks import sweeps, training, transforms
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.measure import Budget
@@ -169,3 +169,16 @@ def test_an_unknown_device_is_one_sentence(capsys):
         main(["--device", "foo"])
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith("error: torch has no device 'foo': write cpu or cuda")
+
+
+def test_transforms(monkeypatch, capsys):
+    """Prints a line for each implementation of a job; what is wrong is not timed."""
+    jobs = [job for job in transforms.JOBS if job.name == "cell"]
+    monkeypatch.setattr(transforms, "JOBS", jobs)
+    transforms.main(["--seconds", "0.01"])
+    printed = capsys.readouterr().out
+    assert "vmap, fusedrnn" in printed and "LSTMCell 64->128, 32 inputs" in printed
+
+    wrong = {"right": lambda: [torch.ones(2)], "wrong": lambda: [torch.tensor([1.0, 1.1])]}
+    with pytest.raises(AssertionError, match="a job, wrong: off by 1.0e-01"):
+        transforms.check(transforms.Job("a job", "", lambda dtype: wrong), wrong)

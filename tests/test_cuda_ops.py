@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import test_batching
 import test_numbers
 import test_one_hot
 import test_ops
@@ -130,6 +131,19 @@ def test_computes_what_is_asked_for(backend, cell, kind):
         dx, dhx, dcx, dweights = load().backward(*(full | {"needs": needs}).values())
         for j, grad in enumerate([dx, dhx, dcx, *dweights]):
             assert torch.equal(grad, complete[j]) if needs[j] else grad.numel() == 0
+
+
+@pytest.mark.usefixtures("filled", "stepwise")
+@pytest.mark.parametrize("kind", ["padded", "lengths"])
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_members(cell, kind):
+    """Gradients of weights by rows; the products are those of all backends."""
+    full = test_ops.backward_arguments(cell=cell, kind=kind) | {"members": 2}
+    *_, found = ops.backward(*full.values())
+    for m in range(2):
+        *_, expected = ops.backward(*test_batching.of_rows(full, m, 2).values())
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[m], b)
 
 
 @pytest.mark.usefixtures("filled")

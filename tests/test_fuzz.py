@@ -325,6 +325,7 @@ def fuzz_ops(rng):
         "y": y,
         **dict(zip(("reserve", "hs", "cs"), made, strict=True)),
         "needs": [rng.random() < 0.8 for _ in given],
+        "members": rng.choice([0, 0, 1, 2, call["x"].shape[-2]]),
         **call,
     }
     for _ in range(rng.choice([0, 1, 1, 2, 4])):

@@ -473,7 +473,7 @@ def test_opcheck(cell, kind):
     del call["save"]
     needs = [True, False, False, *[True] * len(call["weights"])]
     grads = (torch.randn_like(y), None, None, torch.randn_like(hs), torch.randn_like(cs))
-    torch.library.opcheck(ops.backward, (*grads, y, reserve, hs, cs, needs, *call.values()))
+    torch.library.opcheck(ops.backward, (*grads, y, reserve, hs, cs, needs, 0, *call.values()))
 
 
 def wrong_weights(weights, cell):
@@ -504,4 +504,4 @@ def test_wrong_weights(cell):
     del call["save"]
     needs = [False] * 3 + [True] * len(call["weights"])
     with pytest.raises(RuntimeError, match="the reserve of shape"):
-        ops.backward(y, *[None] * 4, y, reserve[:, :-8], hs, cs, needs, *call.values())
+        ops.backward(y, *[None] * 4, y, reserve[:, :-8], hs, cs, needs, 0, *call.values())

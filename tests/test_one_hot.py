@@ -215,7 +215,7 @@ def test_opcheck(cell, packed):
     call = (*call[:3], [w.detach() for w in weights], *call[4:])
     y, _, _, *made = (t.detach() for t in ops.forward(*call, True))
     needs = [False, not packed, False, *[True] * len(weights)]
-    given = (torch.randn_like(y), *[None] * 4, y, *made, needs)
+    given = (torch.randn_like(y), *[None] * 4, y, *made, needs, 0)
     torch.library.opcheck(ops.backward, (*given, *call))
 
 

@@ -108,6 +108,7 @@ def backward_arguments(needs=None, changed=False, **kwargs):
         "hs": hs,
         "cs": cs,
         "needs": given if needs is None else [n and g for n, g in zip(needs, given, strict=True)],
+        "members": 0,
         **call,
     }
 

@@ -575,7 +575,7 @@ def test_opcheck(cell, packed):
     y, _, _, reserve, hs, cs = ops.forward(*call, True)
     needs = [True, not packed, False, *[True] * len(weights)]
     grads = (torch.randn_like(y), None, None, torch.randn_like(hs), torch.randn_like(cs))
-    torch.library.opcheck(ops.backward, (*grads, y, reserve, hs, cs, needs, *call))
+    torch.library.opcheck(ops.backward, (*grads, y, reserve, hs, cs, needs, 0, *call))
 
 
 @pytest.mark.parametrize("which", ["none", "both"])

@@ -194,7 +194,9 @@ ForwardOutputs Call::outputs(Save save) const {
 }
 
 GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
-                                 const SavedForBackward& saved, const std::vector<bool>& needs) {
+                                 const SavedForBackward& saved, const Wanted& wanted)
+    : members(std::max<int64_t>(wanted.members, 1)) {
+  const std::vector<bool>& needs = wanted.needs;
   const Problem& p = call.problem;
   const bool has_cell = traits(p.cell).has_cell;
   const std::vector<int64_t> hidden{call.directions(), call.batch, p.out_size()},
@@ -202,6 +204,9 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
       outputs = call.token_sizes(call.out_width());
   FUSEDRNN_EXPECT(needs.size() == 3 + call.weights.size(), "fusedrnn: expected ",
                   3 + call.weights.size(), " needs, got ", needs.size());
+  FUSEDRNN_EXPECT(wanted.members >= 0 && call.batch % members == 0,
+                  "fusedrnn: expected members that divide ", call.batch, " rows, got ",
+                  wanted.members);
   auto check_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                          ScalarType type) {
     check_shape(name, t, sizes);
@@ -241,8 +246,10 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   lowest = need_x || need_hx || need_cx ? 0 : p.num_layers;
   const int64_t layer_weights = p.num_directions * p.weights_per_direction();
   for (size_t i = 0; i < call.weights.size(); i++) {
-    const auto sizes = call.weights[i].sizes();
-    weights.push_back(result(needs[3 + i], {sizes.begin(), sizes.end()}));
+    const auto of_weight = call.weights[i].sizes();
+    std::vector<int64_t> sizes{of_weight.begin(), of_weight.end()};
+    if (wanted.members) sizes.insert(sizes.begin(), members);
+    weights.push_back(result(needs[3 + i], sizes));
     if (call.tokens == 0) torch::stable::zero_(weights.back());
     if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
   }

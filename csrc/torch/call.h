@@ -45,13 +45,13 @@ struct Call {
 struct GradientTensors {
   OptionalTensor y, hn, cn, hs, cs;  // given
   Tensor x, hx, cx;                  // to be written; empty where not wanted
-  std::vector<Tensor> weights;
+  std::vector<Tensor> weights;       // with a leading dimension where there are members
+  int64_t members;                   // at least 1
   bool need_x, need_hx, need_cx;
   // The lowest layer that anything asked for depends on; below it nothing is done.
   int64_t lowest;
 
-  GradientTensors(const Call&, const OutputGradients&, const SavedForBackward&,
-                  const std::vector<bool>& needs);
+  GradientTensors(const Call&, const OutputGradients&, const SavedForBackward&, const Wanted&);
 
   // Whether the gradient of a layer's input is needed, for the layer below or for itself.
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && need_x); }

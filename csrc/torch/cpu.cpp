@@ -95,18 +95,23 @@ struct CpuCall : Call {
   }
 };
 
-// The gradients of a layer's and direction's weights that are wanted; the rest are null.
+// The gradients of each member's, layer's and direction's weights that are wanted; the rest are
+// null.
 std::vector<WeightGradients> gradient_pointers(const Problem& p, const GradientTensors& g,
                                                const std::vector<bool>& needs) {
-  std::vector<WeightGradients> all(p.num_layers * p.num_directions);
+  const size_t stack = p.num_layers * p.num_directions;
+  std::vector<WeightGradients> all(g.members * stack);
+  int64_t member = 0;
   size_t i = 0;
   auto next = [&]() -> void* {
-    void* const gradient = needs[3 + i] ? g.weights[i].mutable_data_ptr() : nullptr;
-    i++;
-    return gradient;
+    const Tensor& t = g.weights[i];
+    if (!needs[3 + i++]) return nullptr;
+    return static_cast<char*>(t.mutable_data_ptr()) +
+           member * (t.numel() / g.members) * compute_bytes(p.dtype);
   };
-  for (WeightGradients& d : all) {
-    d = {};
+  for (size_t k = 0; k < all.size(); k++) {
+    if (k % stack == 0) member = k / stack, i = 0;
+    WeightGradients& d = all[k] = {};
 #define WEIGHT(kind, name, torch_name, present, rows, columns) \
   if (present) d.name = next();
 #include "plan/weights.inc"
@@ -138,12 +143,13 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
 }
 
 BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const OutputGradients& given,
-                             const SavedForBackward& saved, const std::vector<bool>& needs) {
+                             const SavedForBackward& saved, const Wanted& wanted) {
   BackwardStack a{};
   CpuCall call(in, config);
   call.fill(a);
-  list_valid_tokens(a.seq, call.indices);
-  const GradientTensors g(call, given, saved, needs);
+  const GradientTensors g(call, given, saved, wanted);
+  const std::vector<MemberTokens> members =
+      tokens_of_members(a.seq, call.indices, a.one_hot, g.members);
   Tensor dx = g.x;
   if (call.padded_rows) torch::stable::zero_(dx);
   if (call.batch == 0) return g.in_type(call.type());
@@ -156,8 +162,9 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   if (g.need_x) a.dx = g.x.mutable_data_ptr();
   if (g.need_hx) a.dhx = g.hx.mutable_data_ptr();
   if (g.need_cx) a.dcx = g.cx.mutable_data_ptr();
-  const std::vector<WeightGradients> dweights = gradient_pointers(call.problem, g, needs);
+  const std::vector<WeightGradients> dweights = gradient_pointers(call.problem, g, wanted.needs);
   a.dweights = dweights.data(), a.lowest = g.lowest;
+  a.members = members.data(), a.member_count = g.members;
   const CpuPlan plan = call.plan(a, true);
   run_backward({kernels_of(plan), plan, call.pool}, a);
   return g.in_type(call.type());

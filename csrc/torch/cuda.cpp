@@ -70,17 +70,29 @@ struct Differentials {
   Tensor dproj, hidden;  // with a projection: [tokens, out], [tokens, hidden]
 };
 
+// Of [tokens, columns], the tokens of every members-th row from `member` on.
+Tensor rows_of_member(Tensor all, int64_t member, int64_t members) {
+  if (members == 1) return all;
+  Tensor grouped = torch::stable::reshape(all, {all.size(0) / members, members, all.size(1)});
+  return torch::stable::select(grouped, 1, member);
+}
+
+// Of one member.
 void weight_gradients(const CudaCall& call, const Layer& a, const Differentials& d,
-                      const std::optional<Tensor>& input, const Tensor& output,
-                      const std::vector<bool>& needs, int64_t index, GradientTensors& g) {
+                      const std::optional<Tensor>& input, const Integers& integers,
+                      const Tensor& before, const std::vector<bool>& needs, int64_t index,
+                      int64_t member, GradientTensors& g) {
   const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
   const Problem& p = call.problem;
   auto wanted = [&](WeightKind kind) {
     return p.has_weight(kind) && needs[3 + index + p.weight_place(kind)];
   };
-  auto gradient = [&](WeightKind kind) -> Tensor& {
-    return g.weights[index + p.weight_place(kind)];
+  auto gradient = [&](WeightKind kind) -> Tensor {
+    Tensor t = g.weights[index + p.weight_place(kind)];
+    const bool led = t.dim() > call.weights[index + p.weight_place(kind)].dim();
+    return led ? torch::stable::select(t, 0, member) : t;
   };
+  auto part = [](Tensor of, int64_t row, int64_t count) { return narrow(of, 0, row, count); };
   // Gradients of the pre-activations as rows of a weight's gradient.
   auto rows = [&](int64_t column, int64_t count) -> Tensor {
     Tensor slots = d.dgates;
@@ -89,11 +101,11 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
   if (wanted(kWeightIH)) {
     Tensor by_value = call.empty({input ? 0 : p.input_size, G}, call.compute());
     if (!input)
-      call.check(sum_rows(call.integers(), d.dgates.const_data_ptr(), S, G,
+      call.check(sum_rows(integers, d.dgates.const_data_ptr(), d.dgates.stride(0), G,
                           by_value.mutable_data_ptr(), call.stream()),
                  "adding rows of gradients");
     for (const GateRange& range : x_ranges(a.cell)) {
-      Tensor to = narrow(gradient(kWeightIH), 0, range.gate * H, range.count * H);
+      Tensor to = part(gradient(kWeightIH), range.gate * H, range.count * H);
       if (input)
         call.multiply(rows(range.slot * H, range.count * H), *input, to);
       else
@@ -101,24 +113,33 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
                              transpose(narrow(by_value, 1, range.slot * H, range.count * H), 0, 1));
     }
   }
-  if (wanted(kWeightHH)) {
-    const Tensor before = call.empty({call.tokens, a.out_size()}, call.type());
-    call.check(
-        previous_states(a, output.const_data_ptr(), before.mutable_data_ptr(), call.stream()),
-        "gathering states");
-    call.multiply(rows(S - G, G), before, gradient(kWeightHH));
-  }
+  if (wanted(kWeightHH)) call.multiply(rows(S - G, G), before, gradient(kWeightHH));
   if (wanted(kBiasIH) || wanted(kBiasHH)) {
     const int64_t dim = 0;
     Tensor sums = torch::stable::sum(d.dgates, {{&dim, 1}}, false, call.compute());
     if (wanted(kBiasIH))
       for (const GateRange& range : x_ranges(a.cell)) {
-        Tensor to = narrow(gradient(kBiasIH), 0, range.gate * H, range.count * H);
+        Tensor to = part(gradient(kBiasIH), range.gate * H, range.count * H);
         torch::stable::copy_(to, narrow(sums, 0, range.slot * H, range.count * H));
       }
-    if (wanted(kBiasHH)) torch::stable::copy_(gradient(kBiasHH), narrow(sums, 0, S - G, G));
+    if (wanted(kBiasHH)) {
+      Tensor to = gradient(kBiasHH);
+      torch::stable::copy_(to, narrow(sums, 0, S - G, G));
+    }
   }
   if (wanted(kWeightHR)) call.multiply(transpose(d.dproj, 0, 1), d.hidden, gradient(kWeightHR));
+}
+
+// h_{t-1} of all tokens, for the gradient of W_hh; without that a tensor of no rows.
+Tensor states_before(const CudaCall& call, const Layer& a, const Tensor& output,
+                     const std::vector<bool>& needs, int64_t index) {
+  const bool wanted = needs[3 + index + call.problem.weight_place(kWeightHH)];
+  const Tensor before = call.empty({wanted ? call.tokens : 0, a.out_size()}, call.type());
+  if (wanted)
+    call.check(
+        previous_states(a, output.const_data_ptr(), before.mutable_data_ptr(), call.stream()),
+        "gathering states");
+  return before;
 }
 
 // dgates W_ih: the rows of W_ih brought into the order of slots, which are the first.
@@ -188,14 +209,15 @@ ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
 }
 
 BackwardOutputs run_backward(const Inputs& in, const Config& config, const OutputGradients& given,
-                             const SavedForBackward& saved, const std::vector<bool>& needs) {
+                             const SavedForBackward& saved, const Wanted& wanted) {
+  const std::vector<bool>& needs = wanted.needs;
   const CudaCall call(in, config, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size();
   const int64_t size = bytes(p.dtype), wide = compute_bytes(p.dtype);
   const Tensor &y = saved.y, &reserve = saved.reserve;
-  GradientTensors g(call, given, saved, needs);
+  GradientTensors g(call, given, saved, wanted);
   if (B == 0) return g.in_type(call.type());
 
   auto output_of = [&](int64_t layer) {
@@ -269,7 +291,21 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
           continue;
         if (!input && !p.indexed(layer)) input = call.input_of(layer, below, true);
         Tensor own = narrow(const_cast<Tensor&>(output), 1, dir * out, out);
-        weight_gradients(call, layers[at], differentials[at], input, own, needs, index, g);
+        const Tensor before = states_before(call, layers[at], own, needs, index);
+        const Differentials& d = differentials[at];
+        for (int64_t m = 0; m < g.members; m++) {
+          auto rows = [&](const Tensor& all) { return rows_of_member(all, m, g.members); };
+          Integers integers = call.integers();
+          Tensor values = call.empty({0}, ScalarType::Long);
+          if (!input && g.members > 1) {
+            values = torch::stable::contiguous(rows(torch::stable::reshape(call.x, {tokens, 1})));
+            integers.values = static_cast<const int64_t*>(values.const_data_ptr());
+            integers.tokens.tokens = tokens / g.members;
+          }
+          weight_gradients(call, layers[at], {rows(d.dgates), rows(d.dproj), rows(d.hidden)},
+                           input ? std::optional<Tensor>(rows(*input)) : std::nullopt, integers,
+                           rows(before), needs, index, m, g);
+        }
       }
     }
 
@@ -304,8 +340,8 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
 }
 
 BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
-                              const SavedForBackward& saved, const std::vector<bool>& needs) {
-  return until_accepted([&] { return run_backward(in, config, given, saved, needs); });
+                              const SavedForBackward& saved, const Wanted& wanted) {
+  return until_accepted([&] { return run_backward(in, config, given, saved, wanted); });
 }
 
 }  // namespace fusedrnn

@@ -42,10 +42,18 @@ enum class Save {
   kNothing,  // reserve, hs and cs are no tensors, nor is cn where there is none
 };
 
-// needs: whether the gradients of x, hx, cx and each weight are wanted; the others come back empty.
+// What backward computes. needs: whether the gradients of x, hx, cx and each weight are wanted; the
+// others come back empty. members: 0 sums weight gradients over all rows; else row b of the batch
+// belongs to member b % members, and they have a leading dimension, the sums over each member's
+// rows.
+struct Wanted {
+  std::vector<bool> needs;
+  int64_t members;
+};
+
 using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Save);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
-                                         const SavedForBackward&, const std::vector<bool>& needs);
+                                         const SavedForBackward&, const Wanted&);
 
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
@@ -130,7 +138,7 @@ void infer(StableIValue* stack, uint64_t count, uint64_t) {
 
 inline constexpr const char* kBackwardSchema =
     "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
-    "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, " FUSEDRNN_CALL
+    "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, int members, " FUSEDRNN_CALL
     ") -> (Tensor, Tensor, Tensor, Tensor[])";
 template <BackwardFunction& implementation>
 void backward(StableIValue* stack, uint64_t count, uint64_t) {
@@ -139,10 +147,11 @@ void backward(StableIValue* stack, uint64_t count, uint64_t) {
   args >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
   const SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>(), args.take<Tensor>(),
                                args.take<Tensor>()};
-  const auto needs = args.take<std::vector<bool>>();
+  Wanted wanted;
+  args >> wanted.needs >> wanted.members;
   const auto [in, config] = take_call(args);
   args.end();
-  torch::stable::detail::box_from_tuple(stack, implementation(in, config, grad, saved, needs));
+  torch::stable::detail::box_from_tuple(stack, implementation(in, config, grad, saved, wanted));
 }
 
 }  // namespace fusedrnn

@@ -111,12 +111,20 @@ class BackwardLayers {
     return false;
   }
 
+  // The sums over the tokens of each member, whose tasks follow each other.
   Phase weight_gradients(int64_t i) {
-    const int64_t threads = run_.plan.threads;
-    return {run_.kernels.weight_tasks(a_.problem, threads),
-            run_.kernels.weight_scratch(a_.problem, arguments_[i].layer, a_.seq.valid),
-            [this, i, threads](int64_t task, char* scratch) {
-              run_.kernels.weight_grad(arguments_[i], task, threads, scratch);
+    const int64_t members = a_.member_count,
+                  threads = std::max<int64_t>(1, run_.plan.threads / members),
+                  tasks = run_.kernels.weight_tasks(a_.problem, threads);
+    size_t most = 0;
+    for (int64_t m = 0; m < members; m++) most = std::max(most, a_.members[m].step.size());
+    return {members * tasks, run_.kernels.weight_scratch(a_.problem, arguments_[i].layer, most),
+            [this, i, threads, tasks](int64_t task, char* scratch) {
+              const int64_t m = task / tasks;
+              Backward b = arguments_[i];
+              b.seq = a_.members[m].of(b.seq), b.one_hot = a_.members[m].of(b.one_hot);
+              b.dweights += m * a_.problem.num_layers * a_.problem.num_directions;
+              run_.kernels.weight_grad(b, task % tasks, threads, scratch);
             }};
   }
 

@@ -1,6 +1,7 @@
 // Runs a planned call: packs its weights, and takes threads through its layers and steps.
 #pragma once
 #include "cpu/dispatch.h"
+#include "cpu/run/sequence.h"
 #include "cpu/run/threads.h"
 
 namespace fusedrnn {
@@ -22,7 +23,9 @@ struct BackwardStack : Common {
   // Compute type. Null: zeros; of those that are written: not wanted.
   const void *grad_y, *grad_hn, *grad_cn, *grad_hs, *grad_cs;
   void *dx, *dhx, *dcx;
-  const WeightGradients* dweights;  // [layers * directions]
+  const MemberTokens* members;      // [member_count]
+  int64_t member_count;             // at least 1
+  const WeightGradients* dweights;  // [member_count * layers * directions]
   int64_t lowest;                   // layers below are left alone
 
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && dx); }

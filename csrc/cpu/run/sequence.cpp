@@ -59,11 +59,36 @@ void index_packed(Sequence& s, TokenIndices& in, const std::vector<int64_t>& bat
   set_pointers(s, in);
 }
 
-void list_valid_tokens(Sequence& s, TokenIndices& in) {
-  each_token(s, in,
-             [&](int64_t t, int64_t b) { in.valid_step.push_back(t), in.valid_row.push_back(b); });
-  s.valid = in.valid_step.size();
-  s.valid_step = in.valid_step.data(), s.valid_row = in.valid_row.data();
+Sequence MemberTokens::of(Sequence s) const {
+  s.valid = step.size(), s.valid_step = step.data(), s.valid_row = row.data();
+  return s;
+}
+
+OneHot MemberTokens::of(OneHot x) const {
+  x.distinct = value.size(), x.value = value.data();
+  x.begin = begin.data(), x.token = token.data();
+  return x;
+}
+
+std::vector<MemberTokens> tokens_of_members(const Sequence& s, const TokenIndices& in,
+                                            const OneHot& x, int64_t members) {
+  std::vector<MemberTokens> all(members);
+  std::vector<int64_t> member(x.value ? s.tokens : 0);  // of each token
+  each_token(s, in, [&](int64_t t, int64_t b) {
+    MemberTokens& own = all[b % members];
+    own.step.push_back(t), own.row.push_back(b);
+    if (x.value) member[s.token(t, b)] = b % members;
+  });
+  for (int64_t i = 0; i < x.distinct; i++)
+    for (int64_t k = x.begin[i]; k < x.begin[i + 1]; k++) {
+      MemberTokens& own = all[member[x.token[k]]];
+      if (own.value.empty() || own.value.back() != x.value[i])
+        own.value.push_back(x.value[i]), own.begin.push_back(own.token.size());
+      own.token.push_back(x.token[k]);
+    }
+  for (MemberTokens& own : all)
+    if (x.value) own.begin.push_back(own.token.size());
+  return all;
 }
 
 OneHot sort_by_value(const Sequence& s, TokenIndices& in, const int64_t* values,

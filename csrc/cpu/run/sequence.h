@@ -8,8 +8,19 @@ namespace fusedrnn {
 
 // The memory that a Sequence and a OneHot point to.
 struct TokenIndices {
-  std::vector<int64_t> offset, length, order, valid_step, valid_row;
+  std::vector<int64_t> offset, length, order;
   std::vector<int64_t> value, which, begin, token;
+};
+
+// The tokens that exist of a member, whose rows are every members-th, in storage order: what its
+// weight gradients are summed over.
+struct MemberTokens {
+  std::vector<int64_t> step, row;
+  std::vector<int64_t> value, begin, token;  // of integer input: as those of TokenIndices
+
+  // The sequence and integers with these tokens only.
+  Sequence of(Sequence) const;
+  OneHot of(OneHot) const;
 };
 
 // Each sets the Sequence's offset, length and order; steps, batch and tokens are set already.
@@ -17,8 +28,8 @@ void index_padded(Sequence&, TokenIndices&);
 void index_padded(Sequence&, TokenIndices&, std::vector<int64_t> lengths);
 void index_packed(Sequence&, TokenIndices&, const std::vector<int64_t>& batch_sizes);
 
-// The list of tokens that exist, which only weight gradients need.
-void list_valid_tokens(Sequence&, TokenIndices&);
+std::vector<MemberTokens> tokens_of_members(const Sequence&, const TokenIndices&, const OneHot&,
+                                            int64_t members);
 
 // Of integer input [tokens]: its distinct values, and the tokens that exist sorted by theirs. A
 // value outside [0, input_size) is an exception, as for torch.nn.Embedding.

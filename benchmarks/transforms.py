@@ -1,0 +1,245 @@
+"""``python -m benchmarks.transforms``: torch.func's transforms, against a loop and the plain path.
+
+Each job is what a user would write without them, a Python loop over torch.nn's layers, and the same
+by `vmap` of fusedrnn's layer and of its plain PyTorch implementation. Results are compared with the
+loop's in float64 before they are timed; peers take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+import fusedrnn
+from benchmarks import machine, measure, report
+from benchmarks.measure import Budget, Summary
+from benchmarks.tables import Table
+from fusedrnn import reference
+from fusedrnn.demo.options import positive, positive_number
+
+Call = Callable[[], list[Tensor]]
+TOLERANCE = 2e-3  # relative to the largest value: float32 sums in other orders
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """`peers` makes the calls of each implementation, the loop over torch.nn's layers first."""
+
+    name: str
+    shape: str
+    peers: Callable[[torch.dtype], dict[str, Call]]
+
+
+@dataclass(frozen=True)
+class Line:
+    job: Job
+    peer: str
+    seconds: Summary
+    speedup: Summary  # over the job's first peer
+    peak_bytes: int | None
+
+
+class Plain(fusedrnn.LSTM):
+    """The plain PyTorch implementation as a layer."""
+
+    def forward(self, input: Any, hx: Any = None, **kwargs: Any) -> Any:
+        call = (input, None, None, self._weights(), *[None] * 7, 0.0, *self._config())
+        y, hn, cn, *_ = reference.forward(*call)
+        return y, (hn, cn)
+
+
+def loss_of(layer: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    return functional_call(layer, parameters, (x,))[0].square().sum()
+
+
+def gradients(layer: nn.Module, xs: Tensor) -> list[Tensor]:
+    """Of each of `xs` in a loop, stacked."""
+    parameters = list(layer.parameters())
+    found = [torch.autograd.grad(layer(x)[0].square().sum(), parameters) for x in xs]
+    return [torch.stack(each) for each in zip(*found, strict=True)]
+
+
+def joined(members: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(each) for each in zip(*members, strict=True)]
+
+
+def twins(dtype: torch.dtype, seed: int = 0) -> tuple[nn.LSTM, nn.LSTM, nn.LSTM]:
+    """torch.nn's layer, fusedrnn's and the plain implementation with the same weights."""
+    torch.manual_seed(seed)
+    layer = nn.LSTM(64, 128).to(dtype)
+    found = [kind(64, 128).to(dtype) for kind in (fusedrnn.LSTM, Plain)]
+    for other in found:
+        other.load_state_dict(layer.state_dict())
+    return layer, found[0], found[1]
+
+
+def per_sample(dtype: torch.dtype) -> dict[str, Call]:
+    layer, fused, plain = twins(dtype=dtype)
+    xs = torch.randn(32, 50, 1, 64).to(dtype)  # samples, T, B, features
+
+    def by_vmap(module: nn.Module) -> Call:
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        each = vmap(grad(lambda p, x: loss_of(module, p, x)), (None, 0))
+        return lambda: list(each(parameters, xs).values())
+
+    calls = {
+        "loop, torch.nn": lambda: gradients(layer, xs),
+        "loop, fusedrnn": lambda: gradients(fused, xs),
+        "vmap, plain PyTorch": by_vmap(plain),
+        "vmap, fusedrnn": by_vmap(fused),
+    }
+    if importlib.util.find_spec("opacus"):
+        calls["Opacus DPLSTM"] = opacus_gradients(layer, xs)
+    return calls
+
+
+def opacus_gradients(layer: nn.LSTM, xs: Tensor) -> Call:
+    from opacus import GradSampleModule
+    from opacus.layers import DPLSTM
+
+    made = DPLSTM(layer.input_size, layer.hidden_size).to(xs.dtype)
+    made.load_state_dict(layer.state_dict())
+    sampled = GradSampleModule(made, loss_reduction="sum", batch_first=False)
+    batch = xs.squeeze(2).transpose(0, 1).contiguous()
+
+    def call() -> list[Tensor]:
+        sampled.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the batch needs no gradient, which torch remarks on
+            sampled(batch)[0].square().sum().backward()
+        found = {name.removeprefix("_module."): p for name, p in sampled.named_parameters()}
+        return [found[name].grad_sample for name, _ in layer.named_parameters()]
+
+    return call
+
+
+def ensemble(dtype: torch.dtype, training: bool) -> dict[str, Call]:
+    groups = [twins(dtype=dtype, seed=seed) for seed in range(8)]
+    layers, fused, plain = (list(of_kind) for of_kind in zip(*groups, strict=True))
+    x = torch.randn(50, 4, 64).to(dtype)
+
+    def loop(members: list[Any]) -> Call:
+        if training:
+            return lambda: joined([gradients(member, x[None]) for member in members])
+        return torch.no_grad()(lambda: [torch.stack([m(x)[0] for m in members])])
+
+    def by_vmap(members: list[Any]) -> Call:
+        stacked, _ = stack_module_state(members)
+        stacked = {name: p.detach() for name, p in stacked.items()}
+        skeleton = copy.deepcopy(members[0]).to("meta")
+        if training:
+            each = vmap(grad(lambda p: loss_of(skeleton, p, x)))
+            return lambda: list(each(stacked).values())
+        forward = vmap(lambda p: functional_call(skeleton, p, (x,))[0])
+        return torch.no_grad()(lambda: [forward(stacked)])
+
+    return {
+        "loop, torch.nn": loop(layers),
+        "loop, fusedrnn": loop(fused),
+        "vmap, plain PyTorch": by_vmap(plain),
+        "vmap, fusedrnn": by_vmap(fused),
+    }
+
+
+def cells(dtype: torch.dtype) -> dict[str, Call]:
+    torch.manual_seed(0)
+    plain, fused = (kind(64, 128).to(dtype) for kind in (nn.LSTMCell, fusedrnn.LSTMCell))
+    fused.load_state_dict(plain.state_dict())
+    xs = torch.randn(32, 64).to(dtype)
+    each = vmap(lambda x: fused(x)[0])
+    return {
+        "loop, torch.nn": torch.no_grad()(lambda: [torch.stack([plain(x)[0] for x in xs])]),
+        "vmap, fusedrnn": torch.no_grad()(lambda: [each(xs)]),
+    }
+
+
+JOBS = (
+    Job("gradients of each sample", "LSTM 64->128, T=50, 32 samples", per_sample),
+    Job(
+        "ensemble, inference",
+        "8 LSTMs 64->128, T=50, B=4, one input",
+        lambda dtype: ensemble(dtype, False),
+    ),
+    Job(
+        "ensemble, gradients",
+        "8 LSTMs 64->128, T=50, B=4, one input",
+        lambda dtype: ensemble(dtype, True),
+    ),
+    Job("cell", "LSTMCell 64->128, 32 inputs", cells),
+)
+
+
+def check(job: Job, calls: dict[str, Call]) -> None:
+    """Raises AssertionError where a result is not that of the loop in float64."""
+    expected = next(iter(job.peers(torch.float64).values()))()
+    for name, call in calls.items():
+        for found, right in zip(call(), expected, strict=True):
+            off = (found.double() - right).abs().max() / right.abs().max()
+            assert off < TOLERANCE, f"{job.name}, {name}: off by {off:.1e}"
+
+
+def lines(job: Job, budget: Budget) -> Iterator[Line]:
+    calls = job.peers(torch.float32)
+    check(job, calls)
+    works = [
+        lambda repeats, call=call: measure.seconds_of(call, CPU, repeats) for call in calls.values()
+    ]
+    times = measure.interleave(works, budget)
+    for (name, call), seconds in zip(calls.items(), times, strict=True):
+        yield Line(
+            job,
+            name,
+            Summary.of(seconds),
+            measure.speedup(times[0], seconds),
+            machine.peak_bytes(call, CPU),
+        )
+
+
+def table(found: Sequence[Line], threads: int) -> Table:
+    def cells_of(line: Line) -> list[str]:
+        ratio = line.speedup
+        peak = "" if line.peak_bytes is None else f"{line.peak_bytes / 1e6:.0f}"
+        return [
+            line.job.name,
+            line.peer,
+            f"{1e3 * line.seconds.median:.2f}",
+            f"{ratio.median:.2f} ({ratio.lower:.2f}..{ratio.upper:.2f})",
+            peak,
+        ]
+
+    header = ["job", "implementation", "ms", "times as fast as the first", "peak MB"]
+    title = f"transforms of torch.func; float32, {threads} CPU threads"
+    return Table(title, header, [cells_of(line) for line in found])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transforms", description=__doc__)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--seconds", type=positive_number, default=Budget().seconds)
+    options = parser.parse_args(arguments)
+    console, before = Console(), torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        budget = Budget(seconds=options.seconds)
+        found = [line for job in JOBS for line in lines(job, budget)]
+    finally:
+        torch.set_num_threads(before)
+    console.print(table(found, options.threads).rich(console.width))
+    for job in JOBS:
+        console.print(f"{job.name}: {job.shape}", style="dim", markup=False, highlight=False)
+    console.print(report.caption(machine.environment(CPU)), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
