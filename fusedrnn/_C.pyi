@@ -53,4 +53,21 @@ def cuda_plan(
     device: Spec,
     forced: str,
 ) -> str: ...
+def cuda_plans(
+    *,
+    mode: str,
+    dtype: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    steps: int,
+    batch: int,
+    backward: bool,
+    tf32: bool,
+    device: Spec,
+    forced: str,
+    model: dict[str, float],
+) -> list[tuple[str, float]]: ...
+def cuda_model() -> dict[str, float]: ...
 def cuda_archs() -> str: ...
