@@ -1,6 +1,7 @@
 """RNN, GRU and LSTM stacks as fused kernels: drop-in for torch.nn's."""
 
 from fusedrnn._version import __version__
+from fusedrnn.cuda import cuda_kernels
 from fusedrnn.inspect import explain, info
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.swap import swap, unswap
@@ -13,6 +14,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "cuda_kernels",
     "explain",
     "info",
     "swap",

@@ -1,14 +1,20 @@
-"""Whether the binary has kernels for a GPU, and which of them would run."""
+"""Whether the binary has kernels for a GPU, which of them may run, and which would."""
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
 from fusedrnn import _C
 from fusedrnn.ops import Config
+
+SWITCH = "FUSEDRNN_CUDA_KERNELS"
+POSITIONS = ("off", "verified", "on")
+# The namespace of torch.ops whose kernels run on CUDA tensors.
+OPS: Any = torch.ops.fusedrnn
 
 ARCHS = tuple(_C.cuda_archs().split(";")) if _C.cuda_archs() else ()
 
@@ -35,8 +41,54 @@ def covers(archs: tuple[str, ...], major: int, minor: int) -> bool:
     return False
 
 
+def cuda_kernels(position: str | None = None) -> str:
+    """Sets whether this process runs CUDA kernels, and returns what holds from now on.
+
+    Args:
+        position: "off": torch.nn runs every call on CUDA. "verified", the default: kernels of a
+            kind run on a GPU once they have computed a small case right there. "on": they run
+            without that. None changes nothing.
+
+    It sets the environment variable FUSEDRNN_CUDA_KERNELS, which is read at every call.
+
+    Raises:
+        ValueError: another position.
+    """
+    if position is not None:
+        if position not in POSITIONS:
+            raise ValueError(f"expected one of {', '.join(POSITIONS)}, got {position!r}")
+        os.environ[SWITCH] = position
+    return os.environ.get(SWITCH) or "verified"
+
+
+_unusable: dict[int, str | None] = {}  # by the device's index; what `unusable` has found
+
+
+def version_text(number: int) -> str:
+    """12.8 for 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the CUDA runtime in the binary cannot use a GPU that torch can use. Asked once."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _unusable and not torch.compiler.is_compiling():
+        try:
+            spec(device)
+            _unusable[index] = None
+        except RuntimeError as error:
+            runtime, driver = map(version_text, _C.cuda_versions())
+            _unusable[index] = (
+                f"the CUDA {runtime} runtime of this build cannot use the GPU ({error}; the driver"
+                f" serves CUDA up to {driver})"
+            )
+    return _unusable.get(index)
+
+
 def missing(device: torch.device) -> str | None:
     """Why there is no kernel for tensors on `device`, a CUDA device; None where there is."""
+    if os.environ.get(SWITCH) == "off":
+        return f"{SWITCH}=off"
     if not ARCHS:
         return "this build has no CUDA kernels"
     if torch.version.cuda is None:
@@ -44,7 +96,7 @@ def missing(device: torch.device) -> str | None:
     gpu = torch.cuda.get_device_properties(device)
     if not covers(ARCHS, gpu.major, gpu.minor):
         return f"the CUDA kernels of this build are for {', '.join(ARCHS)}, not {gpu.name}"
-    return None
+    return unusable(device)
 
 
 class Spec(TypedDict):
@@ -62,26 +114,123 @@ def spec(device: torch.device) -> Spec:
         return _C.cuda_device()
 
 
+class Plan(NamedTuple):
+    """How a call is divided, in words, and the index of its kernel family."""
+
+    text: str
+    family: int
+
+    @property
+    def stepwise(self) -> bool:
+        return self.text.startswith("stepwise")
+
+
 def plan(
-    config: Config, dtype: torch.dtype, steps: int, batch: int, backward: bool, spec: Spec
-) -> str:
-    """Describes the plan of a call; FUSEDRNN_PLAN applies.
+    config: Config,
+    dtype: torch.dtype,
+    steps: int,
+    batch: int,
+    backward: bool,
+    spec: Spec,
+    struck: tuple[int, ...] = (),
+) -> Plan:
+    """The plan of a call; FUSEDRNN_PLAN applies, and where it is set `struck` does not.
+
+    `struck` are the indices of families that must not run.
 
     Raises:
-        ValueError: FUSEDRNN_PLAN asks for what cannot run.
+        ValueError: FUSEDRNN_PLAN asks for what cannot run, or all that could is struck out.
     """
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return _C.cuda_plan(
-        mode=config.mode,
-        dtype=str(dtype).removeprefix("torch."),
-        hidden_size=config.hidden_size,
-        proj_size=config.proj_size,
-        num_layers=config.num_layers,
-        bidirectional=config.bidirectional,
-        steps=steps,
-        batch=batch,
-        backward=backward,
-        tf32=tf32 and dtype == torch.float32,
-        device=spec,
-        forced=os.environ.get("FUSEDRNN_PLAN", ""),
+    forced = os.environ.get("FUSEDRNN_PLAN", "")
+    return Plan(
+        *_C.cuda_plan(
+            mode=config.mode,
+            dtype=str(dtype).removeprefix("torch."),
+            hidden_size=config.hidden_size,
+            proj_size=config.proj_size,
+            num_layers=config.num_layers,
+            bidirectional=config.bidirectional,
+            steps=steps,
+            batch=batch,
+            backward=backward,
+            tf32=tf32 and dtype == torch.float32,
+            device=spec,
+            forced=forced,
+            struck=() if forced else struck,
+        )
     )
+
+
+class Standing(NamedTuple):
+    """What this process knows of a kernel family on a device."""
+
+    state: str  # right, wrong or refused
+    reason: str
+
+
+@functools.lru_cache(maxsize=64)
+def _standings(index: int, generation: int) -> dict[int, Standing]:
+    lines = (line.split(" ", 2) for line in OPS.standings(index).splitlines())
+    return {int(family): Standing(state, reason) for family, state, reason in lines}
+
+
+def standings(device: torch.device) -> dict[int, Standing]:
+    """Of the families that were tried on a CUDA device, by index."""
+    return _standings(device.index or 0, OPS.generation())
+
+
+def struck(device: torch.device) -> tuple[int, ...]:
+    """The families that do not run on a device."""
+    states = ("refused",) if cuda_kernels() == "on" else ("refused", "wrong")
+    return tuple(i for i, s in standings(device).items() if s.state in states)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plans(
+    config: Config,
+    dtype: torch.dtype,
+    steps: int,
+    batch: int,
+    graph: bool,
+    index: int,
+    struck: tuple[int, ...],
+    switches: tuple,  # what else `plan` reads
+) -> tuple[Plan, ...] | str:
+    """The plans of forward and, with a graph, of backward; or why there are none."""
+    found = spec(torch.device("cuda", index))
+    ways = (False, True) if graph else (False,)
+    try:
+        return tuple(plan(config, dtype, steps, batch, way, found, struck) for way in ways)
+    except ValueError as error:
+        return str(error)
+
+
+def torch_instead(
+    config: Config, dtype: torch.dtype, steps: int, batch: int, graph: bool, device: torch.device
+) -> str | None:
+    """Why torch.nn, if it can, should run a call on a CUDA device; None where kernels do.
+
+    `graph`: backward will run too. A plan that FUSEDRNN_PLAN forces is not left to torch.nn.
+    """
+    forced = os.environ.get("FUSEDRNN_PLAN", "")
+    tf32 = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    plans = _plans(
+        config, dtype, steps, batch, graph, device.index or 0, struck(device), (forced, tf32)
+    )
+    if isinstance(plans, str):
+        return None if forced else plans
+    if not forced:
+        for way, found in zip(("forward", "backward"), plans, strict=False):
+            if found.stepwise:
+                return f"{way} would be stepwise"
+    if cuda_kernels() == "verified" and is_capturing():
+        known = standings(device)
+        if any(p.family not in known for p in plans):
+            return "kernels cannot be checked while a CUDA graph is captured"
+    return None
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph captures what torch's current stream is given."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -82,6 +82,8 @@ def run(layer: LayerBase, input: Any, hx: Any) -> Any:
         x, h, c = (None if t is None else t.unsqueeze(1) for t in (x, h, c))
     elif layer.batch_first:
         x = x.transpose(0, 1)
+    if support.on_gpu(input) and not one_hot and support.torch_instead(layer, input, hx):
+        return None
     graph = (
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in tensors)

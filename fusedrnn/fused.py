@@ -84,7 +84,7 @@ class Fused(LayerBase):
         batched_only = hx is not None or lengths is not None or resets is not None
         if one_hot and not (packed or batched_only):
             checks.warn_of_features(self, input, 4)
-        if not more and support.fallback_reason(data):
+        if not more and (support.fallback_reason(data) or support.torch_instead(self, input, hx)):
             return super().forward(input, hx)
         x, hx, cx, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
         batch_sizes = input.batch_sizes if packed else None
@@ -106,21 +106,25 @@ class Fused(LayerBase):
         # Not always self.dropout: torch.compile(dynamic=True) makes an input of a float.
         dropout = 0.0 if drawn[0] is None else self.dropout
         call = (x, hx, cx, weights, batch_sizes, lengths, *drawn, dropout, *config)
-        y, hn, cn, hs, cs = self._run(call, more, cpu_only)
+        results = self._run(call, more, cpu_only)
+        if results is None:
+            return super().forward(input, hx)
+        y, hn, cn, hs, cs = results
         if casts is not None:
             y, hn, cn = y.to(casts.output), hn.to(casts.output), cn.to(casts.cell)
         return self._shaped(input, one_hot, unsort, y, hn, cn, (hs, cs) if return_all else None)
 
-    def _run(self, call: tuple, more: bool, cpu_only: bool) -> tuple:
+    def _run(self, call: tuple, more: bool, cpu_only: bool) -> tuple | None:
         """y, hn, cn, hs, cs of the op, or of the reference where no kernel can and torch.nn cannot.
 
-        `more`: torch.nn has no such call; `cpu_only`: neither have the CUDA kernels.
+        None where no kernel can and torch.nn can. `more`: torch.nn has no such call; `cpu_only`:
+        neither have the CUDA kernels.
         """
         x, hx, cx, weights = call[:4]
         if (
             torch._C._are_functorch_transforms_active()
             or (more and support.no_kernel(x) is not None)
-            or (cpu_only and not x.is_cpu)
+            or (cpu_only and (support.on_gpu(x) or not x.is_cpu))
         ):
             return reference.forward(*call)
         # A trace is replayed with and without gradients.
@@ -130,7 +134,14 @@ class Fused(LayerBase):
             and any(t.requires_grad for t in (x, hx, cx, *weights) if t is not None)
             and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
         )
-        return ops.run(call, graph, graph and not self.recompute)
+        if not support.on_gpu(x) or torch.compiler.is_compiling():
+            return ops.run(call, graph, graph and not self.recompute)
+        try:
+            return ops.run(call, graph, graph and not self.recompute)
+        except RuntimeError as error:
+            if ops.NOTHING_RUNS not in str(error):
+                raise
+            return reference.forward(*call) if more else None
 
     def _shaped(
         self, input: Any, one_hot: bool, unsort: Any, y: Tensor, hn: Tensor, cn: Tensor, all: Any

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _C, autocast, checks, cuda
+from fusedrnn import _C, autocast, checks, cuda, families, support
 from fusedrnn._version import __version__
 from fusedrnn.layer import LayerBase
 from fusedrnn.modules import GRU, LSTM, RNN
@@ -21,7 +21,11 @@ from fusedrnn.support import fallback_reason, is_one_hot
 def info() -> dict[str, str]:
     """Versions, the CPU instruction set in use, the GPUs the binary is for, the devices here."""
     variants = [name if here else f"{name} (not this CPU's)" for name, here in _C.cpu_variants()]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(count)]
+    reasons = [cuda.missing(torch.device("cuda", i)) for i in range(count)]
+    unused = [f"{gpu}: {why}" for gpu, why in zip(gpus, reasons, strict=True) if why]
+    runtime, driver = map(cuda.version_text, _C.cuda_versions())
     return {
         "fusedrnn": __version__,
         "torch": torch.__version__,
@@ -29,7 +33,10 @@ def info() -> dict[str, str]:
         "cpu kernels": f"{_C.cpu_variant()}, compiled: {', '.join(variants)}",
         "cpu threads": str(torch.get_num_threads()),
         "cuda kernels": _C.cuda_archs() or "none in this build",
+        "cuda runtime": f"{runtime}, the driver serves {driver}" if cuda.ARCHS else "none",
+        "cuda switch": cuda.cuda_kernels(),
         "cuda devices": ", ".join(gpus) or "none",
+        "left to torch.nn": "; ".join(unused) or "no device",
     }
 
 
@@ -128,14 +135,19 @@ def _checked(
     x, *_ = checks.canonical(twin, input, hx, lengths, one_hot)
     if resets is not None:
         checks.checked_resets(twin, resets, input, x, one_hot)
-    return _of_layer(module, input, resets is not None, return_all)
+    return _of_layer(module, input, hx, lengths is not None, resets is not None, return_all)
 
 
 FUSED = (RNN, GRU, LSTM)
 
 
 def _of_layer(
-    module: nn.RNNBase, input: Tensor | PackedSequence, resets: bool, return_all: bool
+    module: nn.RNNBase,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    lengths: bool,
+    resets: bool,
+    return_all: bool,
 ) -> str:
     """Which kernels would run, how the work is divided, and why not faster ones."""
     data: Any = input.data if isinstance(input, PackedSequence) else input
@@ -145,27 +157,22 @@ def _of_layer(
     reason = fallback_reason(data)
     packed = isinstance(input, PackedSequence)
     one_hot, regularisers = is_one_hot(data, packed), module.only_ours()
-    if not reason and regularisers and data.device.type == "cuda":
+    if not reason and regularisers and support.on_gpu(data):
         reason = f"no CUDA kernel has {regularisers}"
     if reason:
         ours = one_hot or regularisers
         what = "plain PyTorch" if ours else "torch.nn's own kernels"
         return f"{head} {what}, because {reason}"
-    if isinstance(input, PackedSequence):
-        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
-    elif data.dim() + one_hot == 2:
-        steps, batch = data.shape[0], 1
-    else:
-        batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
+    steps, batch = support.sizes(module, input, one_hot)
     stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
     if autocast.is_on(data) and stored != torch.float64:
         stored = torch.get_autocast_dtype(data.device.type)
-    if data.device.type == "cuda":
-        config, spec = module._config(), cuda.spec(data.device)
-        forward, backward = (
-            cuda.plan(config, stored, steps, batch, backward, spec) for backward in (False, True)
-        )
-        return f"{head}\n  fused CUDA kernels, forward {forward}\n  backward {backward}"
+    if support.on_gpu(data):
+        more = one_hot or lengths or resets or return_all
+        instead = None if more else support.torch_instead(module, input, hx)
+        if instead:
+            return f"{head} torch.nn's own kernels, forward and backward, because {instead}"
+        return f"{head}\n  {_cuda_plans(module, stored, steps, batch, data.device)}"
     plans = {
         backward: _C.cpu_plan(
             mode=module.mode,
@@ -196,3 +203,24 @@ def _of_layer(
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")
     return "\n  ".join([head, *lines])
+
+
+def _cuda_plans(
+    module: LayerBase, dtype: torch.dtype, steps: int, batch: int, device: torch.device
+) -> str:
+    config, spec, struck = module._config(), cuda.spec(device), cuda.struck(device)
+    try:
+        forward, backward = (
+            cuda.plan(config, dtype, steps, batch, way, spec, struck) for way in (False, True)
+        )
+    except ValueError:
+        if not struck:
+            raise
+        return "plain PyTorch, because all kernels for this call were refused or found wrong"
+    lines = [f"fused CUDA kernels, forward {forward.text}", f"backward {backward.text}"]
+    known = cuda.standings(device)
+    if cuda.cuda_kernels() == "verified" and not {forward.family, backward.family} <= set(known):
+        lines.append("each kind is checked on this device before it runs for the first time")
+    names = {f.number: f.name for f in families.cuda_families()}
+    lines += [f"not run: {names[i]} ({known[i].state}: {known[i].reason})" for i in struck]
+    return "\n  ".join(lines)

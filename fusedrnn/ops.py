@@ -46,6 +46,10 @@ infer = torch.ops.fusedrnn.infer.default
 backward = torch.ops.fusedrnn.backward.default
 
 
+# In the error of an op whose CUDA kernels were all refused, found wrong or switched off.
+NOTHING_RUNS = "no CUDA kernel can run"
+
+
 class Config(NamedTuple):
     """What describes a stack besides its tensors; the ops' arguments of the same names."""
 
@@ -249,16 +253,26 @@ class _Forward(torch.autograd.Function):
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
             return (*[None] * 4, *_plain_gradients(call, needs, grads))
-        if not ctx.save or ctx.output._version != ctx.version:
-            with torch.no_grad():
-                y, _, _, reserve, hs, cs = forward(*call.arguments(), True)
-        arguments = (*grads, y, reserve, hs, cs, needs, *call.arguments())
-        if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors)):
-            *states, dweights = backward(*arguments)
-        else:
-            *states, dweights = _below_autograd(backward, None, arguments)
+        try:
+            *states, dweights = _gradients(ctx, call, grads, needs, (y, reserve, hs, cs))
+        except RuntimeError as error:
+            if NOTHING_RUNS not in str(error):
+                raise
+            return (*[None] * 4, *_plain_gradients(call, needs, grads))
         found = zip((*states, *dweights), needs, strict=True)
         return (*[None] * 4, *(g if n else None for g, n in found))
+
+
+def _gradients(ctx: Any, call: Call, grads: tuple, needs: list[bool], made: tuple) -> tuple:
+    """What the backward op returns; `made` is what forward made."""
+    if not ctx.save or ctx.output._version != ctx.version:
+        with torch.no_grad():
+            y, _, _, *kept = forward(*call.arguments(), True)
+        made = (y, *kept)
+    arguments = (*grads, *made, needs, *call.arguments())
+    if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *call.tensors)):
+        return backward(*arguments)
+    return _below_autograd(backward, None, arguments)
 
 
 # Function.apply without its search for tensors of finished torch.func transforms: 2 us.

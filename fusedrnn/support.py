@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cuda
+from fusedrnn import autocast, cuda
+from fusedrnn.layer import LayerBase
 
 # What the kernels compute in. Other dtypes and devices fall back to torch.nn.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,9 +22,14 @@ def is_one_hot(data: Tensor, packed: bool) -> bool:
     return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels are for it."""
+    return tensor.is_cuda
+
+
 def no_kernel(input: Tensor) -> str | None:
     """Why no kernel takes `input`, None where one does."""
-    if input.is_cuda:
+    if on_gpu(input):
         reason = cuda.missing(input.device)
         if reason:
             return reason
@@ -39,3 +48,45 @@ def fallback_reason(input: Tensor) -> str | None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace records torch.nn's operators"
     return None
+
+
+def sizes(layer: Any, input: Any, one_hot: bool) -> tuple[int, int]:
+    """The steps and the batch size of an input of a recurrent layer."""
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes), int(input.batch_sizes[0])
+    if input.dim() + one_hot == 2:
+        return input.shape[0], 1
+    batch, steps = input.shape[:2] if layer.batch_first else input.shape[:2][::-1]
+    return steps, batch
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call of these tensors."""
+    return (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not torch.is_inference_mode_enabled()
+    )
+
+
+def torch_instead(layer: LayerBase, input: Any, hx: Any) -> str | None:
+    """Why torch.nn runs a call of a layer, which it can, rather than the CUDA kernels; else None.
+
+    The call has no options that torch.nn lacks, and there are kernels for it.
+    """
+    data = input.data if isinstance(input, PackedSequence) else input
+    if not on_gpu(data) or data.dim() < 2 or torch.compiler.is_compiling():
+        return None  # torch.compile cannot trace torch.nn's layers
+    states = hx if isinstance(hx, tuple) else (hx,)
+    given = (data, *layer._parameters.values(), *(s for s in states if isinstance(s, Tensor)))
+    graph = needs_graph(*given)
+    # cuDNN has no backward of a call in eval mode, and torch.nn always saves for backward.
+    if graph and (layer.recompute or not layer.training):
+        return None
+    steps, batch = sizes(layer, input, False)
+    if not (steps and batch):
+        return None
+    dtype = data.dtype
+    if autocast.is_on(data) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(data.device.type)
+    return cuda.torch_instead(layer._config(), dtype, steps, batch, graph, data.device)

@@ -28,6 +28,8 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernels leave threads asleep for work as small as tests have.
     monkeypatch.setenv("FUSEDRNN_THREADS", "all")
     monkeypatch.setenv("FUSEDRNN_POISON", "1")
+    # What tests run is tested by them: see test_cuda_standing.py for the check at first use.
+    monkeypatch.setenv("FUSEDRNN_CUDA_KERNELS", "on")
     # torch.nn's recurrent layers meet at a barrier each step: with a thread for every core they
     # take minutes as soon as anything else runs. Tests of threads set their own number.
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import bindings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import fusedrnn
 from benchmarks import plans
-from fusedrnn import _C, cuda
+from fusedrnn import _C, cuda, families
 
 CELLS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 # Clusters of up to 8 blocks, and less than half an H200's shared memory.
@@ -100,6 +101,55 @@ def test_a_gpu_without_room_for_clusters():
     assert backend(device=none) == "grid"
     few = plans.DEVICES["H200"] | {"clusters": (132, 66)}
     assert plan(device=few).shape.team <= 2 or backend(device=few) == "grid"
+
+
+def test_plans_do_not_fall_off_a_cliff():
+    """With one cluster of each size fewer, or a group fewer, than an H200 is expected to have."""
+    h200 = plans.DEVICES["H200"]
+    fewer = (
+        tuple(count - 1 for count in h200["clusters"]),
+        (132, 66, *(7 * (16 // n) for n in range(3, 17))),
+        plans.DEVICES["H200, 7 clusters of 16"]["clusters"],
+    )
+    for mode, dtype, hidden, layers, batch, backward in itertools.product(
+        ("LSTM", "RNN_TANH"), ("float32", "bfloat16"), (128, 257, 512, 768), (1, 2, 3), (8, 33, 64),
+        (False, True),
+    ):  # fmt: skip
+        shape = {"mode": mode, "dtype": dtype, "hidden": hidden, "layers": layers}
+        shape |= {"batch": batch, "backward": backward, "steps": 100}
+        expected = plan(**shape)
+        for clusters in fewer:
+            found = plan(**shape, device=h200 | {"clusters": clusters})
+            assert found.microseconds <= 1.5 * expected.microseconds, (shape, str(found))
+
+
+def test_a_struck_family_is_not_planned(monkeypatch):
+    """Nor is one of the same exchange that is still to be struck."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.delenv("FUSEDRNN_PLAN", raising=False)
+    names = {f.number: f for f in families.cuda_families()}
+    spec, seen = dict(plans.DEVICES["H200"]), []
+    problem = bindings.Problem(
+        cell=bindings.Cell.GRU, dtype=bindings.DType.float32, hidden_size=256, num_layers=2,
+        num_directions=1,
+    )  # fmt: skip
+    request = bindings.CudaRequest(steps=35, batch=32, backward=True)
+    config = fusedrnn.GRU(3, 256, 2)._config()
+    struck: tuple[int, ...] = ()
+    while True:
+        device = bindings.DeviceSpec(**spec, struck=list(struck))
+        try:
+            expected = str(bindings.plan_cuda(problem, request, device))
+        except ValueError as error:
+            assert "refused or found wrong" in str(error)
+            break
+        found = cuda.plan(config, torch.float32, 35, 32, True, plans.DEVICES["H200"], struck)
+        assert found.text == expected and found.family not in struck
+        family = names[found.family]
+        assert (family.mode, family.backward) == ("GRU", True)
+        seen.append(family.exchange)
+        struck += (found.family,)
+    assert seen[0] == "cluster" and seen[-1] == "stepwise" and "grid" in seen
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -238,10 +288,10 @@ def test_which_gpus_a_binary_covers(archs, capability, covered):
 def test_a_plan_in_words(monkeypatch):
     config, spec = fusedrnn.GRU(3, 256)._config(), plans.DEVICES["H200"]
     monkeypatch.delenv("FUSEDRNN_PLAN", raising=False)
-    assert cuda.plan(config, torch.float64, 5, 6, False, spec) == "stepwise"
-    assert cuda.plan(config, torch.bfloat16, 5, 6, False, spec).startswith("cluster: ")
+    assert cuda.plan(config, torch.float64, 5, 6, False, spec).text == "stepwise"
+    assert cuda.plan(config, torch.bfloat16, 5, 6, False, spec).text.startswith("cluster: ")
     monkeypatch.setenv("FUSEDRNN_PLAN", "grid")
-    assert cuda.plan(config, torch.bfloat16, 5, 6, False, spec).startswith("grid: ")
+    assert cuda.plan(config, torch.bfloat16, 5, 6, False, spec).text.startswith("grid: ")
     monkeypatch.setenv("FUSEDRNN_PLAN", "fastest")
     with pytest.raises(ValueError, match="FUSEDRNN_PLAN has 'fastest'"):
         cuda.plan(config, torch.float32, 5, 6, False, spec)

@@ -5,11 +5,28 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cells/common.h"
+
 namespace fusedrnn {
 // What a thread moves at once.
 struct alignas(16) Words {
   uint32_t word[4];
 };
+
+// How long a thread has waited in vain: 10 seconds are enough, for no step takes a thousandth of
+// that. A look at the clock adds at most a second: time in which the GPU served another process is
+// no waiting.
+struct Patience {
+  uint64_t last = 0, waited = 0;  // nanoseconds
+
+  FUSEDRNN_HD bool over(uint64_t now) {
+    constexpr uint64_t kSecond = 1000000000;
+    if (last) waited += now - last < kSecond ? now - last : kSecond;
+    last = now;
+    return waited >= 10 * kSecond;
+  }
+};
+constexpr int kLooksAtFlag = 512, kLooksAtMbarrier = 16;  // between two looks at the clock
 }  // namespace fusedrnn
 
 #if defined(__CUDACC__)
@@ -92,12 +109,25 @@ __device__ inline void store_release(int* p, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
-// Acquires a flag once it has come to `value`. One that never does ends the launch with an error:
-// this many looks take longer than any kernel does.
-__device__ inline void wait_until(const int* p, int value) {
-  for (int looks = 0; load_acquire(p) < value; looks++)
-    if (looks == 1 << 24) __trap();
+// The GPU's clock.
+__device__ inline uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
 }
+
+// Acquires a flag once it has come to `value`. False, too late: it has not for 10 seconds, or
+// `given_up` says that another block has waited so long.
+__device__ inline bool wait_until(const int* p, int value, const int* given_up) {
+  Patience patience;
+  for (int looks = 1; load_acquire(p) < value; looks++)
+    if (looks % kLooksAtFlag == 0 && (load_acquire(given_up) || patience.over(nanoseconds())))
+      return false;
+  return true;
+}
+
+// __syncthreads; whether any thread of the block has said yes.
+__device__ inline bool sync_any(bool yes) { return __syncthreads_or(yes); }
 
 // ---- global memory ----
 
@@ -139,10 +169,12 @@ __device__ inline bool mbarrier_try_wait(Mbarrier* m, int parity) {
   return done;
 }
 
-// The same until it has; with a bound, for an error is better than a program that hangs.
+// The same until it has. One that has not for 10 seconds ends the launch, and with it all that the
+// process does on this GPU, with an error: that is better than a program that hangs.
 __device__ inline void mbarrier_wait(Mbarrier* m, int parity) {
-  for (int looks = 0; !mbarrier_try_wait(m, parity); looks++)
-    if (looks == 1 << 24) __trap();
+  Patience patience;
+  for (int looks = 1; !mbarrier_try_wait(m, parity); looks++)
+    if (looks % kLooksAtMbarrier == 0 && patience.over(nanoseconds())) __trap();
 }
 
 // Stores 16 bytes, aligned, to where block `rank` has `mine`, and counts them where it has m. The

@@ -156,6 +156,29 @@ double stepwise_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec&
   return double(p.num_layers) * (input_cycles(p, r, d, m) + layer);
 }
 
+}  // namespace
+
+Exchange exchange_of(const CudaPlan& plan) {
+  return plan.backend == CudaBackend::kStepwise  ? Exchange::kStepwise
+         : plan.backend == CudaBackend::kCluster ? Exchange::kCluster
+         : plan.shape.team == 1                  ? Exchange::kBlock
+                                                 : Exchange::kGrid;
+}
+
+Family family_of(const Problem& p, bool backward, const CudaPlan& plan) {
+  const bool stepwise = plan.backend == CudaBackend::kStepwise;
+  const Arithmetic arithmetic = p.dtype == DType::kFloat64           ? Arithmetic::kFloat64
+                                : p.dtype == DType::kBFloat16        ? Arithmetic::kBFloat16
+                                : p.dtype == DType::kFloat16         ? Arithmetic::kFloat16
+                                : stepwise                           ? Arithmetic::kFfma
+                                : plan.engine == Engine::kTf32       ? Arithmetic::kTf32
+                                : plan.engine == Engine::kFfmaNarrow ? Arithmetic::kFfmaNarrow
+                                                                     : Arithmetic::kFfma;
+  return {exchange_of(plan), arithmetic, p.cell, backward, !stepwise && plan.layers > 1};
+}
+
+namespace {
+
 // Calls `visit` with every plan that can run.
 template <class F>
 bool each_plan(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
@@ -163,12 +186,15 @@ bool each_plan(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
   Forced forced;
   if (!parse(forced_text ? forced_text : "", r.backward, &forced, reason)) return false;
   auto wanted = [&](CudaBackend b) { return forced.backend < 0 || forced.backend == int(b); };
+  auto struck = [&](const CudaPlan& plan) {
+    return device.struck[size_t(index_of(family_of(p, r.backward, plan)))];
+  };
   if (wanted(CudaBackend::kStepwise) && !forced.units && !forced.rows && forced.layers <= 1 &&
       forced.engine < 0) {
     CudaPlan plan{};
     plan.backend = CudaBackend::kStepwise, plan.layers = 1;
     plan.microseconds = stepwise_cycles(p, r, device, m) / m.cycles_per_microsecond;
-    visit(plan);
+    if (!struck(plan)) visit(plan);
   }
   const bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
                           r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
@@ -203,7 +229,7 @@ bool each_plan(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
             if (forced.layers && layers != forced.layers) continue;
             Candidate c{p, r, device, m, {}};
             c.plan.backend = backend, c.plan.engine = engine, c.plan.layers = layers;
-            if (c.complete(units, rows)) visit(c.plan);
+            if (c.complete(units, rows) && !struck(c.plan)) visit(c.plan);
           }
           if (forced.rows) break;
         }
@@ -223,8 +249,18 @@ bool plan_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
   };
   if (!each_plan(p, r, device, forced_text, CudaModel{}, reason, better)) return false;
   if (!found)
-    *reason = std::string("FUSEDRNN_PLAN=") + forced_text + " cannot run this shape on this device";
+    *reason =
+        forced_text && *forced_text
+            ? std::string("FUSEDRNN_PLAN=") + forced_text + " cannot run this shape on this device"
+            : "all kernels for this call were refused or found wrong on this device";
   return found;
+}
+
+bool forces(const char* forced, bool backward) {
+  Forced f;
+  std::string reason;
+  if (!forced || !parse(forced, backward, &f, &reason)) return forced;
+  return f.backend >= 0 || f.engine >= 0 || f.units || f.rows || f.layers;
 }
 
 bool plans_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/families.h"
 #include "plan/persistent.h"
 
 namespace fusedrnn {
@@ -21,6 +22,8 @@ struct DeviceSpec {
   int shared_bytes;  // that a block may ask for
   // How many clusters of so many blocks run at once, a block a processor; 0: none can.
   int clusters[kLargestCluster + 1];
+  // Families that must not run on it: refused, or found wrong.
+  Families struck;
 };
 
 struct CudaRequest {
@@ -49,12 +52,18 @@ struct CudaPlan {
   int launches() const { return (slices + at_once - 1) / at_once; }
 };
 
+Exchange exchange_of(const CudaPlan&);
+Family family_of(const Problem&, bool backward, const CudaPlan&);
+
 // The plan with the shortest estimate. `forced` is the value of FUSEDRNN_PLAN: the name of a
 // backend, and after commas what else is not to be chosen, of units=, rows=, layers= and engine=; a
 // part between semicolons that begins with forward: or backward: is for that direction. Null or
 // empty: all is chosen. False, with a reason, where nothing that was asked for can run.
 bool plan_cuda(const Problem&, const CudaRequest&, const DeviceSpec&, const char* forced, CudaPlan*,
                std::string* reason);
+
+// Whether `forced` leaves less than everything open for a direction. Wrong words count as such.
+bool forces(const char* forced, bool backward);
 
 // All plans that can run, by their estimates. False, with a reason, where `forced` is wrong.
 bool plans_cuda(const Problem&, const CudaRequest&, const DeviceSpec&, const char* forced,

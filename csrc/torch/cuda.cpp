@@ -127,10 +127,8 @@ void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Diff
   call.multiply(narrow(slots, 1, 0, G), w_ih, out);
 }
 
-}  // namespace
-
-ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
-  CudaCall call(in, config, false);
+ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
+  const CudaCall call(in, config, false);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch;
   const int64_t size = bytes(p.dtype), out = p.out_size();
@@ -177,9 +175,9 @@ ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
   return {y, hn, cn, reserve, hs, cs};
 }
 
-BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
-                              const SavedForBackward& saved, const std::vector<bool>& needs) {
-  CudaCall call(in, config, true);
+BackwardOutputs run_backward(const Inputs& in, const Config& config, const OutputGradients& given,
+                             const SavedForBackward& saved, const std::vector<bool>& needs) {
+  const CudaCall call(in, config, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size();
@@ -273,6 +271,18 @@ BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const Outp
     grad_out = grad_in;
   }
   return g.in_type(call.type());
+}
+
+}  // namespace
+
+// What a call has written before a launch is refused is its own, new, and written again.
+ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
+  return until_accepted([&] { return run_forward(in, config, save); });
+}
+
+BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
+                              const SavedForBackward& saved, const std::vector<bool>& needs) {
+  return until_accepted([&] { return run_backward(in, config, given, saved, needs); });
 }
 
 }  // namespace fusedrnn

@@ -5,17 +5,19 @@
 #include "plan/cuda_plan.h"
 #include "torch/call.h"
 #include "torch/cuda_device.h"
+#include "torch/cuda_standing.h"
 
 namespace fusedrnn {
 
 class CudaCall : public Call {
  public:
   CudaPlan plan;
+  Family family;  // of the plan
 
   CudaCall(const Inputs&, const Config&, bool backward);
 
   void* stream() const { return device_.stream(); }
-  // Raises what a launch returned.
+  // Throws where a launch returned an error: see check_launch.
   void check(int error, const char* what) const;
 
   // out = a b, sums in the compute type; a and b alike, out of theirs or of the compute type.

@@ -1,7 +1,6 @@
 #include <array>
 #include <iterator>
 
-#include "cuda/device.h"
 #include "cuda/elementwise.h"
 #include "torch/cuda.h"
 #include "torch/switches.h"
@@ -44,16 +43,11 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
   bool tf32 = false;
   if (problem.dtype == DType::kFloat32) {
     const Float32Switches permitted = float32_switches();
-    tf32 = permitted.recurrent;
+    tf32 = permits_tf32(permitted.recurrent);
     through_float64_ = permitted.products && !tf32;
   }
-  DeviceSpec device{};
-  const int error = device_spec(&device);
-  FUSEDRNN_EXPECT(error == 0, "fusedrnn: asking the device failed: ", error_text(error));
-  std::string reason;
-  FUSEDRNN_EXPECT(
-      plan_cuda(problem, {steps, batch, backward, tf32}, device, forced_plan(), &plan, &reason),
-      "fusedrnn: ", reason);
+  plan = permitted_plan(problem, {steps, batch, backward, tf32}, device_);
+  family = family_of(problem, backward, plan);
 
   if (packed()) {
     std::vector<int64_t> first(steps), row_steps(batch);
@@ -80,8 +74,7 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
 }
 
 void CudaCall::check(int error, const char* what) const {
-  FUSEDRNN_EXPECT(error == 0, "fusedrnn: ", what, " failed with the plan '", describe(plan),
-                  "': ", error_text(error));
+  check_launch(error, what, plan, family, device_.index());
 }
 
 void CudaCall::multiply(const Tensor& a, const Tensor& b, Tensor out) const {

@@ -13,14 +13,18 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fusedrnn {
 
+constexpr const char* kOpNamespace = "fusedrnn";  // of torch.ops, where these are the ops
+
 // Makes the device of a tensor the current one, as long as it lives.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(const Tensor& x) : guard_(checked_index(x)) {
-    FUSEDRNN_EXPECT_TORCH(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_),
+  explicit CurrentDevice(const Tensor& x) : index_(checked_index(x)), guard_(index_) {
+    FUSEDRNN_EXPECT_TORCH(aoti_torch_get_current_cuda_stream(index_, &stream_),
                           "give the current CUDA stream");
   }
   void* stream() const { return stream_; }  // torch's current one
+  int index() const { return index_; }
+  std::string name() const { return "cuda:" + std::to_string(index_); }
 
  private:
   static int32_t checked_index(const Tensor& x) {
@@ -29,6 +33,7 @@ class CurrentDevice {
     return x.get_device_index();
   }
 
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };

@@ -9,6 +9,9 @@
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
 #include "plan/cuda_plan.h"
+#ifdef FUSEDRNN_WITH_CUDA
+#include "torch/cuda_standing.h"
+#endif
 #include "torch/named_arguments.h"
 #include "torch/ops.h"
 #include "torch/switches.h"
@@ -84,12 +87,31 @@ PyObject* cuda_plan(const NamedArguments& a) {
                             a.flag("tf32")};
   CudaPlan plan;
   std::string reason;
-  if (!plan_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
-                 &plan, &reason)) {
+  const Problem problem = problem_of(a);
+  DeviceSpec device = device_of(a.group("device"));
+  for (int64_t family : a.integers("struck"))
+    if (family >= 0 && family < kFamilies) device.struck.set(size_t(family));
+  if (!plan_cuda(problem, request, device, a.text("forced").c_str(), &plan, &reason)) {
     PyErr_SetString(PyExc_ValueError, reason.c_str());
     throw PythonError();
   }
-  return PyUnicode_FromString(describe(plan).c_str());
+  const int family = index_of(family_of(problem, request.backward, plan));
+  return Py_BuildValue("(si)", describe(plan).c_str(), family);
+}
+
+PyObject* cuda_families(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (int i = 0; list && i < kFamilies; i++) {
+    const Family f = family_at(i);
+    if (!exists(f)) continue;
+    PyObject* entry = Py_BuildValue("(isssOOs)", i, kExchangeNames[int(f.exchange)],
+                                    kArithmeticNames[int(f.arithmetic)], traits(f.cell).mode,
+                                    f.backward ? Py_True : Py_False, f.chained ? Py_True : Py_False,
+                                    name_of(f).c_str());
+    if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
+    Py_XDECREF(entry);
+  }
+  return list;
 }
 
 PyObject* cuda_plans(const NamedArguments& a) {
@@ -146,6 +168,14 @@ PyObject* cuda_device(PyObject*, PyObject*) {
   });
 }
 
+PyObject* cuda_versions(PyObject*, PyObject*) {
+  int runtime = 0, driver = 0;
+#ifdef FUSEDRNN_WITH_CUDA
+  library_versions(&runtime, &driver);
+#endif
+  return Py_BuildValue("(ii)", runtime, driver);
+}
+
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
@@ -193,7 +223,9 @@ PyMethodDef methods[] = {
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
     by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
     {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
-    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words"),
+    by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words; its family's index"),
+    {"cuda_families", cuda_families, METH_NOARGS, "the kernel families: see Family in families.py"},
+    {"cuda_versions", cuda_versions, METH_NOARGS, "of the binary's CUDA runtime, of the driver"},
     by_name<cuda_plans>("cuda_plans", "[(FUSEDRNN_PLAN, estimated microseconds)], fastest first"),
     {"cuda_model", cuda_model, METH_NOARGS, "the constants of the planner's estimate"},
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
@@ -206,6 +238,9 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(kForwardSchema);
   m.def(kInferSchema);
   m.def(kBackwardSchema);
+#ifdef FUSEDRNN_WITH_CUDA
+  for (const char* schema : kStandingSchemas) m.def(schema);
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
@@ -219,6 +254,12 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
   m.impl("forward", forward<forward_cuda>);
   m.impl("infer", infer<forward_cuda>);
   m.impl("backward", backward<backward_cuda>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {
+  m.impl("trial", trial_op);
+  m.impl("standings", standings_op);
+  m.impl("generation", generation_op);
 }
 #endif
 

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "torch/error.h"
+
 namespace fusedrnn {
 namespace {
 
@@ -30,6 +32,15 @@ Float32Switches float32_switches() {
                               permits_tf32("torch.backends.cuda", "matmul", true)};
   PyGILState_Release(state);
   return found;
+}
+
+KernelSwitch kernel_switch() {
+  const char* const found = std::getenv("FUSEDRNN_CUDA_KERNELS");
+  if (!found || !*found || !std::strcmp(found, "verified")) return KernelSwitch::kVerified;
+  if (!std::strcmp(found, "off")) return KernelSwitch::kOff;
+  FUSEDRNN_EXPECT(!std::strcmp(found, "on"), "fusedrnn: FUSEDRNN_CUDA_KERNELS is '", found,
+                  "'; it takes off, verified or on");
+  return KernelSwitch::kOn;
 }
 
 const char* forced_plan() { return std::getenv("FUSEDRNN_PLAN"); }

@@ -22,6 +22,17 @@ void set_clusters(DeviceSpec& d, const std::vector<int>& counts) {
   std::copy(counts.begin(), counts.end(), d.clusters + 1);
 }
 
+std::vector<int> struck(const DeviceSpec& d) {
+  std::vector<int> found;
+  for (int i = 0; i < kFamilies; i++)
+    if (d.struck[size_t(i)]) found.push_back(i);
+  return found;
+}
+void set_struck(DeviceSpec& d, const std::vector<int>& families) {
+  d.struck.reset();
+  for (int i : families) d.struck.set(size_t(i));
+}
+
 CudaPlan plan(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
               const std::string& forced) {
   CudaPlan made{};
@@ -35,6 +46,7 @@ void bind_device(py::module_& m) {
   auto type = structure<T>(m, "DeviceSpec");
   fields(type, NAMED(capability), NAMED(processors), NAMED(shared_bytes));
   type.def_property("clusters", clusters, set_clusters);
+  type.def_property("struck", struck, set_struck);
 }
 
 void bind_request(py::module_& m) {

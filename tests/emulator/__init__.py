@@ -32,7 +32,10 @@ REPLAY = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu")
 OP = (
     "tests/emulator/op.cpp",
     "csrc/cpu/run/scratch.cpp",
-    *(f"csrc/torch/{name}.cpp" for name in ("call", "cuda", "cuda_call", "reserve", "switches")),
+    *(
+        f"csrc/torch/{name}.cpp"
+        for name in ("call", "cuda", "cuda_call", "cuda_standing", "python", "reserve", "switches")
+    ),
 )
 
 # Frames larger than a page are probed, so that none skips the guard below its stack.

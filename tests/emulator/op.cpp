@@ -2,7 +2,9 @@
 // launch emulated. What ATen does on the GPU, it does here on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/device.h"
 #include "emulator/simt.h"
+#include "torch/cuda_standing.h"
 #include "torch/ops.h"
 
 using namespace fusedrnn;
@@ -10,6 +12,8 @@ using namespace fusedrnn;
 namespace {
 void seed(int64_t value) { simt::set_seed(value); }  // of the order of threads; negative: fixed
 void fail_after(int64_t launches) { simt::fail_after(launches); }
+void play(std::string faults) { simt::play(faults.c_str()); }  // see simt.h; empty: none
+void forget() { forget_standings(), take_lost_block(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
@@ -18,6 +22,9 @@ STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def(kBackwardSchema);
   m.def("seed(int value) -> ()");
   m.def("fail_after(int launches) -> ()");
+  m.def("play(str faults) -> ()");
+  m.def("forget() -> ()");
+  for (const char* schema : kStandingSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
@@ -29,4 +36,9 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CompositeExplicitAutograd, m) {
   m.impl("seed", TORCH_BOX(&seed));
   m.impl("fail_after", TORCH_BOX(&fail_after));
+  m.impl("play", TORCH_BOX(&play));
+  m.impl("forget", TORCH_BOX(&forget));
+  m.impl("trial", trial_op);
+  m.impl("standings", standings_op);
+  m.impl("generation", generation_op);
 }

@@ -5,6 +5,7 @@
 // release order, and what only seems ordered, ThreadSanitizer tells apart.
 #pragma once
 #include <bit>
+#include <utility>
 
 #include "emulator/simt.h"
 
@@ -80,14 +81,19 @@ inline void store_release(int* p, int value, FUSEDRNN_AT) {
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
   simt::progress(p, value);
 }
-inline void wait_until(const int* p, int value, FUSEDRNN_AT) {
-  while (load_acquire(p, at) < value) {
-  }
+inline uint64_t nanoseconds() { return simt::nanoseconds(); }
+inline bool wait_until(const int* p, int value, const int* given_up, FUSEDRNN_AT) {
+  Patience patience;
+  for (int looks = 1; load_acquire(p, at) < value; looks++)
+    if (looks % kLooksAtFlag == 0 && (load_acquire(given_up, at) || patience.over(nanoseconds())))
+      return false;
   simt::reached(p, value);
+  return true;
 }
+inline bool sync_any(bool yes, FUSEDRNN_AT) { return simt::sync_block_any(yes, at); }
 inline void store_words(Words* global, const Words& w, FUSEDRNN_AT) {
   simt::expect_global(global, sizeof w, at);
-  *global = w;
+  *global = simt::faults.send_zeros ? Words{} : w;
 }
 
 // ---- mbarriers, and stores that they count ----
@@ -137,6 +143,7 @@ void multiply(S type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
               const simt::Where& at) {
   Fragments mine;
   std::memcpy(mine.a, a, sizeof a);
+  if (simt::faults.swap_registers) std::swap(mine.a[1], mine.a[2]);
   std::memcpy(mine.b, b, sizeof b);
   const char* all = simt::exchange_aligned("mma", &mine, sizeof mine, at);
   auto of = [&](int lane) {

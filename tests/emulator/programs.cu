@@ -394,7 +394,7 @@ __global__ void demands(const __grid_constant__ Program p) {
       store_release(after(flag, 2), 1);
       break;
     case Fault::kFlagReadInShared:
-      wait_until(shared_flag, 1);
+      wait_until(shared_flag, 1, flag);
       break;
     case Fault::kVectorInShared:
       store_words(&place[0], w);

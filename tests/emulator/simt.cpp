@@ -116,6 +116,7 @@ struct Block {
   bool begun = false;
   Cluster* cluster;
   Barrier all;
+  bool any[2] = {};  // what its threads say at `all`, in turns
   std::vector<Warp> warps;
   char* shared;
 };
@@ -354,6 +355,13 @@ void clear(const Block& b) {
   for (size_t i = 0; i < state->shared_size / sizeof *p; i++) p[i] = ~uint64_t(0);
 }
 
+// Whether the block is one that never runs.
+bool lost(const Block& b) {
+  const simt::Launch& c = state->launch;
+  return simt::faults.lose_block && c.cluster == 1 && b.index.x + 1 == c.blocks.x &&
+         b.index.y + 1 == c.blocks.y;
+}
+
 void entry() {
   arrived(true);
   acquire(&state->begin_sync);
@@ -363,7 +371,7 @@ void entry() {
     block.begun = true;
     clear(block);
   }
-  (*state->body)();
+  if (!lost(block)) (*state->body)();
   Fiber& f = *self();
   // The shared memory of a block that has ended is no one's.
   if (--block.left == 0) {
@@ -663,9 +671,41 @@ void set_seed(int64_t seed) {
 
 void fail_after(int64_t launches) { launches_to_failure = launches; }
 
+Faults faults;
+void play(const char* text) {
+  faults = {};
+  const std::string all = text;
+  for (size_t begin = 0; begin < all.size();) {
+    const size_t end = std::min(all.find(',', begin), all.size());
+    const std::string word = all.substr(begin, end - begin);
+    begin = end + 1;
+    bool* const flag = word == "refuse-clusters"      ? &faults.refuse_clusters
+                       : word == "refuse-cooperative" ? &faults.refuse_cooperative
+                       : word == "refuse-all"         ? &faults.refuse_all
+                       : word == "send-zeros"         ? &faults.send_zeros
+                       : word == "swap-registers"     ? &faults.swap_registers
+                       : word == "lose-block"         ? &faults.lose_block
+                       : word == "capture"            ? &faults.capture
+                                                      : nullptr;
+    if (flag) {
+      *flag = true;
+    } else if (!word.compare(0, 6, "after=")) {
+      faults.after = atoll(word.c_str() + 6);
+    } else {
+      fprintf(stderr, "simt: no fault '%s'\n", word.c_str());
+      abort();
+    }
+  }
+}
+
 int run(const Launch& launch, const std::function<void()>& body) {
   if (launches_to_failure >= 0 && launches_to_failure-- == 0) return kLaunchFailure;
   if (const int error = check(launch)) return error;
+  const int refusal = faults.refuse_clusters && launch.cluster > 1      ? kInvalidClusterSize
+                      : faults.refuse_cooperative && launch.cooperative ? kCooperativeLaunchTooLarge
+                      : faults.refuse_all                               ? kInvalidConfiguration
+                                                                        : kSuccess;
+  if (refusal && faults.after-- <= 0) return refusal;
   State s;
   s.launch = launch;
   s.body = &body;
@@ -718,6 +758,17 @@ void sync_block(Where at) {
   same_line(b, "__syncthreads", at);
   wait(b, arrive(b, true), "__syncthreads", at, true);
   release(&self()->performed);
+}
+bool sync_block_any(bool yes, Where at) {
+  Block& own = *self()->owner;
+  Barrier& b = own.all;
+  same_line(b, "__syncthreads_or", at);
+  bool& any = own.any[b.phase & 1];
+  if (b.arrived == 0) any = false;
+  any |= yes;
+  wait(b, arrive(b, true), "__syncthreads_or", at, true);
+  release(&self()->performed);
+  return any;
 }
 void sync_warp(unsigned mask, Where at) {
   Barrier& b = warp_barrier(mask, at);
@@ -794,8 +845,14 @@ void expect_global(const void* p, size_t bytes, Where at) {
 }
 
 void poll(Where at) {
-  if (++state->polls > kPollsInVain) fail(text("a flag that no one sets at %s", name(at).c_str()));
+  if (++state->polls > kPollsInVain && !faults.lose_block)
+    fail(text("a flag that no one sets at %s", name(at).c_str()));
   let_others_run();
+}
+uint64_t nanoseconds() {
+  static uint64_t now = 1;
+  if (faults.lose_block) now += 600000000;
+  return now;
 }
 void progress(const void* flag, int value) {
   state->polls = 0;
@@ -878,7 +935,7 @@ void store_async(void* mine, const void* value, size_t bytes, void* barrier, int
   if (!mbarrier_at(c.barrier, at).fenced && &other != &own)
     fail(text("no fence after the mbarrier's initialisation, for %s", name(at).c_str()));
   touch(c.to, c.bytes);
-  memcpy(c.value, value, bytes);
+  if (!faults.send_zeros) memcpy(c.value, value, bytes);
   c.agent = new_agent();
   const Unseen unseen;
   state->in_flight.push_back(c);

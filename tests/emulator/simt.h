@@ -56,6 +56,22 @@ int run(const Launch&, const std::function<void()>& body);
 void set_seed(int64_t seed);
 // Lets so many launches pass, and has the one after them fail; negative: none.
 void fail_after(int64_t launches);
+// Faults to play from now on, separated by commas; none: the text is empty.
+//   refuse-clusters, refuse-cooperative, refuse-all   launches of such a kind are not accepted
+//   after=N       but for the first N of them
+//   send-zeros    what blocks store for each other is zero
+//   swap-registers  tensor cores take two registers of A in the other order
+//   lose-block    the last block of a launch never runs; of launches that are no clusters
+//   capture       a CUDA graph is being captured
+void play(const char* faults);
+struct Faults {
+  bool refuse_clusters, refuse_cooperative, refuse_all, send_zeros, swap_registers, lose_block,
+      capture;
+  int64_t after;
+};
+extern Faults faults;
+inline bool capturing() { return faults.capture; }
+
 // How long the last launch had to take where all that counts is how often one block waits for
 // another, at a cluster's barrier or at a flag: the longest chain of those.
 int64_t longest_way();
@@ -69,6 +85,7 @@ struct Thread {
 extern const Thread* current;
 
 void sync_block(Where);
+bool sync_block_any(bool yes, Where);
 void sync_warp(unsigned mask, Where);
 void arrive_cluster(Where);
 void wait_cluster(Where);
@@ -85,6 +102,10 @@ void* static_shared(const void* key, size_t bytes);  // the same array for each 
 
 // Fails unless p is in global memory and a multiple of `bytes`.
 void expect_global(const void* p, size_t bytes, Where);
+
+// A clock that goes on only where a block is lost: all others are waited for in any case, and one
+// that never comes is reported.
+uint64_t nanoseconds();
 
 // A thread looks at a flag that others set: they run before it looks again.
 void poll(Where);

@@ -130,7 +130,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     const int64_t t = time(step - 1);
     if (me.exists && t < me.length)
       write<float>(stage.dx, token_of(p, t, me.b) * p.hidden_size + me.j, dx);
-    raise(team.own_done, step);
+    team.raise(team.own_done, step);
   }
 
   __device__ void run() const {
@@ -168,7 +168,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
           c_prev = first ? read<S>(stage.c0, at) : read<float>(stage.saved_c, earlier * H + me.j);
         }
       }
-      if (follows()) wait_for(team.before_done, team.size, step + 1);
+      if (follows()) team.wait_for(team.before_done, step + 1);
       if (runs) {
         dy = read<float>(stage.dy, token * stage.dy_stride + me.j);
         if (stage.dy_mask) dy *= stage.dy_mask[token * H + me.j] ? p.mask_scale : 0.f;
@@ -186,6 +186,11 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
           dh =
               decltype(cell)::template backward<ScalarMath>(own, h_prev, h, c_prev, c, dh + dy, dc);
         });
+      if (team.lost) {
+        dh = dc = dx = not_a_number();
+#pragma unroll
+        for (int k = 0; k < kMostSlots; k++) slots[k] = dh;
+      }
       if (me.in_block)
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++)
@@ -210,6 +215,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       wait(me.last);
       if (me.exists) dh += received(kRecurrent, s.recurrent, me.last);
       if (feeds_next()) finish_input(me.last, me.exists ? received(kInput, s.input, me.last) : 0.f);
+      if (team.lost) dh = dc = not_a_number();
     }
     if (me.exists) {
       write<float>(stage.dh0, at, dh);

@@ -61,6 +61,8 @@ struct Share {
   }
 };
 
+__device__ inline float not_a_number() { return bits_to_float(0x7fffffff); }
+
 // The token of row b at step t.
 __device__ inline int64_t token_of(const Persistent& p, int64_t t, int64_t b) {
   return (p.offsets ? p.offsets[t] : t * p.batch) + b;

@@ -100,7 +100,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       }
       return;
     }
-    wait_for(team.before_done, team.size, step + 1);
+    team.wait_for(team.before_done, step + 1);
     const ForwardStage& below = p.stage[team.stage - 1];
     S* x_in = reinterpret_cast<S*>(shared + s.input_x);
     const Share mine(s.rows);
@@ -195,6 +195,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
           h = decltype(cell)::template forward<ScalarMath>(own, h, c);
         });
       }
+      if (team.lost) h = c = not_a_number();
       if (me.in_block) own_h() = E::operand(h);
       __syncthreads();
       if (more) publish(step + 1);
@@ -211,7 +212,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       } else if (me.exists && !p.offsets) {
         write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
       }
-      if (feeds_next()) raise(team.own_done, step + 1);
+      if (feeds_next()) team.raise(team.own_done, step + 1);
       if (more) read_input(step + 1, input);
     }
     if (me.exists) {

@@ -1,3 +1,4 @@
+#include "cuda/device.h"
 #include "cuda/persistent/layers.h"
 #include "cuda/persistent/persistent.h"
 #include "cuda/primitives.h"
@@ -20,6 +21,8 @@ P problem_of(const CudaPlan& plan, const Layer& layer, size_t stages) {
   p.mask_scale = float(layer.mask_scale);
   p.shape = plan.shape;
   p.slices = plan.at_once;
+  p.tell_host = lost_block_word();
+  p.launch_code = launch_code(exchange_of(plan), p.chained);
   return p;
 }
 

@@ -74,14 +74,18 @@ struct Persistent {
   int first_slice, slices;
   int* flags;       // flag_count() zeros
   void* workspace;  // workspace_bytes() of anything
+  // Where the host learns that a block has waited too long for another, and what it finds there:
+  // see device.h. Null: nowhere.
+  int* tell_host;
+  int launch_code;
 
-  int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
+  FUSEDRNN_HD int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
   // Whether blocks exchange through global memory, and whether some wait for others' flags: those
   // have to know that all run.
   bool through_memory() const { return !cluster && shape.team > 1; }
   bool waits_for_flags() const { return through_memory() || (chained && stages > 1); }
-  // Two for each block: of its team's exchange, and for the stage that follows.
-  int64_t flag_count() const { return 2 * blocks(); }
+  // Two for each block: of its team's exchange, and for the stage that follows. And one for all.
+  FUSEDRNN_HD int64_t flag_count() const { return 2 * blocks() + 1; }
 };
 
 struct PersistentForward : Persistent {

@@ -9,19 +9,6 @@
 
 namespace fusedrnn {
 
-// Waits until all `count` flags have reached `value`. All threads of the block; what the flags'
-// owners wrote before they raised them is seen by all of them afterwards.
-__device__ inline void wait_for(const int* flags, int count, int64_t value) {
-  for (int i = threadIdx.x; i < count; i += kPersistentThreads) wait_until(flags + i, int(value));
-  __syncthreads();
-}
-
-// Says that this block has come to `value`. All threads of the block.
-__device__ inline void raise(int* flag, int64_t value) {
-  __syncthreads();
-  if (threadIdx.x == 0) store_release(flag, int(value));
-}
-
 template <bool kCluster>
 struct Team {
   int rank, size;
@@ -30,14 +17,22 @@ struct Team {
   int* flags;              // of the team's blocks
   int* own_done;           // this block's: how many steps the stage that follows may read
   const int* before_done;  // the same of the team whose output is read here
+  // Not zero once a block of the launch has waited too long for another; and where the host looks.
+  int *given_up, *tell_host;
+  int launch_code;
+  // Whether this block has given up: it waits for no one any more, tells no one that it has come to
+  // a step, and whatever it computes is NaN.
+  mutable bool lost = false;
 
-  __device__ explicit Team(const Persistent& p) : size(p.shape.team) {
+  __device__ explicit Team(const Persistent& p)
+      : size(p.shape.team), tell_host(p.tell_host), launch_code(p.launch_code) {
     index = int64_t(blockIdx.x) / size, rank = int(blockIdx.x % size);
     stage = int(index / p.slices), slice = p.first_slice + index % p.slices;
     flags = p.flags + index * size;
     int* done = p.flags + int64_t(p.slices) * p.stages * size;
     own_done = done + blockIdx.x;
     before_done = done + (index - p.slices) * size;  // of stages that have one before them
+    given_up = p.flags + p.flag_count() - 1;
   }
 
   // Whether there is no other block to exchange with.
@@ -52,9 +47,28 @@ struct Team {
       __syncthreads();
     }
   }
+  // Waits until all flags of a team have reached `value`. All threads of the block; what the flags'
+  // owners wrote before they raised them is seen by all of them afterwards.
+  __device__ void wait_for(const int* all, int64_t value) const {
+    if (lost) return;
+    bool found = true;
+    for (int i = threadIdx.x; i < size; i += kPersistentThreads)
+      found &= wait_until(all + i, int(value), given_up);
+    if (!found) {
+      store_release(given_up, 1);
+      if (tell_host) store_release(tell_host, launch_code);
+    }
+    lost = sync_any(!found);
+  }
+  // Says that this block has come to `value`. All threads of the block.
+  __device__ void raise(int* flag, int64_t value) const {
+    __syncthreads();
+    if (threadIdx.x == 0 && !lost) store_release(flag, int(value));
+  }
+
   // Of teams that are not clusters: what this block wrote for the others is ready; all have come.
   __device__ void arrive(int64_t step) const { raise(flags + rank, step); }
-  __device__ void wait(int64_t step) const { wait_for(flags, size, step); }
+  __device__ void wait(int64_t step) const { wait_for(flags, step); }
 };
 
 // How a block of a cluster knows that all others' stores to its shared memory have come: two

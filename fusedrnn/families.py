@@ -1,0 +1,287 @@
+"""Families of kernels, and a small case of each, compared with plain PyTorch in float64.
+
+A family is what is launched, checked and struck out as one: CUDA kernels of one exchange between
+blocks, arithmetic, cell and direction (csrc/plan/families.h); or CPU kernels of one instruction
+set, dtype, cell and direction. The first use of a CUDA family on a device runs its case
+(csrc/torch/cuda_standing.cpp calls `verify`); `python -m fusedrnn check` runs all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedrnn import _C, reference
+from fusedrnn.ops import Config
+
+MODES = tuple(reference.STEPS)
+# The largest error of a result, as a part of its largest element, that rounding explains.
+TOLERANCES = {
+    "float64": 1e-10,
+    "float32": 1e-5,
+    "FFMA": 1e-5,
+    "FFMA, 2 rows": 1e-5,
+    "TF32 tensor cores": 1e-2,
+    "bfloat16": 4e-2,
+    "float16": 1e-2,
+}
+
+
+class Family(NamedTuple):
+    """CUDA kernels that are checked as one."""
+
+    number: int  # of csrc/plan/families.h
+    exchange: str  # stepwise, block (teams of one), grid or cluster
+    arithmetic: str
+    mode: str
+    backward: bool
+    chained: bool  # several layers in a launch
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.arithmetic, torch.float32)  # FFMA and TF32 are float32's
+
+    @property
+    def backend(self) -> str:
+        """The word of FUSEDRNN_PLAN."""
+        return "grid" if self.exchange == "block" else self.exchange
+
+
+class CpuFamily(NamedTuple):
+    """CPU kernels that are checked as one."""
+
+    variant: str  # the instruction set, as FUSEDRNN_CPU names it
+    dtype: torch.dtype
+    mode: str
+    backward: bool
+
+    @property
+    def name(self) -> str:
+        way = "backward" if self.backward else "forward"
+        return f"{self.variant} {self.mode} {way}, {str(self.dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def cuda_families() -> tuple[Family, ...]:
+    return tuple(Family(*fields) for fields in _C.cuda_families())
+
+
+def cpu_families() -> tuple[CpuFamily, ...]:
+    """Of all instruction sets that the binary has and this processor too."""
+    return tuple(
+        CpuFamily(variant, dtype, mode, backward)
+        for variant, here in _C.cpu_variants()
+        if here
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        for mode in MODES
+        for backward in (False, True)
+    )
+
+
+class Case(NamedTuple):
+    """A small call: sizes, and the plan that makes it run a family's kernels."""
+
+    steps: int
+    batch: int
+    config: Config
+    plan: str = ""  # of FUSEDRNN_PLAN
+    tf32: bool = False
+
+
+INPUT = 3
+
+
+def cases(family: Family) -> list[Case]:
+    """Sizes that divide evenly by nothing; teams of three blocks, two or more of them."""
+    layers, half = 1 + family.chained, family.dtype.itemsize == 2
+    alone = family.exchange in ("block", "stepwise")
+    hidden = 5 if alone else 19
+    config = Config(family.mode, hidden, 0, layers, True, False)
+    if family.exchange == "stepwise":
+        projected = [config._replace(proj_size=3)] if family.mode == "LSTM" else []
+        return [Case(4, 5, c, "stepwise") for c in (config, *projected)]
+    narrow = family.arithmetic == "FFMA, 2 rows"
+    plan = f"{family.backend},units=8,rows={2 if narrow else 8},layers={layers}"
+    tf32 = family.arithmetic.startswith("TF32")
+    assert not half or hidden > 8 or alone
+    return [Case(4, 3 if narrow else 9, config, plan, tf32)]
+
+
+def _random(*shape: int, seed: list[int]) -> Tensor:
+    seed[0] += 1
+    generator = torch.Generator().manual_seed(seed[0])
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def _shapes(config: Config, width: int) -> list[tuple[int, ...]]:
+    gates = {"GRU": 3, "LSTM": 4}.get(config.mode, 1) * config.hidden_size
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(config.num_layers):
+        inputs = width if layer == 0 else config.out_size * config.directions
+        for _ in range(config.directions):
+            shapes += [(gates, inputs), (gates, config.out_size), (gates,), (gates,)]
+            shapes += [(config.out_size, config.hidden_size)] if config.proj_size else []
+    return shapes
+
+
+class _Call:
+    """The arguments of a case in a dtype, and what plain PyTorch makes of them in float64."""
+
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        config, seed = case.config, [0]
+
+        def rounded(*shape: int, scale: float = 1.0) -> Tensor:
+            return (_random(*shape, seed=seed) * scale).to(dtype)
+
+        states = config.num_layers * config.directions
+        lstm = config.mode == "LSTM"
+        self.x = rounded(case.steps, case.batch, INPUT)
+        self.hx = rounded(states, case.batch, config.out_size)
+        self.cx = rounded(states, case.batch, config.hidden_size) if lstm else None
+        relu = config.mode == "RNN_RELU"
+        scale = config.hidden_size**-0.5 / (2 if relu else 1)
+        self.weights = [rounded(*shape, scale=scale) for shape in _shapes(config, INPUT)]
+        if relu:  # far from the jump of the slope, on both sides of it
+            for bias in (w for w in self.weights if w.dim() == 1):
+                bias[::2] += 1
+                bias[1::2] -= 1
+        self.rest: tuple[Any, ...] = (*[None] * 7, 0.0, *config)
+        width = config.directions * config.out_size
+        sizes = [(case.steps, case.batch, width), (states, case.batch, config.out_size)]
+        sizes += [(states, case.batch, config.hidden_size)] if lstm else []
+        self.grads = [rounded(*size) for size in sizes]
+
+    def exact(self, backward: bool) -> list[Tensor]:
+        given = (self.x, self.hx, self.cx, *self.weights)
+        with torch.enable_grad():
+            leaves: list[Any] = [
+                None if t is None else t.double().requires_grad_(backward) for t in given
+            ]
+            x, hx, cx, *weights = leaves
+            outputs = [t for t in reference.forward(x, hx, cx, weights, *self.rest) if t.numel()]
+            if not backward:
+                return outputs
+            wanted = [t for t in leaves if t is not None]
+            grads = [g.double() for g in self.grads]
+            return list(torch.autograd.grad(outputs, wanted, grads))
+
+    def found(self, ops: Any, device: torch.device, backward: bool, plans: Any) -> list[Tensor]:
+        """The same by the ops; `plans(backward)` is a context in which they run the family."""
+        x, hx, cx, *weights = (
+            None if t is None else t.to(device) for t in (self.x, self.hx, self.cx, *self.weights)
+        )
+        with torch.no_grad():
+            with plans(False):
+                y, hn, cn, *kept = ops.forward(x, hx, cx, weights, *self.rest, True)
+            if not backward:
+                return [t for t in (y, hn, cn) if t.numel()]
+            grads = [*(g.to(device) for g in self.grads), None][:3]
+            needs = [t is not None for t in (x, hx, cx, *weights)]
+            with plans(True):
+                dx, dhx, dcx, dweights = ops.backward(
+                    *grads, None, None, y, *kept, needs, x, hx, cx, weights, *self.rest
+                )
+            return [g for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True) if need]
+
+
+def _problem(found: list[Tensor], exact: list[Tensor], tolerance: float) -> str | None:
+    for ours, true in zip(found, exact, strict=True):
+        ours = ours.cpu().double()
+        error = ((ours - true).abs().max() / true.abs().max()).item()
+        if not error <= tolerance:  # unlike >, true for NaN
+            return f"has an error of {error:.2g} of its largest element, not {tolerance:.0e}"
+    return None
+
+
+def problem(family: Family, ops: Any, device: torch.device) -> str | None:
+    """What is wrong with a family's results for its small case; None where they are right.
+
+    `ops` is the namespace of torch.ops whose CUDA kernels run it.
+    """
+
+    @contextlib.contextmanager
+    def planned(plan: str, tf32: bool) -> Iterator[None]:
+        ops.trial(plan, tf32)
+        try:
+            yield
+        finally:
+            ops.trial("", False)
+
+    for case in cases(family):
+        call = _Call(case, family.dtype)
+
+        def plans(backward: bool, case: Case = case) -> Any:
+            # What backward reads is made stepwise: of a launch, one direction is in question.
+            if backward == family.backward:
+                return planned(case.plan, case.tf32)
+            return planned("stepwise", case.tf32)
+
+        found = call.found(ops, device, family.backward, plans)
+        tolerance = TOLERANCES[family.arithmetic]
+        wrong = _problem(found, call.exact(family.backward), tolerance)
+        if wrong:
+            return wrong
+    return None
+
+
+def cpu_problem(family: CpuFamily) -> str | None:
+    """The same of CPU kernels; FUSEDRNN_CPU has to name their variant."""
+    projected = (0, 17) if family.mode == "LSTM" else (0,)
+    for proj_size in projected:
+        for steps, batch in ((5, 33), (2, 1)):
+            config = Config(family.mode, 33, proj_size, 2, True, True)
+            call = _Call(Case(steps, batch, config), family.dtype)
+            plans = lambda backward: contextlib.nullcontext()  # noqa: E731
+            found = call.found(torch.ops.fusedrnn, torch.device("cpu"), family.backward, plans)
+            tolerance = TOLERANCES[str(family.dtype).removeprefix("torch.")]
+            wrong = _problem(found, call.exact(family.backward), tolerance)
+            if wrong:
+                return wrong
+    return None
+
+
+def by_number(number: int) -> Family:
+    return next(f for f in cuda_families() if f.number == number)
+
+
+def verify(number: int, namespace: str, device: str) -> str:
+    """Why the kernels of a family must not run on a device; empty where they are right.
+
+    A thread of its own computes the case, with none of the modes that surround the call: autograd
+    off or in backward, autocast, inference mode, torch.func, default devices.
+    """
+    family, results = by_number(number), []
+
+    def work() -> None:
+        try:
+            with _without_sync_debug():
+                found = problem(family, getattr(torch.ops, namespace), torch.device(device))
+        except Exception as error:
+            found = f"failed: {type(error).__name__}: {error}"
+        results.append(found or "")
+
+    thread = threading.Thread(target=work, name="fusedrnn check")
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@contextlib.contextmanager
+def _without_sync_debug() -> Iterator[None]:
+    """Reading the results waits for the GPU, which a user may have forbidden."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

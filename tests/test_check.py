@@ -1,0 +1,121 @@
+"""``python -m fusedrnn check``: what it lists, what it finds, and what it makes of crashes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from fusedrnn import _C, check, cuda, families
+from fusedrnn.__main__ import main
+
+# Functions of families that another process imports by name.
+
+
+def right() -> None:
+    return None
+
+
+def wrong() -> str:
+    return "has an error"
+
+
+def raises() -> None:
+    raise ValueError("no such thing")
+
+
+def crashes() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs() -> None:
+    time.sleep(600)
+
+
+def test_each_way_to_fail(monkeypatch, capsys):
+    """One line says what is right, one names each that is not, and the exit code is 1."""
+    functions = (right, wrong, raises, crashes, hangs)
+    tasks = [check.Task("some", f.__name__, f, ()) for f in functions]
+    monkeypatch.setattr(check, "cpu_tasks", lambda: tasks)
+    assert main(["check", "--device", "cpu", "--seconds", "5", "--jobs", "5"]) == 1
+    text = capsys.readouterr().out
+    table = text[text.rindex("some ") :].splitlines()
+    assert "5 families  4 WRONG" in table[0]
+    for line in (
+        "  wrong: has an error",
+        "  raises: failed: ValueError: no such thing",
+        "  crashes: crashed with exit code -11",
+        "  hangs: hangs: no result within 5 s",
+    ):
+        assert line in table
+    assert main(["check", "--device", "cpu", "--only", "right"]) == 0
+    assert "1 families  right" in capsys.readouterr().out
+    assert main(["check", "--device", "cpu", "--only", "nothing of it"]) == 2
+
+
+def test_every_family_of_the_cpu_is_listed():
+    found = families.cpu_families()
+    here = {name for name, supported in _C.cpu_variants() if supported}
+    assert {f.variant for f in found} == here
+    assert len(found) == len(here) * 4 * len(families.MODES) * 2
+    assert len({f.name for f in found}) == len(found)
+
+
+@pytest.mark.parametrize("name", ["LSTM backward, float32", "RNN_RELU backward, float16"])
+def test_kernels_of_the_cpu(name, monkeypatch, capsys):
+    """The weakest instruction set: the process chooses it."""
+    variant = _C.cpu_variants()[-1][0]
+    monkeypatch.setenv("FUSEDRNN_CPU", _C.cpu_variant())
+    assert main(["check", "--device", "cpu", "--only", f"{variant} {name}"]) == 0
+    assert f"CPU {variant}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_kernels_of_the_cpu():
+    assert main(["check", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("mode", families.MODES)
+def test_the_small_case_finds_a_missing_state(mode, backward, monkeypatch):
+    """In every dtype: what rounding explains is less than that."""
+    exact = families._Call.exact
+
+    def changed(self, backward):
+        self.hx = self.hx.clone()
+        self.hx[:, -1] = 0  # of one row
+        return exact(self, backward)
+
+    monkeypatch.setattr(families._Call, "exact", changed)
+    for family in families.cpu_families():
+        if family.variant == _C.cpu_variant() and family[2:] == (mode, backward):
+            assert "has an error" in families.cpu_problem(family)
+
+
+def test_every_family_of_cuda_has_a_case(monkeypatch):
+    """The plan that its case forces is of the family; every plan is of one that is listed."""
+    spec = cuda.Spec(
+        capability=90, processors=132, shared_bytes=227 << 10,
+        clusters=tuple(132 // n for n in range(1, 17)),
+    )  # fmt: skip
+    found = families.cuda_families()
+    assert len({f.name for f in found}) == len({f.number for f in found}) == len(found)
+    assert len(found) == len(families.MODES) * 2 * (3 * 5 * 2 + 4)
+    for family in found:
+        for case in families.cases(family):
+            monkeypatch.setenv("FUSEDRNN_PLAN", case.plan)
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", case.tf32)
+            plan = cuda.plan(
+                case.config, family.dtype, case.steps, case.batch, family.backward, spec
+            )
+            assert plan.family == family.number, (family, plan)
+
+
+def test_without_a_gpu_check_of_cuda_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["check", "--device", "cuda"]) == 2
+    assert "no GPU: torch finds none" in capsys.readouterr().out
