@@ -102,6 +102,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def lost(device: torch.device) -> bool:
+    """Whether this process can no longer use the device."""
+    try:
+        synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Mean seconds of ``repeats`` calls: by CUDA events on a GPU, else by the wall clock."""
     if device.type == "cuda":

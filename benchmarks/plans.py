@@ -60,9 +60,20 @@ that run one layer for some rows of the batch; a team of one block exchanges not
 layers in a launch overlap.
 
 The plan minimises a model of the time of a step (`csrc/plan/cuda_plan.cpp`) with constants from
-published figures. **No GPU has confirmed it yet.** `fusedrnn.explain` shows the plan of a call on
-the present GPU. `FUSEDRNN_PLAN` overrides it: a backend (`stepwise`, `grid`, `cluster`) and, after
-commas, any of `units=N`, `rows=N`, `layers=N`.
+published figures (`cuda_model.inc`). **No GPU has confirmed it yet.** `fusedrnn.explain` shows the
+plan of a call on the present GPU. `FUSEDRNN_PLAN` overrides it with words separated by commas; what
+they leave open is still chosen:
+
+| word | forces |
+|---|---|
+| `stepwise`, `grid`, `cluster` | the backend |
+| `units=N` | hidden units of a block |
+| `rows=N` | rows of the batch of a team |
+| `layers=N` | layers of a launch |
+| `engine=NAME` | the product: `ffma`, `ffma_narrow` (2 rows), `tf32` where permitted, `half` |
+
+Words after `forward:` or `backward:`, up to a semicolon, hold for that direction only:
+`FUSEDRNN_PLAN="cluster;backward:units=32,rows=8"`. A combination that cannot run is an error.
 
 What the tables call stepwise is left to torch.nn where it can do the call, in both directions
 ([cuda.md](cuda.md)). A GPU that has room for one cluster fewer than expected gets another plan: the

@@ -58,4 +58,21 @@ def cuda_plan(
 ) -> tuple[str, int]: ...
 def cuda_families() -> list[tuple[int, str, str, str, bool, bool, str]]: ...
 def cuda_versions() -> tuple[int, int]: ...
+def cuda_plans(
+    *,
+    mode: str,
+    dtype: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    steps: int,
+    batch: int,
+    backward: bool,
+    tf32: bool,
+    device: Spec,
+    forced: str,
+    model: dict[str, float],
+) -> list[tuple[str, float]]: ...
+def cuda_model() -> dict[str, float]: ...
 def cuda_archs() -> str: ...

@@ -289,7 +289,7 @@ def test_figures_of_a_busy_machine_say_so_and_stay_out_of_the_readme(tmp_path):
 
 
 def test_results_of_the_gpu_command_have_their_own_tables(tmp_path):
-    data = {"environment": {**ENVIRONMENT, "gpu": "a GPU"}, "minutes": 8, "command": "gpu it"}
+    data = {"environment": {**ENVIRONMENT, "gpu": "a GPU"}, "commands": {"1": "gpu it"}}
     (tmp_path / pages.RESULTS).mkdir(parents=True)
     (tmp_path / pages.RESULTS / "gpu.json").write_text(compact.dumps(data, 3))
     assert "Made by `gpu it`." in pages.results(tmp_path)

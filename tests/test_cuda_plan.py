@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fusedrnn
 from benchmarks import plans
-from fusedrnn import cuda, families
+from fusedrnn import _C, cuda, families
 
 CELLS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
 # Clusters of up to 8 blocks, and less than half an H200's shared memory.
@@ -199,9 +199,60 @@ def test_a_plan_can_be_forced():
     assert backend(forced="cluster") == "cluster"
 
 
+def test_a_plan_can_be_forced_for_one_direction():
+    forced = "grid,rows=8;backward:units=8;forward:units=16,layers=1"
+    forward, backward = (plan(forced=forced, backward=way, layers=2) for way in (False, True))
+    assert (forward.shape.units, forward.shape.rows, forward.layers) == (16, 8, 1)
+    assert (backward.shape.units, backward.shape.rows) == (8, 8)
+    assert forward.backend.name == backward.backend.name == "grid"
+
+
+def test_an_engine_can_be_forced():
+    assert plan(forced="engine=ffma_narrow").engine.name == "ffma_narrow"
+    assert plan(forced="engine=ffma", tf32=True).engine.name == "ffma"
+    assert plan(forced="engine=half", dtype="float16").engine.name == "half"
+
+
+def listed(forced="", model=None, device="H200", **shape):
+    """All plans of the compiled module: [(FUSEDRNN_PLAN, microseconds)]."""
+    shape = {
+        **{"mode": "LSTM", "dtype": "float32", "hidden_size": 256, "num_layers": 2},
+        **{"bidirectional": False, "steps": 35, "batch": 32, "backward": False, "tf32": False},
+        **{"proj_size": 0, **shape},
+    }
+    return _C.cuda_plans(
+        **shape, device=DEVICES[device], forced=forced, model=model or _C.cuda_model()
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_plan_has_words_that_force_it(backward):
+    plans = listed(backward=backward)
+    assert len({text for text, _ in plans}) == len(plans) > 50
+    assert [us for _, us in plans] == sorted(us for _, us in plans)
+    for text, us in plans[::11]:
+        assert listed(text, backward=backward) == [(text, us)]
+        made = plan(forced=text, layers=2, backward=backward)
+        assert made.microseconds == pytest.approx(us)
+    best = plan(layers=2, backward=backward)
+    assert plans[0][1] == best.microseconds and f"units={best.shape.units}," in plans[0][0]
+
+
+def test_the_model_is_data():
+    """A GPU on which clusters exchange slowly would have another plan."""
+    slow = {**_C.cuda_model(), "cluster_exchange": 1e5}
+    assert listed()[0][0].startswith("cluster,") and listed(model=slow)[0][0].startswith("grid,")
+    with pytest.raises(TypeError, match="missing argument 'cell'"):
+        listed(model={name: x for name, x in slow.items() if name != "cell"})
+
+
 @pytest.mark.parametrize(
     "forced, message",
     [
+        ("engine=half", "cannot run this shape"),  # of float32
+        ("engine=tf32", "cannot run this shape"),  # not permitted
+        ("engine=fast", "has 'engine=fast'; it takes"),
+        ("forward:cluster;backward:clutser", "has 'clutser'"),  # whichever direction is asked for
         ("clutser", "has 'clutser'; it takes one of stepwise, grid and cluster"),
         ("grid,units", "has 'units'"),
         ("grid,units=-8", "has 'units=-8'"),

@@ -1,158 +1,238 @@
-"""``python -m benchmarks.gpu --out DIR``, on a machine with a GPU and fusedrnn installed.
+"""``python -m benchmarks.gpu --part N --out DIR``, on a machine with a GPU and fusedrnn installed.
 
-It installs nothing and needs torch alone; the tests need pytest and hypothesis.
+It installs and compiles nothing and needs torch alone; the tests need pytest and hypothesis.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import shutil
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import compact, machine
-from benchmarks.gpu import checks, points, summary, supervise
-from benchmarks.gpu.points import BACKENDS, Point, Sizes
+from benchmarks.gpu import canaries, checks, micro, points, process, summary, supervise, sweep
+from benchmarks.gpu.points import Point, Sizes
 from fusedrnn.demo.options import positive_number
 
-# Stages in order, with their shares of the time; later stages get what earlier ones leave.
-SHARES = {"tests": 3.0, "sanitizer": 1.5, "latency": 1.2, "targets": 2.3}
-SILENCE = 60.0  # seconds that a point may take
-RESERVE = 10.0  # seconds for the summary
+# The stages of each part in order, with their shares of the time; later stages get what earlier
+# ones leave.
+PARTS = {
+    1: {"driver": 1.0, "canaries": 2.5, "micro": 1.0, "tests": 4.0},
+    2: {"driver": 1.0, "sweep": 8.0},
+    3: {"profile": 1.8, "targets": 4.0, "sanitizer": 2.7},
+}
+RESERVE = 15.0  # seconds for the fit and the summary
+PROFILED = (  # kernels for ncu, by group of the sweep
+    *("book-lstm-256x2/tf32/forward", "book-lstm-256x2/tf32/backward"),
+    *("book-lstm-256x2/float32/forward", "lstm-256/float16/forward"),
+    *("flashrnn-lstm-768/float16/forward", "flashrnn-lstm-768/bfloat16/backward"),
+)
+PROFILED_STEPS = 64  # ncu runs a kernel many times
 
 
 class Command:
-    """One run: its folder, device, clock and findings."""
+    """One part: its device, clock, logs and findings, with those of earlier parts."""
 
-    def __init__(self, folder: Path, device: str, stages: Sequence[str], minutes: float) -> None:
-        self._folder, self._device, self._stages = folder, device, list(stages)
-        self._logs = folder / "logs"
-        self._logs.mkdir(parents=True, exist_ok=True)
-        for old in self._logs.iterdir():  # journals of an earlier run would be resumed
-            old.unlink()
+    def __init__(
+        self, part: int, folder: Path, device: str, minutes: float, earlier: dict[str, Any]
+    ) -> None:
+        self._part, self._folder, self._device = part, folder, device
+        folder.mkdir(parents=True, exist_ok=True)
+        self._logs = Path(tempfile.mkdtemp(prefix="fusedrnn-gpu-"))
         self._end = time.monotonic() + minutes * 60 - RESERVE
-        self._sizes: Sizes = points.TRY if device == "cpu" else points.CUDA
-        self.data: dict[str, Any] = {
-            "environment": machine.environment(torch.device(device)),
-            "minutes": minutes,
-        }
+        self._sizes: Sizes = points.TRY if device == process.EMULATOR else points.CUDA
+        where = torch.device("cpu" if device == process.EMULATOR else device)
+        self.data: dict[str, Any] = {**earlier, "environment": machine.environment(where)}
+        self.data.setdefault("commands", {})
+        self._strike()
+
+    def _strike(self) -> None:
+        """Has every process from now on leave out the families that failed."""
+        if found := self.data.get("canaries", {}).get("found"):
+            os.environ[process.STRUCK] = "\n".join(canaries.struck(found))
 
     def run(self) -> None:
         """Runs the stages; a stage that fails does not stop the next, and findings are saved."""
-        stages: dict[str, Callable[[float], dict[str, Any]]] = {
-            "tests": lambda deadline: checks.tests(self._logs, deadline),
-            "sanitizer": lambda deadline: checks.sanitizer(self._logs, deadline, self._device),
-            "latency": self._latency,
-            "targets": self._targets,
-        }
-        order = [name for name in SHARES if name in self._stages]
-        for i, name in enumerate(order):
-            start = time.monotonic()
-            share = SHARES[name] / sum(SHARES[later] for later in order[i:])
-            deadline = start + max(0.0, self._end - start) * share
-            print(f"{name}: up to {deadline - start:.0f} s", flush=True)
-            try:
-                found = stages[name](deadline)
-            except Exception as error:  # including errors of this command
-                found = {**summary.NOTHING, "incomplete": f"{type(error).__name__}: {error}"}
-            self.data[name] = {**found, "wall_seconds": time.monotonic() - start}
+        shares = PARTS[self._part]
+        if self._part == 2 and "spec" in self._found("driver").get("driver", {}):
+            shares = {name: share for name, share in shares.items() if name != "driver"}
+        order = list(shares)
+        try:
+            for i, name in enumerate(order):
+                start = time.monotonic()
+                share = shares[name] / sum(shares[later] for later in order[i:])
+                deadline = start + max(0.0, self._end - start) * share
+                print(f"{name}: up to {deadline - start:.0f} s", flush=True)
+                stage: Callable[[float], dict[str, Any]] = getattr(self, f"_{name}")
+                try:
+                    found = stage(deadline)
+                except Exception as error:  # including errors of this command
+                    found = {**summary.NOTHING, "incomplete": f"{type(error).__name__}: {error}"}
+                self.data[name] = {**found, "wall_seconds": time.monotonic() - start}
+                if name == "canaries":
+                    self._strike()
+                self.save()
+        finally:
             self.save()
+            shutil.rmtree(self._logs)
 
     def save(self) -> None:
+        """At most one archive a part, and two files for all of them."""
         path = self._folder / "gpu.json"
         path.write_text(compact.dumps(self.data, 3))
         (self._folder / "gpu.md").write_text(summary.markdown(path))
+        with tarfile.open(self._folder / f"logs-{self._part}.tar.gz", "w:gz") as archive:
+            archive.add(self._logs, f"logs-{self._part}")
 
-    def _latency(self, deadline: float) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        incomplete, planned = [], 0
-        kinds = (None, *BACKENDS)
-        for i, backend in enumerate(kinds):
-            todo = list(points.latency(self._sizes, (backend,)))
-            planned += len(todo)
-            now = time.monotonic()
-            until = now + max(0.0, deadline - now) / (len(kinds) - i)
-            outcome = self._work(f"latency-{backend or 'plan'}", todo, until, backend)
-            found |= outcome.found
-            if outcome.incomplete:
-                incomplete.append(f"{backend or 'plan'}: {outcome.incomplete}")
-        return {"found": found, "planned": planned, "incomplete": "; ".join(incomplete) or None}
+    def _found(self, stage: str) -> dict[str, Any]:
+        return self.data.get(stage, {}).get("found", {})
+
+    # ---- the stages: each returns what it found before a time of time.monotonic() ----
+
+    def _driver(self, deadline: float) -> dict[str, Any]:
+        kinds = ("driver", "clusters") if self._part == 1 else ("driver",)
+        return self._work("driver", [{"kind": kind, "id": kind} for kind in kinds], deadline)
+
+    def _canaries(self, deadline: float) -> dict[str, Any]:
+        only = os.environ.get("FUSEDRNN_GPU_CANARIES", "")  # a part of their names: for tests
+        return self._work("canaries", canaries.items(only), deadline)
+
+    def _micro(self, deadline: float) -> dict[str, Any]:
+        todo = list(micro.runs(self._sizes.micro_repeats, self._sizes.micro_blocks))
+        return self._work(
+            "micro", [{"kind": "micro", "id": m.id, "micro": asdict(m)} for m in todo], deadline
+        )
+
+    def _tests(self, deadline: float) -> dict[str, Any]:
+        return checks.tests(self._logs, deadline)
+
+    def _sweep(self, deadline: float) -> dict[str, Any]:
+        spec = self._found("driver").get("driver", {}).get("spec")
+        if spec is None:
+            raise RuntimeError("the driver has not answered")
+        groups = sweep.groups(self._sizes)
+        todo = sweep.in_turns(
+            [[g.point(plan) for plan in sweep.chosen(g, spec, self._sizes)] for g in groups]
+        )
+        found = self._work("sweep", [point.item() for point in todo], deadline)
+        found |= {"spec": spec, "groups": {g.id: g.request() for g in groups}}
+        if self._device != process.EMULATOR:  # whose cycles mean nothing
+            found["rate"] = self._found("micro").get("rate/1/1/0", {}).get("cycles_per_microsecond")
+        return {**found, "fit": sweep.fit(found)}
+
+    def _profile(self, deadline: float) -> dict[str, Any]:
+        items = [
+            Point(
+                group.id,
+                [replace(work, case=replace(work.case, steps=min(work.case.steps, PROFILED_STEPS)))
+                 for work in group.point("").works],
+            ).item()
+            for group in sweep.groups(self._sizes)
+            if group.id in PROFILED
+        ]  # fmt: skip
+        given = self._logs / "profile.json"
+        given.write_text(json.dumps(items))
+        ids = [item["id"] for item in items]
+        return checks.profile(self._logs, deadline, self._device, given, ids)
 
     def _targets(self, deadline: float) -> dict[str, Any]:
         named, grid = list(points.named(self._sizes)), points.grid(self._sizes)
-        outcome = self._work("targets", [*named, *grid], deadline)
-        return {
-            "found": outcome.found,
-            "planned": len(named) + len(grid),
-            "grid": len(grid),
-            "incomplete": outcome.incomplete,
-        }
+        found = self._work("targets", [point.item() for point in [*named, *grid]], deadline)
+        return {**found, "grid": len(grid)}
 
-    def _work(
-        self, name: str, todo: Sequence[Point], deadline: float, backend: str | None = None
-    ) -> supervise.Outcome:
-        given = self._logs / f"{name}.points.json"
-        given.write_text(json.dumps([point.as_json() for point in todo]))
-        journal = self._logs / f"{name}.jsonl"
+    def _sanitizer(self, deadline: float) -> dict[str, Any]:
+        return checks.sanitizer(self._logs, deadline, self._device)
+
+    def _work(self, name: str, items: list[dict[str, Any]], deadline: float) -> dict[str, Any]:
+        given, journal = self._logs / f"{name}.json", self._logs / f"{name}.jsonl"
+        given.write_text(json.dumps(items))
         command = [sys.executable, "-m", "benchmarks.gpu.worker", str(given), str(journal)]
         outcome = supervise.supervise(
             [*command, "--device", self._device],
             journal,
             self._logs / f"{name}.log",
             deadline,
-            SILENCE,
-            {**checks.python_path(), **({"FUSEDRNN_PLAN": backend} if backend else {})},
+            checks.SILENCE,
+            process.python_path(),
         )
-        if len(outcome.found) == len(todo):  # complete, however the process ended
+        if len(outcome.found) == len(items):  # complete, however the process ended
             outcome.incomplete = None
-        return outcome
+        return {
+            "found": outcome.found,
+            "planned": len(items),
+            "incomplete": outcome.incomplete,
+        }
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="Runs GPU tests, compute-sanitizer, latencies of a step, and targets against "
-        "torch.nn within minutes.",
+        description="Runs one of three parts: 1, whether the kernels work and what their parts "
+        "cost; 2, plans against each other; 3, counters, targets against torch.nn, sanitizers. "
+        "`python -m benchmarks.gpu build [ARCHS]` compiles the microbenchmarks before, where there "
+        "is a CUDA toolkit; `python -m benchmarks.gpu fit FILE` fits the planner's constants to an "
+        "earlier run.",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="for gpu.json, gpu.md and logs/")
-    add("--device", default="cuda", help="default: cuda; cpu tries the command on tiny sizes")
-    add("--minutes", type=positive_number, default=8.0, help="total duration (default: 8)")
-    add(
-        "--only",
-        default=",".join(SHARES),
-        metavar="LIST",
-        help=f"of {', '.join(SHARES)} (default: all)",
-    )
+    add("--part", type=int, required=True, choices=PARTS, help="which part")
+    add("--out", type=Path, required=True, metavar="DIR", help="for gpu.json, gpu.md and logs")
+    add("--after", type=Path, metavar="FILE", help="gpu.json of earlier parts (default: in DIR)")
+    add("--device", default="cuda", help="default: cuda; emulator tries the command on tiny sizes")
+    add("--minutes", type=positive_number, default=8.8, help="total duration (default: 8.8)")
     return parser
+
+
+def earlier_parts(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The findings of earlier parts, of the same GPU."""
+    path = options.after or options.out / "gpu.json"
+    if not path.exists():
+        if options.after:
+            parser.error(f"there is no {path}")
+        return {}
+    data: dict[str, Any] = json.loads(path.read_text())
+    gpu = torch.cuda.get_device_name() if options.device != process.EMULATOR else None
+    if data["environment"]["gpu"] != gpu:
+        parser.error(f"{path} is of {data['environment']['gpu']}, and this is {gpu}")
+    return data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 for failed, incorrect or omitted work, 2 for wrong usage."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["build"]:
+        print(micro.build(words[1] if len(words) > 1 else ""))
+        return 0
+    if words[:1] == ["fit"] and len(words) == 2:
+        fit = sweep.fit(json.loads(Path(words[1]).read_text())["sweep"])
+        for title, lines in summary.fit_tables(fit):
+            print(f"{title}\n{summary.aligned(lines)}\n")
+        return 0
     parser = make_parser()
-    options = parser.parse_args(arguments)
-    stages = options.only.split(",")
-    if unknown := [name for name in stages if name not in SHARES]:
-        parser.error(f"'{unknown[0]}' is none of {', '.join(SHARES)}")
-    if options.device != "cpu" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU; --device cpu tries the command on tiny sizes")
-    words = ["python", "-m", "benchmarks.gpu"]
+    options = parser.parse_args(words)
+    if options.device != process.EMULATOR and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --device emulator tries the command on tiny sizes")
+    earlier = earlier_parts(options, parser)
+    command = Command(options.part, options.out, options.device, options.minutes, earlier)
+    words = ["python", "-m", "benchmarks.gpu", "--part", str(options.part)]
     words += ["--device", options.device] if options.device != "cuda" else []
-    words += ["--only", options.only] if options.only != ",".join(SHARES) else []
-    words += ["--minutes", f"{options.minutes:g}"] if options.minutes != 8 else []
-    command = Command(options.out, options.device, stages, options.minutes)
-    command.data["command"] = shlex.join(words)
+    words += ["--minutes", f"{options.minutes:g}"] if options.minutes != 8.8 else []
+    command.data["commands"][str(options.part)] = shlex.join(words)
     try:
         command.run()
     except KeyboardInterrupt:
         print("interrupted; findings so far:", flush=True)
-    command.save()
     print(summary.text(command.data))
     return 0 if summary.good(command.data) else 1
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import supervise
+from benchmarks.gpu import process, supervise
 from benchmarks.gpu.checks import JOURNAL
 
 
@@ -64,4 +64,5 @@ class Recorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    process.obey_canaries()
     config.pluginmanager.register(Recorder(Path(os.environ[JOURNAL])), "fusedrnn-recorder")

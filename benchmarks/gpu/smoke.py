@@ -1,20 +1,26 @@
-"""Small calls of every cell and dtype, forward and backward, for compute-sanitizer.
+"""Calls for compute-sanitizer and Nsight Compute, without references or clocks.
 
-Odd sizes, lengths, two directions and layers, one row and many. Calls that a forced backend does
-not support are left out. Prints the number of calls.
+By itself: small calls of every cell and dtype, forward and backward; odd sizes, lengths, two
+directions and layers, one row and many. Calls that a forced backend does not support are left out.
+With --points and --id: the calls of one point, twice. Prints the number of calls.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 import fusedrnn
 from benchmarks.cases import GATES, Case
-from benchmarks.gpu.points import UNFIT
-from benchmarks.measure import Unit
+from benchmarks.gpu import process
+from benchmarks.gpu.points import LEFT_OUT, Point
+from benchmarks.measure import Unit, no_tf32
 
 SHAPES = (  # input, hidden, layers, steps, batch, both directions, shortest
     (5, 33, 2, 4, 3, True, 0),
@@ -25,27 +31,57 @@ SHAPES = (  # input, hidden, layers, steps, batch, both directions, shortest
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", required=True)
-    device = torch.device(parser.parse_args().device)
+def every_kind(device: torch.device) -> int:
+    """The number of small calls."""
     calls = 0
     for cell in GATES:
         for dtype in (getattr(torch, name) for name in DTYPES):
             for x, h, layers, steps, batch, both, shortest in SHAPES:
                 case = Case("smoke", cell, x, h, layers, steps, batch, both, shortest)
-                module, data = case.module(dtype, device), case.data(dtype, device)
-                for mode in ("training", "inference"):
-                    try:
-                        found = Unit(fusedrnn.swap(module).model, data, mode, True).results()
-                    except RuntimeError as error:
-                        if UNFIT not in str(error):
-                            raise
-                        continue
-                    if not all(bool(t.isfinite().all()) for t in found.values()):
-                        print(f"not finite: {case.shape}, {dtype}, {mode}")
-                        return 1
-                    calls += 1
+                calls += sum(_call(case, dtype, device, mode) for mode in ("training", "inference"))
+    return calls
+
+
+def of_point(point: Point, device: torch.device) -> int:
+    """The number of calls of a point."""
+    os.environ["FUSEDRNN_PLAN"] = point.plan
+    return sum(
+        _call(work.case, getattr(torch, work.dtype), device, work.mode, work.tf32)
+        for work in point.works
+        for _ in range(2)
+    )
+
+
+def _call(
+    case: Case, dtype: torch.dtype, device: torch.device, mode: str, tf32: bool = True
+) -> bool:
+    """Whether the kernels took the call."""
+    module, data = case.module(dtype, device), case.data(dtype, device)
+    setting = nullcontext if tf32 else no_tf32
+    try:
+        found = Unit(fusedrnn.swap(module).model, data, mode, True, setting).results()
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LEFT_OUT):
+            raise
+        return False
+    if not all(bool(t.isfinite().all()) for t in found.values()):
+        raise SystemExit(f"not finite: {case.shape}, {dtype}, {mode}")
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--points", type=Path)
+    parser.add_argument("--id")
+    options = parser.parse_args()
+    device = process.begin(options.device)
+    if options.points:
+        items = json.loads(options.points.read_text())
+        item = next(item for item in items if item["id"] == options.id)
+        calls = of_point(Point.of(item["point"]), device)
+    else:
+        calls = every_kind(device)
     print(f"smoke: {calls} calls")
     return 0 if calls else 1
 

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.points import BACKENDS
+from benchmarks.gpu import micro
 from benchmarks.measure import Summary, speedup
+from fusedrnn import _C
 
 # The findings of a stage that failed.
 NOTHING: dict[str, Any] = {
     **{"crashed": True, "found": {}, "planned": 0, "grid": 0, "runs": {}},
-    **{"passed": 0, "failed": {}, "skipped": 0, "skip_reasons": []},
+    **{"passed": 0, "failed": {}, "skipped": 0, "struck": 0, "skip_reasons": []},
 }
+WORKED = ("driver", "canaries", "micro", "sweep", "targets")  # stages of items, in order
 Record = dict[str, Any]  # a point, as the worker wrote it
 
 
@@ -85,12 +87,13 @@ def targets(found: dict[str, Record], planned: int = 0) -> list[Target]:
         made += _mean(
             mode, {k: v for k, v in grid.items() if k.startswith(f"grid/{mode}/")}, planned
         )
-    for mode, most in (("forward", 2.0), ("training", 5.0)):
-        record = get(f"flashrnn/{mode}")
-        what = f"LSTM 768, T=1024, B=16, bfloat16, {mode}"
-        made.append(_at_most(what, median_of(record, 1), 1e3, "ms", most))
-    for dtype in ("float32", "bfloat16"):
-        slope = step_seconds(get(f"step/plan/{dtype}/256/32"))
+    for dtype in ("bfloat16", "float16"):
+        for mode, most in (("forward", 2.0), ("training", 5.0)):
+            record = get(f"flashrnn/{dtype}/{mode}")
+            what = f"LSTM 768, T=1024, B=16, {dtype}, {mode}"
+            made.append(_at_most(what, median_of(record, 1), 1e3, "ms", most))
+    for dtype in ("float32", "bfloat16", "float16"):
+        slope = step_seconds(get(f"step/{dtype}"))
         made.append(_at_most(f"a step of LSTM 256, B=32, forward, {dtype}", slope, 1e6, "us", 1.2))
     for mode in ("inference", "training"):
         made.append(_layers(mode, get(f"layers/{mode}")))
@@ -171,18 +174,60 @@ def _why(record: Record | None) -> str:
 # ---- tables ----
 
 
-def latency_table(found: dict[str, Record]) -> list[list[str]]:
-    """Microseconds a step: lines are sizes, columns the plan's choice and each backend."""
-    kinds = ("plan", *BACKENDS)
-    sizes: dict[tuple[str, ...], None] = {}
-    for name in found:
-        if name.startswith("step/"):
-            sizes[tuple(name.split("/")[2:])] = None
-    lines = [["dtype", "H", "B", *kinds, "torch.nn"]]
-    for size in sizes:
-        records = [found.get(f"step/{kind}/{'/'.join(size)}") for kind in kinds]
-        values = [step_seconds(r) for r in records] + [step_seconds(records[0], "torch.nn")]
-        lines.append([*size, *("" if v is None else f"{v * 1e6:.2f}" for v in values)])
+def clusters_table(found: dict[str, Any]) -> list[list[str]]:
+    """How many clusters fit, by blocks and shared memory."""
+    counts = found["clusters"]
+    sizes = range(1, len(next(iter(counts.values()))) + 1)
+    lines = [["blocks", *(f"{int(shared) >> 10} KiB" for shared in counts), "cooperative launch"]]
+    for n in sizes:
+        error = found["launched"].get(str(n), "not tried")
+        numbers = [str(column[n - 1]) for column in counts.values()]
+        lines.append([str(n), *numbers, "accepted" if error is None else error])
+    return lines
+
+
+def micro_table(found: dict[str, Record]) -> list[list[str]]:
+    """Cycles of each microbenchmark beside what the planner assumes."""
+    model = _C.cuda_model()
+    lines = [["microbenchmark", "blocks", "cycles", "the planner's"]]
+    for m in micro.runs():
+        record = found.get(m.id)
+        if record and "cycles" in record:
+            assumed = f"{m.constant} {model[m.constant]:g}" if m.constant else ""
+            lines.append([m.what, str(m.blocks), f"{record['cycles']:.4g}", assumed])
+    if rate := found.get("rate/1/1/0", {}).get("cycles_per_microsecond"):
+        assumed = f"{model['cycles_per_microsecond']:g}"
+        lines.append(["cycles in a microsecond", "", f"{rate:.4g}", assumed])
+    return lines
+
+
+def fit_tables(fit: dict[str, Any]) -> Iterable[tuple[str, list[list[str]]]]:
+    """The plans that were fastest, and the constants with which the planner's model fits best."""
+
+    def cells(plan: str, time: float | None) -> list[str]:
+        return [plan, "not measured" if time is None else f"{time:.4g}"]
+
+    lines = [["shape", "plans", "fastest", "us", "planned", "us", "with fitted constants", "us"]]
+    for group, found in fit["groups"].items():
+        columns = [cells(*found[key]) for key in ("fastest", "planned", "fitted")]
+        lines.append([group, str(found["plans"]), *(cell for pair in columns for cell in pair)])
+    yield "plans", lines
+    before = _C.cuda_model()
+    lines = [["constant", "planner", "fitted"]]
+    lines += [[k, f"{before[k]:g}", f"{v:.4g}"] for k, v in fit["constants"].items()]
+    if fit["error_before"] is not None:
+        errors = [f"{100 * fit[key]:.1f} %" for key in ("error_before", "error_after")]
+        lines.append(["error of a plan's time", *errors])
+    yield "constants of the planner's model", lines
+
+
+def counters_table(runs: dict[str, Any]) -> list[list[str]]:
+    """What Nsight Compute counted."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.get("metrics", {})))
+    lines = [["kernel", *names]]
+    for kernel, run in runs.items():
+        if metrics := run.get("metrics"):
+            lines.append([kernel, *(metrics.get(name, "") for name in names)])
     return lines
 
 
@@ -190,25 +235,27 @@ def checks(data: dict[str, Any]) -> list[list[str]]:
     """A line for each check."""
     lines = [["check", "outcome"]]
     if tests := data.get("tests"):
-        counts = (tests["passed"], len(tests["failed"]), tests["skipped"])
-        text = "{} passed, {} failed, {} skipped".format(*counts)
+        counts = (tests["passed"], len(tests["failed"]), tests["skipped"], tests["struck"])
+        text = "{} passed, {} failed, {} skipped, {} of struck families".format(*counts)
         if tests["skip_reasons"]:
             text += f" ({'; '.join(tests['skip_reasons'])[:200]})"
         lines.append(["GPU tests", _with(text, tests["incomplete"])])
-    if sanitizer := data.get("sanitizer"):
-        for name, run in sanitizer["runs"].items():
+    for tool in ("profile", "sanitizer"):
+        for name, run in data.get(tool, {}).get("runs", {}).items():
             text = {
                 "clean": f"clean, {run.get('calls')} calls",
                 "errors": f"{run.get('errors')} ERRORS: {run.get('first')}",
+                "measured": "measured",
             }.get(run["verdict"], f"{run['verdict']}: {run.get('why')}")
             lines.append([name, text])
-        if sanitizer["incomplete"]:
-            lines.append(["compute-sanitizer", sanitizer["incomplete"]])
-    for part in ("latency", "targets"):
+        if incomplete := data.get(tool, {}).get("incomplete"):
+            lines.append([tool, incomplete])
+    for part in WORKED:
         if part in data:
             found, planned = data[part]["found"], data[part]["planned"]
             bad = len(problems(found))
-            text = f"{len(found)} of {planned} points, {bad} of them with problems"
+            left_out = sum("left_out" in record for record in found.values())
+            text = f"{len(found)} of {planned}, {bad} with problems, {left_out} left out"
             lines.append([part, _with(text, data[part]["incomplete"])])
     return lines
 
@@ -220,7 +267,7 @@ def _with(text: str, incomplete: str | None) -> str:
 def failures(data: dict[str, Any], most: int = 12) -> list[str]:
     """The first failures, and the number of the others."""
     found = dict(data.get("tests", {}).get("failed", {}))
-    for part in ("latency", "targets"):
+    for part in WORKED:
         found |= problems(data.get(part, {}).get("found", {}))
     lines = [f"{name}: {problem}" for name, problem in list(found.items())[:most]]
     return lines + ([f"... and {len(found) - most} more"] if len(found) > most else [])
@@ -235,23 +282,26 @@ def good(data: dict[str, Any]) -> bool:
         and not any(isinstance(stage, dict) and stage.get("crashed") for stage in data.values())
         and not (on_gpu and "tests" in data and data["tests"]["passed"] == 0)
         and not any(run["verdict"] == "errors" for run in sanitizer.get("runs", {}).values())
-        and not any(data.get(p, {}).get("incomplete") for p in ("tests", "latency", "targets"))
+        and not any(data.get(p, {}).get("incomplete") for p in ("tests", *WORKED))
     )
 
 
 def sections(data: dict[str, Any]) -> Iterable[tuple[str, list[list[str]]]]:
     """All tables, the targets last."""
-    if "latency" in data:
-        yield (
-            "microseconds a step, forward of one LSTM layer",
-            latency_table(data["latency"]["found"]),
-        )
+    if "clusters" in (found := data.get("driver", {}).get("found", {}).get("clusters", {})):
+        yield "clusters that run at once, as the driver says", clusters_table(found)
+    if "micro" in data:
+        yield "cycles", micro_table(data["micro"]["found"])
+    if fit := data.get("sweep", {}).get("fit"):
+        yield from fit_tables(fit)
+    if runs := data.get("profile", {}).get("runs"):
+        yield "counters", counters_table(runs)
     yield "checks", checks(data)
     if "targets" in data:
-        found = {**data.get("latency", {}).get("found", {}), **data["targets"]["found"]}
-        planned = data["targets"]["grid"]
         on_gpu = data["environment"]["gpu"] is not None
-        lines = [target.cells(on_gpu) for target in targets(found, planned)]
+        lines = [
+            t.cells(on_gpu) for t in targets(data["targets"]["found"], data["targets"]["grid"])
+        ]
         yield "targets", [["against torch.nn", "measured", "target", ""], *lines]
 
 
@@ -269,11 +319,11 @@ def text(data: dict[str, Any]) -> str:
     failed = failures(data)
     if failed:
         parts.append("failures\n" + "\n".join(f"  {line}" for line in failed))
-    parts += [f"{title}\n{_aligned(lines)}" for title, lines in sections(data)]
+    parts += [f"{title}\n{aligned(lines)}" for title, lines in sections(data)]
     return "\n\n".join(parts)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -283,14 +333,15 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def recognises(data: dict[str, Any]) -> bool:
     """Whether a file of results is one of ``python -m benchmarks.gpu``."""
-    return "minutes" in data
+    return "commands" in data
 
 
 def markdown(path: Path) -> str:
     """For the documentation."""
     data = json.loads(path.read_text())
     escape: Callable[[str], str] = lambda cell: cell.replace("|", "\\|")  # noqa: E731
-    parts = [f"{caption(data)}. Made by `{data['command']}`."]
+    made = ", ".join(f"`{command}`" for command in data["commands"].values())
+    parts = [f"{caption(data)}. Made by {made}."]
     for title, lines in sections(data):
         head, *rest = lines
         table = [head, ["---"] * len(head), *([escape(c) for c in line] for line in rest)]

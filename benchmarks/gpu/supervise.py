@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STARTS = 30  # the most starts of the process
+STARTUP = 60.0  # seconds until a process's first line: it imports torch and finds the device
 LOST = 77  # exit code: the item is recorded, but the process cannot continue
 
 
@@ -27,7 +28,7 @@ class Journal:
     """The file of JSON lines, for the working process."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.done = {line["id"] for line in read(path) if "start" not in line}
 
     def start(self, item: str) -> None:
@@ -37,7 +38,7 @@ class Journal:
         self._write({"id": item, **found})
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -69,7 +70,8 @@ def supervise(
 ) -> Outcome:
     """Starts ``command`` until it ends with one of the exit codes ``good``.
 
-    ``deadline`` is a time of time.monotonic(); ``silence`` is the limit of an item in seconds.
+    ``deadline`` is a time of time.monotonic(); ``silence`` is the limit of an item in seconds,
+    which is longer until the first one begins.
     """
     outcome = Outcome()
     for _ in range(STARTS):
@@ -108,16 +110,17 @@ def _run_once(
 ) -> int | str:
     """The exit code, or why the process was killed."""
     with log.open("ab") as output, started(command, output, environment) as process:
-        size, since = -1, time.monotonic()
+        size = journal.stat().st_size if journal.exists() else 0
+        since, limit = time.monotonic(), max(silence, STARTUP)
         while process.poll() is None:
             now = time.monotonic()
             grown = journal.stat().st_size if journal.exists() else 0
             if grown != size:
-                size, since = grown, now
+                size, since, limit = grown, now, silence
             if now > deadline:
                 return "out of time"
-            if now - since > silence:
-                return f"no answer within {silence:.0f} s"
+            if now - since > limit:
+                return f"no answer within {limit:.0f} s"
             time.sleep(0.1)
         return process.returncode
 

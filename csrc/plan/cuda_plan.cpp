@@ -1,22 +1,10 @@
 #include "plan/cuda_plan.h"
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 
 namespace fusedrnn {
 namespace {
-
-// What the estimate is made of, in cycles of a processor. Published figures for an H100 where there
-// are some, rough counts elsewhere: they order the candidates, and are to be replaced by
-// measurements.
-constexpr double kCyclesPerMicrosecond = 1700;
-constexpr double kClusterExchange = 1100;  // 0.65 us, a barrier's: counted stores may take less
-constexpr double kGridExchange = 1900;     // 1.1 us, a barrier's
-constexpr double kCell = 350;              // sums, cell, block barriers
-constexpr double kSharedBytes = 128;       // a cycle, of a block's own shared memory
-constexpr double kExchangeBytes = 32;      // a cycle, to and from other blocks
-constexpr double kLaunch = 5 * kCyclesPerMicrosecond;
-constexpr double kStepwiseStep = 10 * kCyclesPerMicrosecond;  // two launches and a product
 
 // Multiply-adds a cycle and processor, of a library's product of few rows: a part of the peak.
 double product_macs(const Problem& p, bool tf32) {
@@ -24,49 +12,72 @@ double product_macs(const Problem& p, bool tf32) {
 }
 
 // Cycles to multiply a tile of weights with `columns` rows: the longer of reading and computing.
-double tile_cycles(Engine e) {
-  return e == Engine::kFfma ? 8 : 5;  // 1024 multiply-adds at 128 a cycle; 512 bytes and x
+double tile_cycles(const CudaModel& m, Engine e) {
+  return e == Engine::kFfma         ? m.ffma_tile
+         : e == Engine::kFfmaNarrow ? m.ffma_narrow_tile
+         : e == Engine::kTf32       ? m.tf32_tile
+                                    : m.half_tile;
 }
 
 // The product of a layer's input and its weights, for all steps at once, outside the recurrence.
-double input_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec& device) {
+double input_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
+                    const CudaModel& m) {
   const double macs = double(r.steps * r.batch) * double(p.gate_rows()) * double(p.hidden_size);
   return double(p.num_directions) *
-         (kLaunch + macs / (product_macs(p, r.tf32) * device.processors));
+         (m.launch + macs / (product_macs(p, r.tf32) * device.processors));
 }
 
+constexpr const char* kEngineNames[] = {"ffma", "ffma_narrow", "tf32", "half"};
+
 struct Forced {
-  int backend = -1;  // any
+  int backend = -1, engine = -1;  // any
   int units = 0, rows = 0, layers = 0;
+
+  bool take(const std::string& word) {
+    const size_t equals = word.find('=');
+    if (equals == std::string::npos)
+      return named(word, kCudaBackendNames, int(CudaBackend::kCount), &backend);
+    const std::string name = word.substr(0, equals), value = word.substr(equals + 1);
+    if (name == "engine") return named(value, kEngineNames, int(Engine::kCount), &engine);
+    int* to = name == "units"    ? &units
+              : name == "rows"   ? &rows
+              : name == "layers" ? &layers
+                                 : nullptr;
+    char* rest;
+    const long number = std::strtol(value.c_str(), &rest, 10);
+    if (!to || *rest || number <= 0 || number > 1 << 20) return false;
+    *to = int(number);
+    return true;
+  }
+  static bool named(const std::string& name, const char* const* names, int count, int* to) {
+    for (int i = 0; i < count; i++)
+      if (name == names[i]) return *to = i, true;
+    return false;
+  }
 };
 
-bool parse(const char* text, Forced* f, std::string* reason) {
-  const std::string all = text ? text : "";
+// What is said of one direction: parts are separated by ';', words of a part by ','.
+bool parse(const std::string& all, bool backward, Forced* f, std::string* reason) {
+  bool ours = true;
   for (size_t begin = 0; begin < all.size();) {
-    const size_t end = std::min(all.find(',', begin), all.size());
-    const std::string word = all.substr(begin, end - begin);
-    begin = end + 1;
-    const size_t equals = word.find('=');
-    bool known = false;
-    if (equals == std::string::npos) {
-      for (int i = 0; i < int(CudaBackend::kCount); i++)
-        if (word == kCudaBackendNames[i]) f->backend = i, known = true;
-    } else {
-      char* rest;
-      const long value = std::strtol(word.c_str() + equals + 1, &rest, 10);
-      const std::string name = word.substr(0, equals);
-      int* to = name == "units"    ? &f->units
-                : name == "rows"   ? &f->rows
-                : name == "layers" ? &f->layers
-                                   : nullptr;
-      known = to && *rest == 0 && value > 0 && value <= 1 << 20;
-      if (known) *to = int(value);
+    const size_t end = std::min(all.find_first_of(",;", begin), all.size());
+    std::string word = all.substr(begin, end - begin);
+    for (bool way : {false, true}) {
+      const std::string prefix = way ? "backward:" : "forward:";
+      if (word.compare(0, prefix.size(), prefix)) continue;
+      word.erase(0, prefix.size());
+      ours = way == backward;
     }
-    if (!known) {
+    Forced other;
+    if (!(ours ? f : &other)->take(word)) {
       *reason = "FUSEDRNN_PLAN has '" + word +
-                "'; it takes one of stepwise, grid and cluster, and units=N, rows=N, layers=N";
+                "'; it takes one of stepwise, grid and cluster, and units=N, rows=N, layers=N,"
+                " engine=ffma, ffma_narrow, tf32 or half, for one direction after forward: or"
+                " backward: up to a ;";
       return false;
     }
+    ours = ours || (end < all.size() && all[end] == ';');
+    begin = end + 1;
   }
   return true;
 }
@@ -75,6 +86,7 @@ struct Candidate {
   const Problem& p;
   const CudaRequest& r;
   const DeviceSpec& device;
+  const CudaModel& m;
   CudaPlan plan;
 
   int directions() const { return int(p.num_directions); }
@@ -105,7 +117,7 @@ struct Candidate {
     // Teams that need not run together follow each other as there is room.
     plan.at_once = together() ? std::min(plan.slices, teams / stages) : plan.slices;
     if (teams == 0 || plan.at_once == 0) return false;
-    plan.microseconds = estimate(teams, stages) / kCyclesPerMicrosecond;
+    plan.microseconds = estimate(teams, stages) / m.cycles_per_microsecond;
     return true;
   }
 
@@ -113,34 +125,35 @@ struct Candidate {
     const PersistentShape& s = plan.shape;
     const EngineTile tile = tile_of(plan.engine);
     const double tiles = double(s.recurrent.row_tiles) * s.recurrent.depth_tiles;
-    const double product = tiles * tile_cycles(plan.engine) * (s.rows / tile.columns);
+    const double product = tiles * tile_cycles(m, plan.engine) * (s.rows / tile.columns);
     const double sums =
-        2.0 * s.recurrent.split * s.rows * s.recurrent.partial_row * 4 / kSharedBytes;
+        2.0 * s.recurrent.split * s.rows * s.recurrent.partial_row * 4 / m.shared_bytes;
     const double moved = r.backward ? 2.0 * s.team * s.units * s.rows * 4
                                     : double(s.team) * s.units * s.rows * tile.operand_bytes;
-    const double transfer = alone() ? 0 : moved / kExchangeBytes;
-    const double latency = alone() ? 0 : cluster() ? kClusterExchange : kGridExchange;
-    double step = product + sums + kCell + transfer;
+    const double transfer = alone() ? 0 : moved / m.exchange_bytes;
+    const double latency = alone() ? 0 : cluster() ? m.cluster_exchange : m.grid_exchange;
+    double step = product + sums + m.cell + transfer;
     double window = 0;  // while the exchange is on its way
-    if (plan.layers > 1 && !r.backward) window = product + sums + kCell;
+    if (plan.layers > 1 && !r.backward) window = product + sums + m.cell;
     if (plan.layers > 1 && r.backward) step += product + sums + transfer;
     step += std::max(latency, window);
     const double depth = (plan.layers - 1) * (r.backward ? 2.0 : 1.0);
     const int runs =
         together() ? plan.launches() : int((int64_t(plan.slices) * stages + teams - 1) / teams);
     const int groups = divide_up(int(p.num_layers), plan.layers);
-    const double weights = tiles * kTileBytes / kExchangeBytes;
+    const double weights = tiles * kTileBytes / m.exchange_bytes;
     const double steps = double(r.steps) + depth;
-    return groups * (input_cycles(p, r, device) + runs * (kLaunch + weights + steps * step));
+    return groups * (input_cycles(p, r, device, m) + runs * (m.launch + weights + steps * step));
   }
 };
 
-double stepwise_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec& d) {
+double stepwise_cycles(const Problem& p, const CudaRequest& r, const DeviceSpec& d,
+                       const CudaModel& m) {
   const double macs = double(r.batch) * double(p.gate_rows()) * double(p.out_size());
   const double product = macs / (product_macs(p, r.tf32) * d.processors);
   const double layer =
-      double(p.num_directions) * double(r.steps) * std::max(kStepwiseStep, product);
-  return double(p.num_layers) * (input_cycles(p, r, d) + layer);
+      double(p.num_directions) * double(r.steps) * std::max(m.stepwise_step, product);
+  return double(p.num_layers) * (input_cycles(p, r, d, m) + layer);
 }
 
 }  // namespace
@@ -164,20 +177,27 @@ Family family_of(const Problem& p, bool backward, const CudaPlan& plan) {
   return {exchange_of(plan), arithmetic, p.cell, backward, !stepwise && plan.layers > 1};
 }
 
-bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
-               const char* forced_text, CudaPlan* best, std::string* reason) {
+namespace {
+
+// Calls `visit` with every plan that can run.
+template <class F>
+bool each_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
+               const char* forced_text, const CudaModel& m, std::string* reason, F visit) {
   const bool tensor_cores = device.capability >= 80;  // of TF32 and of our 16-bit products
   CudaRequest r = request;
   r.tf32 = r.tf32 && tensor_cores;
   Forced forced;
-  if (!parse(forced_text, &forced, reason)) return false;
+  if (!parse(forced_text ? forced_text : "", r.backward, &forced, reason)) return false;
   auto wanted = [&](CudaBackend b) { return forced.backend < 0 || forced.backend == int(b); };
-  bool found = false;
-  if (wanted(CudaBackend::kStepwise) && !forced.units && !forced.rows && forced.layers <= 1) {
-    *best = CudaPlan{};
-    best->backend = CudaBackend::kStepwise, best->layers = 1;
-    best->microseconds = stepwise_cycles(p, r, device) / kCyclesPerMicrosecond;
-    found = !device.struck[size_t(index_of(family_of(p, r.backward, *best)))];
+  auto struck = [&](const CudaPlan& plan) {
+    return device.struck[size_t(index_of(family_of(p, r.backward, plan)))];
+  };
+  if (wanted(CudaBackend::kStepwise) && !forced.units && !forced.rows && forced.layers <= 1 &&
+      forced.engine < 0) {
+    CudaPlan plan{};
+    plan.backend = CudaBackend::kStepwise, plan.layers = 1;
+    plan.microseconds = stepwise_cycles(p, r, device, m) / m.cycles_per_microsecond;
+    if (!struck(plan)) visit(plan);
   }
   bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
                     r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
@@ -194,12 +214,16 @@ bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& d
       const int units = forced.units ? forced.units : round_up(divide_up(H, team), unit);
       if (units == last_units || units % unit) continue;
       last_units = units;
-      for (int narrow = 0; narrow <= (half || r.tf32 ? 0 : 1); narrow++)
+      for (Engine engine : {Engine::kFfma, Engine::kFfmaNarrow, Engine::kTf32, Engine::kHalf}) {
+        const bool narrow = engine == Engine::kFfmaNarrow;
+        // float32 may run without TF32 where that is permitted, if it is asked to.
+        const bool chosen = half     ? engine == Engine::kHalf
+                            : r.tf32 ? engine == Engine::kTf32
+                                     : engine == Engine::kFfma || narrow;
+        const bool can = half ? engine == Engine::kHalf
+                              : engine != Engine::kHalf && (r.tf32 || engine != Engine::kTf32);
+        if (forced.engine < 0 ? !chosen : !can || forced.engine != int(engine)) continue;
         for (int rows : {2, 8, 16, 24, 32, 48, 64, 96, 128}) {
-          const Engine engine = half     ? Engine::kHalf
-                                : r.tf32 ? Engine::kTf32
-                                : narrow ? Engine::kFfmaNarrow
-                                         : Engine::kFfma;
           if (forced.rows) rows = forced.rows;
           if (rows % tile_of(engine).columns || (narrow && rows > 2)) continue;
           // A chain is all layers, or as many as there is room for.
@@ -207,22 +231,59 @@ bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& d
                layers--) {
             if (p.num_directions > 1 && layers > 1) continue;
             if (forced.layers && layers != forced.layers) continue;
-            Candidate c{p, r, device, {}};
+            Candidate c{p, r, device, m, {}};
             c.plan.backend = backend, c.plan.engine = engine, c.plan.layers = layers;
-            if (!c.complete(units, rows)) continue;
-            if (device.struck[size_t(index_of(family_of(p, r.backward, c.plan)))]) continue;
-            if (!found || c.plan.microseconds < best->microseconds) *best = c.plan, found = true;
+            if (c.complete(units, rows) && !struck(c.plan)) visit(c.plan);
           }
           if (forced.rows) break;
         }
+      }
     }
   }
+  return true;
+}
+
+}  // namespace
+
+bool plan_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
+               const char* forced_text, CudaPlan* best, std::string* reason) {
+  bool found = false;
+  auto better = [&](const CudaPlan& plan) {
+    if (!found || plan.microseconds < best->microseconds) *best = plan, found = true;
+  };
+  if (!each_plan(p, r, device, forced_text, CudaModel{}, reason, better)) return false;
   if (!found)
     *reason =
         forced_text && *forced_text
             ? std::string("FUSEDRNN_PLAN=") + forced_text + " cannot run this shape on this device"
             : "all kernels for this call were refused or found wrong on this device";
   return found;
+}
+
+bool forces(const char* forced, bool backward) {
+  Forced f;
+  std::string reason;
+  if (!forced || !parse(forced, backward, &f, &reason)) return forced;
+  return f.backend >= 0 || f.engine >= 0 || f.units || f.rows || f.layers;
+}
+
+bool plans_cuda(const Problem& p, const CudaRequest& r, const DeviceSpec& device,
+                const char* forced_text, const CudaModel& m, std::vector<CudaPlan>* plans,
+                std::string* reason) {
+  auto add = [&](const CudaPlan& plan) { plans->push_back(plan); };
+  if (!each_plan(p, r, device, forced_text, m, reason, add)) return false;
+  std::stable_sort(plans->begin(), plans->end(), [](const CudaPlan& a, const CudaPlan& b) {
+    return a.microseconds < b.microseconds;
+  });
+  return true;
+}
+
+std::string forcing(const CudaPlan& plan) {
+  const std::string backend = kCudaBackendNames[int(plan.backend)];
+  if (plan.backend == CudaBackend::kStepwise) return backend;
+  return backend + ",units=" + std::to_string(plan.shape.units) +
+         ",rows=" + std::to_string(plan.shape.rows) + ",layers=" + std::to_string(plan.layers) +
+         ",engine=" + kEngineNames[int(plan.engine)];
 }
 
 std::string describe(const CudaPlan& plan) {

@@ -2,6 +2,7 @@
 // its shape and of the device.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "plan/families.h"
 #include "plan/persistent.h"
@@ -31,6 +32,13 @@ struct CudaRequest {
   bool tf32;  // float32 may be multiplied in TF32
 };
 
+// What the estimate of a plan's time is made of.
+struct CudaModel {
+#define CONSTANT(name, value) double name = value;
+#include "plan/cuda_model.inc"
+#undef CONSTANT
+};
+
 struct CudaPlan {
   CudaBackend backend;
   int layers;  // that run in one go: several are stages of one persistent launch
@@ -47,11 +55,22 @@ struct CudaPlan {
 Exchange exchange_of(const CudaPlan&);
 Family family_of(const Problem&, bool backward, const CudaPlan&);
 
-// `forced` is the value of FUSEDRNN_PLAN: the name of a backend, and after commas what else is not
-// to be chosen, of units=, rows= and layers=. Null or empty: all is chosen. False, with a reason,
-// where nothing that was asked for can run.
+// The plan with the shortest estimate. `forced` is the value of FUSEDRNN_PLAN: the name of a
+// backend, and after commas what else is not to be chosen, of units=, rows=, layers= and engine=; a
+// part between semicolons that begins with forward: or backward: is for that direction. Null or
+// empty: all is chosen. False, with a reason, where nothing that was asked for can run.
 bool plan_cuda(const Problem&, const CudaRequest&, const DeviceSpec&, const char* forced, CudaPlan*,
                std::string* reason);
+
+// Whether `forced` leaves less than everything open for a direction. Wrong words count as such.
+bool forces(const char* forced, bool backward);
+
+// All plans that can run, by their estimates. False, with a reason, where `forced` is wrong.
+bool plans_cuda(const Problem&, const CudaRequest&, const DeviceSpec&, const char* forced,
+                const CudaModel&, std::vector<CudaPlan>*, std::string* reason);
+
+// What FUSEDRNN_PLAN has to be for just this plan.
+std::string forcing(const CudaPlan&);
 
 // The plan in words.
 std::string describe(const CudaPlan&);

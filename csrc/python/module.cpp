@@ -115,6 +115,43 @@ PyObject* cuda_families(PyObject*, PyObject*) {
   });
 }
 
+PyObject* cuda_plans(const NamedArguments& a) {
+  const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
+                            a.flag("tf32")};
+  const NamedArguments given = a.group("model");
+  CudaModel model;
+#define CONSTANT(name, value) model.name = given.number(#name);
+#include "plan/cuda_model.inc"
+#undef CONSTANT
+  std::vector<CudaPlan> plans;
+  std::string reason;
+  if (!plans_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
+                  model, &plans, &reason)) {
+    PyErr_SetString(PyExc_ValueError, reason.c_str());
+    throw PythonError();
+  }
+  PyObject* list = PyList_New(Py_ssize_t(plans.size()));
+  for (size_t i = 0; list && i < plans.size(); i++) {
+    PyObject* entry = Py_BuildValue("(sd)", forcing(plans[i]).c_str(), plans[i].microseconds);
+    if (!entry || PyList_SetItem(list, Py_ssize_t(i), entry) < 0) Py_CLEAR(list);
+  }
+  return list;
+}
+
+PyObject* cuda_model(PyObject*, PyObject*) {
+  PyObject* found = PyDict_New();
+  const CudaModel model;
+  auto add = [&](const char* name, double value) {
+    PyObject* number = PyFloat_FromDouble(value);
+    if (found && (!number || PyDict_SetItemString(found, name, number) < 0)) Py_CLEAR(found);
+    Py_XDECREF(number);
+  };
+#define CONSTANT(name, value) add(#name, model.name);
+#include "plan/cuda_model.inc"
+#undef CONSTANT
+  return found;
+}
+
 PyObject* cuda_device(PyObject*, PyObject*) {
   return guarded([] {
     const DeviceSpec device = library().cuda_device();
@@ -175,6 +212,8 @@ PyMethodDef methods[] = {
     by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words; its family's index"),
     {"cuda_families", cuda_families, METH_NOARGS, "the kernel families: see Family in families.py"},
     {"cuda_versions", cuda_versions, METH_NOARGS, "of the binary's CUDA runtime, of the driver"},
+    by_name<cuda_plans>("cuda_plans", "[(FUSEDRNN_PLAN, estimated microseconds)], fastest first"),
+    {"cuda_model", cuda_model, METH_NOARGS, "the constants of the planner's estimate"},
     {"cuda_archs", cuda_archs, METH_NOARGS, "the GPU architectures in this binary, separated by ;"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -16,6 +16,11 @@ class NamedArguments {
   explicit NamedArguments(PyObject* named) : named_(named) {}
 
   int64_t integer(const char* name) const { return as_integer(get(name)); }
+  double number(const char* name) const {
+    const double value = PyFloat_AsDouble(get(name));
+    if (value == -1 && PyErr_Occurred()) throw PythonError();
+    return value;
+  }
   bool flag(const char* name) const {
     const int value = PyObject_IsTrue(get(name));
     if (value < 0) throw PythonError();

@@ -113,6 +113,7 @@ bool permits_tf32(bool torch_does) { return trial ? trial->tf32 : torch_does; }
 CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const CurrentDevice& on) {
   const KernelSwitch position = kernel_switch();
   const char* forced = trial ? trial->plan.c_str() : forced_plan();
+  const bool asked = forces(forced, request.backward);
   FUSEDRNN_EXPECT(trial || position != KernelSwitch::kOff,
                   "fusedrnn: no CUDA kernel can run: FUSEDRNN_CUDA_KERNELS=off");
   DeviceSpec device{};
@@ -123,19 +124,19 @@ CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const Curr
   const int index = on.index();
   Families unchecked;
   for (;;) {
-    if (!is_set(forced)) {
+    if (!asked) {
       device.struck = with_state(index, State::kRefused) | unchecked;
       if (checked) device.struck |= with_state(index, State::kWrong);
     }
     CudaPlan plan{};
     std::string reason;
     FUSEDRNN_EXPECT(plan_cuda(p, request, device, forced, &plan, &reason),
-                    "fusedrnn: ", is_set(forced) ? "" : "no CUDA kernel can run: ", reason);
+                    "fusedrnn: ", asked ? "" : "no CUDA kernel can run: ", reason);
     const Family family = family_of(p, request.backward, plan);
     if (!checked) return plan;
     const std::optional<Standing> standing = standing_of(index, index_of(family));
     if (standing && standing->state == State::kRight) return plan;
-    if (is_set(forced)) {
+    if (asked) {
       FUSEDRNN_EXPECT(!standing || standing->state != State::kWrong,
                       "fusedrnn: FUSEDRNN_PLAN=", forced,
                       " asks for kernels of which a small case ", standing->reason,
@@ -143,7 +144,7 @@ CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const Curr
       if (standing) return plan;  // refused before: the launch says so again
     }
     if (is_capturing(on.stream())) {
-      FUSEDRNN_EXPECT(!is_set(forced),
+      FUSEDRNN_EXPECT(!asked,
                       "fusedrnn: kernels cannot be checked while a CUDA graph is captured: make "
                       "the call once before");
       unchecked.set(size_t(index_of(family)));

@@ -29,6 +29,7 @@ FOLDER = "build/emulator"
 KERNELS = ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp", "csrc/plan/*.cpp")
 RUNTIME = "tests/emulator/simt.cpp"
 REPLAY = ("tests/emulator/replay.cpp", "tests/emulator/programs.cu")
+MICRO = "benchmarks/gpu/micro.cu"
 OP = (
     "tests/emulator/op.cpp",
     "csrc/cpu/run/scratch.cpp",
@@ -64,24 +65,25 @@ def ninja_lines() -> list[str]:
     lines = compiling.rules(FLAGS)
     for mode, (kernels, runtime) in MODES.items():
         folder = f"{FOLDER}/{mode}"
-        for source in sources(*KERNELS, RUNTIME, *REPLAY, *OP):
+        for source in sources(*KERNELS, RUNTIME, *REPLAY, *OP, MICRO):
             flags = runtime if source == RUNTIME else kernels
             if source in OP:
                 flags += f" {system} -isystem {include}"
             lines += [f"build {folder}/{source}.o: cxx {source}", f"  flags = {flags}"]
         shared = sources(*KERNELS, RUNTIME)
         for target, parts, flags in (
-            ("replay", sources(*REPLAY), kernels),
-            ("op.so", sources(*OP), f"{kernels} -shared {libraries}"),
+            ("replay", [*shared, *sources(*REPLAY)], kernels),
+            ("op.so", [*shared, *sources(*OP)], f"{kernels} -shared {libraries}"),
+            ("micro.so", [RUNTIME, MICRO], f"{kernels} -shared"),
         ):
-            objects = " ".join(f"{folder}/{source}.o" for source in [*shared, *parts])
+            objects = " ".join(f"{folder}/{source}.o" for source in parts)
             lines += [f"build {folder}/{target}: link {objects}", f"  flags = {flags}"]
     return lines
 
 
 @functools.cache
 def build(mode: str, target: str = "replay") -> Path:
-    """A mode's program `replay` or library `op.so`, built if it is not up to date."""
+    """A mode's program `replay` or library `op.so`, `micro.so`, built if it is not up to date."""
     return compiling.build(FOLDER, ninja_lines(), f"{FOLDER}/{mode}/{target}")
 
 
