@@ -1,6 +1,7 @@
 // What the library of the ops answers besides them, without tensors. The Python module asks it.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
@@ -35,6 +36,12 @@ struct PlanInWords {
   int family;
 };
 
+// A plan as FUSEDRNN_PLAN asks for it.
+struct EstimatedPlan {
+  std::string forcing;
+  double microseconds;
+};
+
 struct Inspection {
   const char* version;     // of the package; first, so that any version of it can be compared
   const char* cuda_archs;  // separated by ;, empty without CUDA
@@ -43,6 +50,9 @@ struct Inspection {
   std::string (*cpu_plan)(const Problem&, const CpuRequest&, int64_t threads);  // in words
   PlanInWords (*cuda_plan)(const Problem&, const CudaRequest&, const DeviceSpec&,
                            const char* forced);
+  // All plans that can run, by a model's estimates. False, with a reason, where `forced` is wrong.
+  bool (*cuda_plans)(const Problem&, const CudaRequest&, const DeviceSpec&, const char* forced,
+                     const CudaModel&, std::vector<EstimatedPlan>*, std::string* reason);
   std::string (*name_of_family)(const Family&);
   DeviceSpec (*cuda_device)();                       // the current one
   void (*cuda_versions)(int* runtime, int* driver);  // of the binary and the driver; 0: none

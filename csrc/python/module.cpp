@@ -123,16 +123,16 @@ PyObject* cuda_plans(const NamedArguments& a) {
 #define CONSTANT(name, value) model.name = given.number(#name);
 #include "plan/cuda_model.inc"
 #undef CONSTANT
-  std::vector<CudaPlan> plans;
+  std::vector<EstimatedPlan> plans;
   std::string reason;
-  if (!plans_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
-                  model, &plans, &reason)) {
+  if (!library().cuda_plans(problem_of(a), request, device_of(a.group("device")),
+                            a.text("forced").c_str(), model, &plans, &reason)) {
     PyErr_SetString(PyExc_ValueError, reason.c_str());
     throw PythonError();
   }
   PyObject* list = PyList_New(Py_ssize_t(plans.size()));
   for (size_t i = 0; list && i < plans.size(); i++) {
-    PyObject* entry = Py_BuildValue("(sd)", forcing(plans[i]).c_str(), plans[i].microseconds);
+    PyObject* entry = Py_BuildValue("(sd)", plans[i].forcing.c_str(), plans[i].microseconds);
     if (!entry || PyList_SetItem(list, Py_ssize_t(i), entry) < 0) Py_CLEAR(list);
   }
   return list;

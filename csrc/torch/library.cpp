@@ -35,6 +35,15 @@ PlanInWords cuda_plan(const Problem& p, const CudaRequest& request, const Device
   return {true, describe(plan), index_of(family_of(p, request.backward, plan))};
 }
 
+bool cuda_plans(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
+                const char* forced, const CudaModel& model, std::vector<EstimatedPlan>* found,
+                std::string* reason) {
+  std::vector<CudaPlan> plans;
+  if (!plans_cuda(p, request, device, forced, model, &plans, reason)) return false;
+  for (const CudaPlan& plan : plans) found->push_back({forcing(plan), plan.microseconds});
+  return true;
+}
+
 DeviceSpec cuda_device() {
   DeviceSpec device{};
 #ifdef FUSEDRNN_WITH_CUDA
@@ -58,6 +67,7 @@ constexpr Inspection inspection{
     .cpu_variant = cpu_variant,
     .cpu_plan = cpu_plan,
     .cuda_plan = cuda_plan,
+    .cuda_plans = cuda_plans,
     .name_of_family = name_of,
     .cuda_device = cuda_device,
     .cuda_versions = cuda_versions,
