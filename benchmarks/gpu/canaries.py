@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.gpu import process, supervise
+from benchmarks.gpu.points import LEFT_OUT
 from fusedrnn import families
 from fusedrnn.families import Family, problem
 
@@ -32,9 +33,9 @@ def _kernel(family: Family) -> tuple[str, str, bool, bool]:
     return family.exchange, family.arithmetic, family.backward, family.chained
 
 
-def struck(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The names of families that failed."""
-    return [name for name, line in found.items() if line.get("problem")]
+def verdicts(found: dict[str, dict[str, Any]]) -> str:
+    """What ``process.obey_canaries`` reads: the families that were right, and those that failed."""
+    return "\n".join(f"{'-' if line.get('problem') else '+'}{name}" for name, line in found.items())
 
 
 def run(todo: Iterable[dict[str, Any]], journal: supervise.Journal, device: str) -> None:
@@ -65,7 +66,10 @@ def _child(group: list[Family], journal: supervise.Journal, device: str) -> None
             journal.start(family.name)
             work = partial(problem, family, ops, where)  # not what earlier canaries said
             wrong, error, lost = supervise.attempt(work, partial(measure.lost, where))
-            journal.finish(family.name, problem=error or wrong)
+            if error and LEFT_OUT[0] in error:  # no such kernels on this GPU
+                journal.finish(family.name, left_out=error)
+            else:
+                journal.finish(family.name, problem=error or wrong)
             if lost:
                 break
         code = 0
