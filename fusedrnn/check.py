@@ -81,6 +81,10 @@ def cuda_reasons() -> list[str]:
     return [f"cuda:{i}: {reason}" for i, reason in reasons if reason]
 
 
+def _nothing() -> None:
+    pass
+
+
 def _work(connection: Connection, task: Task) -> None:
     torch.set_num_threads(2)  # two threads meet wherever more do
     try:
@@ -125,6 +129,9 @@ def run(tasks: Sequence[Task], seconds: float = SECONDS, jobs: int = JOBS) -> It
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusedrnn.check"])
     todo, running = list(reversed(tasks)), list[_Running]()
+    first = context.Process(target=_nothing)  # the imports take no family's time
+    first.start()
+    first.join()
     try:
         while todo or running:
             while todo and len(running) < jobs:

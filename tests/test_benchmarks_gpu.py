@@ -301,6 +301,13 @@ def test_a_replay_that_computes_something_else_is_found_out():
 def test_torch_s_own_kernels_are_not_taken_for_ours():
     clerk = worker.Clerk(torch.device("cuda"))
     assert clerk._not_ours("LSTM: torch.nn's own kernels, because ...", None)
+    assert clerk._not_ours(
+        "LSTM: torch.nn's own kernels, because forward would be stepwise", "grid"
+    )
+    assert (
+        clerk._not_ours("LSTM: torch.nn's own kernels, because forward would be stepwise", None)
+        is None
+    )
     assert clerk._not_ours("LSTM: grid-persistent", "cluster")
     assert clerk._not_ours("LSTM: cluster-persistent", "cluster") is None
     assert clerk._not_ours("LSTM: cluster-persistent", None) is None

@@ -12,6 +12,7 @@ import torch
 from cases import make_pair, random_state, run
 from emulator.ops import instead_of_cpu, load
 from torch import nn
+from torch.autograd import forward_ad
 
 import fusedrnn
 from benchmarks import plans
@@ -317,6 +318,11 @@ def test_torch_nn_runs_what_would_be_stepwise(device, called, monkeypatch):
     wide(x)
     assert len(called) == 1
     # What torch.nn cannot do stays stepwise.
+    with forward_ad.dual_level():
+        assert support.torch_instead(wide, x, None) is None
+    wrapped: list = []
+    torch.func.vmap(lambda x: wrapped.append(support.torch_instead(wide, x, None)) or x)(x)
+    assert wrapped == [None]
     wide(x, lengths=torch.tensor([3, 1, 2, 3, 3]))
     wide.eval()(x)  # cuDNN has no backward of it
     wide.train().recompute = True

@@ -79,7 +79,9 @@ class Clerk:
         """The reason if other kernels than those of the point would run."""
         if self._device.type != "cuda":  # a dry run: nothing is forced
             return None
-        if "torch.nn's own kernels" in plan or (backend is not None and backend not in plan):
+        by_plan = "would be stepwise" in plan  # torch.nn's kernels are what the module runs then
+        other = "torch.nn's own kernels" in plan and not by_plan
+        if other or (backend is not None and backend not in plan):
             return f"something else would run: {plan}"
         return None
 
