@@ -62,10 +62,9 @@ def cuda_tasks() -> list[Task]:
     """Of every GPU that torch finds and the binary has code for."""
     tasks = []
     for index in range(torch.cuda.device_count()):
-        major, _ = torch.cuda.get_device_capability(index)
+        spec = cuda.spec(torch.device("cuda", index))
         for f in families.cuda_families():
-            least = {"cluster": 9, "grid": 8, "block": 8, "stepwise": 0}[f.exchange]
-            if major >= least:
+            if families.runs_on(f, spec):
                 group = f"cuda:{index} {f.exchange}"
                 tasks.append(Task(group, f"cuda:{index} {f.name}", check_cuda, (f.number, index)))
     return tasks

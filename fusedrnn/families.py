@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn import _C, reference
+from fusedrnn import _C, cuda, reference
 from fusedrnn.ops import Config
 
 MODES = tuple(reference.STEPS)
@@ -112,6 +112,17 @@ def cases(family: Family) -> list[Case]:
     tf32 = family.arithmetic.startswith("TF32")
     assert not half or hidden > 8 or alone
     return [Case(4, 3 if narrow else 9, config, plan, tf32)]
+
+
+def runs_on(family: Family, spec: cuda.Spec) -> bool:
+    """Whether a GPU has these kernels, and room for their small cases."""
+    for case in cases(family):
+        size = (case.config, family.dtype, case.steps, case.batch, family.backward)
+        try:
+            cuda.plan(*size, spec, forced=case.plan, tf32=case.tf32)
+        except ValueError:
+            return False
+    return True
 
 
 def _random(*shape: int, seed: list[int]) -> Tensor:

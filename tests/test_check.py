@@ -72,7 +72,7 @@ def test_the_small_case_finds_a_missing_state(mode, backward, monkeypatch):
             assert "has an error" in families.cpu_problem(family)
 
 
-def test_every_family_of_cuda_has_a_case(monkeypatch):
+def test_every_family_of_cuda_has_a_case():
     """The plan that its case forces is of the family; every plan is of one that is listed."""
     spec = cuda.Spec(
         capability=90, processors=132, shared_bytes=227 << 10,
@@ -83,12 +83,14 @@ def test_every_family_of_cuda_has_a_case(monkeypatch):
     assert len(found) == len(families.MODES) * 2 * (3 * 5 * 2 + 4)
     for family in found:
         for case in families.cases(family):
-            monkeypatch.setenv("FUSEDRNN_PLAN", case.plan)
-            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", case.tf32)
             plan = cuda.plan(
-                case.config, family.dtype, case.steps, case.batch, family.backward, spec
-            )
+                case.config, family.dtype, case.steps, case.batch, family.backward, spec,
+                forced=case.plan, tf32=case.tf32,
+            )  # fmt: skip
             assert plan.family == family.number, (family, plan)
+        assert families.runs_on(family, spec)
+    old = cuda.Spec(capability=70, processors=80, shared_bytes=98304, clusters=())
+    assert {f.exchange for f in found if families.runs_on(f, old)} == {"stepwise"}
 
 
 def test_without_a_gpu_check_of_cuda_says_so(capsys):
