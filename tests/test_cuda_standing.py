@@ -109,12 +109,15 @@ def test_a_refused_launch_is_planned_again(gpu, monkeypatch):
     assert job.check() == []
 
 
-def test_all_that_is_refused_is_one_warning(gpu, monkeypatch):
-    monkeypatch.setenv(cuda.SWITCH, "on")
+@pytest.mark.parametrize("position", ["verified", "on"])
+def test_all_that_is_refused_is_one_warning(gpu, position, monkeypatch):
+    """Whether it is met by the call or by a check before."""
+    monkeypatch.setenv(cuda.SWITCH, position)
     job = Job(hidden=200)
     gpu.play("refuse-clusters,refuse-cooperative")
     (warning,) = job.check()
     assert "'cluster: " in warning and "'grid: " in warning
+    assert "wrong" not in states(gpu).values()
     assert job.check() == []
 
 
