@@ -168,7 +168,7 @@ def _of_layer(
     if autocast.is_on(data) and stored != torch.float64:
         stored = torch.get_autocast_dtype(data.device.type)
     if support.on_gpu(data):
-        more = one_hot or lengths or resets or return_all
+        more = regularisers or one_hot or lengths or resets or return_all
         instead = None if more else support.torch_instead(module, input, hx)
         if instead:
             return f"{head} torch.nn's own kernels, forward and backward, because {instead}"

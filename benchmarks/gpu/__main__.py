@@ -109,7 +109,10 @@ class Command:
 
     def _canaries(self, deadline: float) -> dict[str, Any]:
         only = os.environ.get("FUSEDRNN_GPU_ONLY", "")  # a part of their names: for tests
-        return self._work("canaries", canaries.items(only), deadline)
+        spec = self._found("driver").get("driver", {}).get("spec")
+        if spec is not None:
+            spec = {**spec, "clusters": tuple(spec["clusters"])}  # JSON has made a list of it
+        return self._work("canaries", canaries.items(spec, only), deadline)
 
     def _micro(self, deadline: float) -> dict[str, Any]:
         spec = self._found("driver").get("driver", {}).get("spec", {})
@@ -228,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device != process.EMULATOR and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device emulator tries the command on tiny sizes")
     earlier = earlier_parts(options, parser)
+    if options.device == process.EMULATOR:
+        process.stand_in().prepare()
     command = Command(options.part, options.out, options.device, options.minutes, earlier)
     words = ["python", "-m", "benchmarks.gpu", "--part", str(options.part)]
     words += ["--device", options.device] if options.device != "cuda" else []
