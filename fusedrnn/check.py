@@ -19,7 +19,7 @@ import torch
 
 from fusedrnn import _C, cuda, families
 
-SECONDS = 60.0  # that a family may take; on a GPU its first use alone takes a few
+SECONDS = 120.0  # that a family may take, on a machine that is busy too
 JOBS = 4  # processes at once, at most
 
 
@@ -62,10 +62,9 @@ def cuda_tasks() -> list[Task]:
     """Of every GPU that torch finds and the binary has code for."""
     tasks = []
     for index in range(torch.cuda.device_count()):
-        major, _ = torch.cuda.get_device_capability(index)
+        spec = cuda.spec(torch.device("cuda", index))
         for f in families.cuda_families():
-            least = {"cluster": 9, "grid": 8, "block": 8, "stepwise": 0}[f.exchange]
-            if major >= least:
+            if families.runs_on(f, spec):
                 group = f"cuda:{index} {f.exchange}"
                 tasks.append(Task(group, f"cuda:{index} {f.name}", check_cuda, (f.number, index)))
     return tasks
@@ -79,6 +78,10 @@ def cuda_reasons() -> list[str]:
     os.environ.pop(cuda.SWITCH, None)
     reasons = [(i, cuda.missing(torch.device("cuda", i))) for i in indices]
     return [f"cuda:{i}: {reason}" for i, reason in reasons if reason]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _work(connection: Connection, task: Task) -> None:
@@ -125,6 +128,9 @@ def run(tasks: Sequence[Task], seconds: float = SECONDS, jobs: int = JOBS) -> It
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusedrnn.check"])
     todo, running = list(reversed(tasks)), list[_Running]()
+    first = context.Process(target=_nothing)  # the imports take no family's time
+    first.start()
+    first.join()
     try:
         while todo or running:
             while todo and len(running) < jobs:

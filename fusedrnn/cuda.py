@@ -133,16 +133,21 @@ def plan(
     backward: bool,
     spec: Spec,
     struck: tuple[int, ...] = (),
+    forced: str | None = None,
+    tf32: bool | None = None,
 ) -> Plan:
-    """The plan of a call; FUSEDRNN_PLAN applies, and where it is set `struck` does not.
+    """The plan of a call. Where it is forced, `struck` does not apply.
 
-    `struck` are the indices of families that must not run.
+    `struck` are the indices of families that must not run; `forced` is in the words of
+    FUSEDRNN_PLAN, whose value it replaces, and `tf32` replaces torch's switch.
 
     Raises:
-        ValueError: FUSEDRNN_PLAN asks for what cannot run, or all that could is struck out.
+        ValueError: what is forced cannot run, or all that could is struck out.
     """
-    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    forced = os.environ.get("FUSEDRNN_PLAN", "")
+    if tf32 is None:
+        tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    if forced is None:
+        forced = os.environ.get("FUSEDRNN_PLAN", "")
     return Plan(
         *_C.cuda_plan(
             mode=config.mode,

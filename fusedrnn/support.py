@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import autocast, cuda
@@ -75,9 +76,16 @@ def torch_instead(layer: LayerBase, input: Any, hx: Any) -> str | None:
     The call has no options that torch.nn lacks, and there are kernels for it.
     """
     data = input.data if isinstance(input, PackedSequence) else input
-    if not on_gpu(data) or data.dim() < 2 or torch.compiler.is_compiling():
-        return None  # torch.compile cannot trace torch.nn's layers
-    states = hx if isinstance(hx, tuple) else (hx,)
+    if (
+        not on_gpu(data)
+        or data.dim() < 2
+        # Which cuDNN cannot do: torch.compile, forward mode, transforms such as vmap.
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
     given = (data, *layer._parameters.values(), *(s for s in states if isinstance(s, Tensor)))
     graph = needs_graph(*given)
     # cuDNN has no backward of a call in eval mode, and torch.nn always saves for backward.

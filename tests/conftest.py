@@ -30,7 +30,7 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRNN_POISON", "1")
     # What tests run is tested by them: see test_cuda_standing.py for the check at first use.
     # Families that failed as canaries of `python -m benchmarks.gpu` do not run in its tests either.
-    canaries = "FUSEDRNN_GPU_STRUCK" in os.environ
+    canaries = "FUSEDRNN_GPU_CANARIES" in os.environ
     monkeypatch.setenv("FUSEDRNN_CUDA_KERNELS", "verified" if canaries else "on")
     # torch.nn's recurrent layers meet at a barrier each step: with a thread for every core they
     # take minutes as soon as anything else runs. Tests of threads set their own number.

@@ -297,7 +297,7 @@ def test_ncu_is_given_each_point_and_its_kernel(tmp_path, monkeypatch):
         f"print({NCU!r})\n",
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    monkeypatch.delenv(process.STRUCK, raising=False)
+    monkeypatch.delenv(process.CANARIES, raising=False)
     ids = ["a/float32/forward", "a/tf32/backward"]
     given = tmp_path / "points.json"
     found = checks.profile(tmp_path, time.monotonic() + 60, "cpu", given, ids)
@@ -541,6 +541,9 @@ def invented(model, offset=1e-4, every=6):
             us = sweep.plans(group.request(), SPEC, model, plan)[0][1]
             found[f"{group.id}/{plan}"] = record([us * 1e-6 + offset], peers=["fusedrnn"])
     found[f"{groups[0].id}/grid,units=8,rows=8,layers=1,engine=ffma"] = {"problem": "it hung"}
+    # Plans that a planner of another day made.
+    for plan in ("grid,units=8,rows=5,layers=1,engine=ffma", "spiral,units=8"):
+        found[f"{groups[0].id}/{plan}"] = record([1.0], peers=["fusedrnn"])
     return {"spec": SPEC, "groups": {g.id: g.request() for g in groups}, "found": found}
 
 
@@ -591,6 +594,7 @@ def test_microbenchmarks_end_and_receive_what_was_sent(emulated_library):
     assert len({m.id for m in micro.runs()}) == len(list(micro.runs()))
     assert {m.kernel for m in runs} < {m.kernel for m in micro.runs(largest=16)}
     assert {m.cluster for m in micro.runs()} == {1, 2, 4, 8, 16}
+    assert {m.cluster for m in micro.runs(clusters=False)} == {1}
     few = [micro.Micro(k, "", blocks=3, size=64, repeats=3) for k in ("flags", "data_words")]
     for m in [*runs, *few]:
         found = emulated_library.run(m)
@@ -632,27 +636,58 @@ def test_microbenchmarks_compile(tmp_path):
 
 
 def test_canaries_decide_for_the_package(monkeypatch):
-    first, second = families.cuda_families()[:2]
-    monkeypatch.delenv(process.STRUCK, raising=False)
+    first, second, third = families.cuda_families()[:3]
+    monkeypatch.delenv(process.CANARIES, raising=False)
     before = families.verify
     process.obey_canaries()
     assert families.verify is before  # no canary has run: the package checks for itself
-    monkeypatch.setattr(families, "verify", before)  # restores both afterwards
+    monkeypatch.setattr(families, "verify", lambda *of: "checked")  # restores both afterwards
     monkeypatch.setattr(families, "problem", lambda family, ops, device: "computed")
     found = {first.name: {"problem": "it hung"}, second.name: {"problem": None}}
-    monkeypatch.setenv(process.STRUCK, "\n".join(canaries.struck(found)))
+    monkeypatch.setenv(process.CANARIES, canaries.verdicts(found))
     process.obey_canaries()
     assert families.verify(first.number, "fusedrnn", "cuda") == "failed as a canary"
     assert families.verify(second.number, "fusedrnn", "cuda") == ""
     assert families.problem(first, None, CPU) == "failed as a canary"
     assert families.problem(second, None, CPU) == "computed"
+    assert families.verify(third.number, "fusedrnn", "cuda") == "checked"  # there was no time
     assert os.environ[cuda.SWITCH] == "verified"
+
+
+def test_a_canary_that_crashes_leaves_the_others(tmp_path, monkeypatch):
+    """Families that differ by the cell share a process; one that dies costs itself."""
+
+    def compute(family, ops, device):
+        if family.mode == "GRU":
+            os.abort()
+        return "is wrong" if family.mode == "LSTM" else None
+
+    monkeypatch.setattr(canaries, "problem", compute)
+    todo = [i for i in canaries.items(only="cluster") if "forward, TF32 tensor cores" in i["id"]]
+    journal = supervise.Journal(tmp_path / "journal")
+    canaries.run(todo, journal, "cpu")
+    lines = supervise.read(tmp_path / "journal")
+    found = {line["id"]: line for line in lines if "start" not in line}
+    assert found.keys() == {i["id"] for i in todo} and len(todo) == 8
+    for name, line in found.items():
+        if "GRU" in name:
+            assert line["problem"] == "the process died of SIGABRT"
+        else:
+            assert line["problem"] == ("is wrong" if "LSTM" in name else None)
+    lines = canaries.verdicts(found).splitlines()
+    assert [line for line in lines if line[0] == "-"] == [
+        f"-{name}" for name in found if "GRU" in name or "LSTM" in name
+    ]
+    canaries.run(todo, supervise.Journal(tmp_path / "journal"), "cpu")  # nothing is left to do
+    assert len(supervise.read(tmp_path / "journal")) == 16
 
 
 def test_every_family_has_a_canary():
     items = canaries.items()
     assert sorted(i["number"] for i in items) == sorted(f.number for f in families.cuda_families())
-    assert len(canaries.items("cluster LSTM")) == 5 * 2 * 2
+    spec = {**SPEC, "clusters": tuple(SPEC["clusters"])}
+    assert len(canaries.items(spec, "cluster LSTM")) == 5 * 2 * 2
+    assert not canaries.items({**spec, "capability": 80}, "cluster LSTM")
 
 
 # All of it
@@ -663,14 +698,14 @@ def emulated(tmp_path, monkeypatch):
     """Runs a part under the emulator: the exit code, and what it has found."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(worker.PLAN, "")
-    monkeypatch.setenv(process.STRUCK, "")  # which is gone afterwards, whatever a run sets
-    monkeypatch.delenv(process.STRUCK)
+    monkeypatch.setenv(process.CANARIES, "")  # which is gone afterwards, whatever a run sets
+    monkeypatch.delenv(process.CANARIES)
     monkeypatch.delenv(cuda.SWITCH)
     monkeypatch.setattr(checks, "find", lambda program: None)
 
     def run(part, *options, faults="", only="cluster LSTM"):
         monkeypatch.setenv("FUSEDRNN_GPU_FAULTS", faults)
-        monkeypatch.setenv("FUSEDRNN_GPU_CANARIES", only)
+        monkeypatch.setenv("FUSEDRNN_GPU_ONLY", only)
         words = ["--part", str(part), "--out", str(tmp_path), "--device", "emulator", *options]
         code = main(words)
         return code, json.loads((tmp_path / "gpu.json").read_text())
@@ -733,6 +768,7 @@ def test_families_that_fail_are_struck_out_of_everything(emulated, monkeypatch, 
     # What hung once is not asked again.
     monkeypatch.setattr(points, "TRY", dataclasses.replace(points.TRY, neighbours=True))
     code, data = emulated(2, "--minutes", "8")
+    assert code == 0  # part 1 failed, and this part knows
     records = data["sweep"]["found"]
     out = {name for name, r in records.items() if "failed as a canary" in r.get("left_out", "")}
     assert data["sweep"]["incomplete"] is None, data

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-
+import endings
 import pytest
 import torch
 
 from fusedrnn import _C, check, cuda, families
 from fusedrnn.__main__ import main
 
-# Functions of families that another process imports by name.
-
-
-def right() -> None:
-    return None
-
-
-def wrong() -> str:
-    return "has an error"
-
-
-def raises() -> None:
-    raise ValueError("no such thing")
-
-
-def crashes() -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def hangs() -> None:
-    time.sleep(600)
-
 
 def test_each_way_to_fail(monkeypatch, capsys):
     """One line says what is right, one names each that is not, and the exit code is 1."""
-    functions = (right, wrong, raises, crashes, hangs)
+    functions = (
+        endings.right, endings.wrong, endings.raises, endings.crashes, endings.hangs,
+    )  # fmt: skip
     tasks = [check.Task("some", f.__name__, f, ()) for f in functions]
     monkeypatch.setattr(check, "cpu_tasks", lambda: tasks)
-    assert main(["check", "--device", "cpu", "--seconds", "5", "--jobs", "5"]) == 1
+    assert main(["check", "--device", "cpu", "--seconds", "8", "--jobs", "5"]) == 1
     text = capsys.readouterr().out
     table = text[text.rindex("some ") :].splitlines()
     assert "5 families  4 WRONG" in table[0]
@@ -48,7 +25,7 @@ def test_each_way_to_fail(monkeypatch, capsys):
         "  wrong: has an error",
         "  raises: failed: ValueError: no such thing",
         "  crashes: crashed with exit code -11",
-        "  hangs: hangs: no result within 5 s",
+        "  hangs: hangs: no result within 8 s",
     ):
         assert line in table
     assert main(["check", "--device", "cpu", "--only", "right"]) == 0
@@ -95,7 +72,7 @@ def test_the_small_case_finds_a_missing_state(mode, backward, monkeypatch):
             assert "has an error" in families.cpu_problem(family)
 
 
-def test_every_family_of_cuda_has_a_case(monkeypatch):
+def test_every_family_of_cuda_has_a_case():
     """The plan that its case forces is of the family; every plan is of one that is listed."""
     spec = cuda.Spec(
         capability=90, processors=132, shared_bytes=227 << 10,
@@ -106,12 +83,14 @@ def test_every_family_of_cuda_has_a_case(monkeypatch):
     assert len(found) == len(families.MODES) * 2 * (3 * 5 * 2 + 4)
     for family in found:
         for case in families.cases(family):
-            monkeypatch.setenv("FUSEDRNN_PLAN", case.plan)
-            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", case.tf32)
             plan = cuda.plan(
-                case.config, family.dtype, case.steps, case.batch, family.backward, spec
-            )
+                case.config, family.dtype, case.steps, case.batch, family.backward, spec,
+                forced=case.plan, tf32=case.tf32,
+            )  # fmt: skip
             assert plan.family == family.number, (family, plan)
+        assert families.runs_on(family, spec)
+    old = cuda.Spec(capability=70, processors=80, shared_bytes=98304, clusters=())
+    assert {f.exchange for f in found if families.runs_on(f, old)} == {"stepwise"}
 
 
 def test_without_a_gpu_check_of_cuda_says_so(capsys):

@@ -12,6 +12,7 @@ import torch
 from cases import make_pair, random_state, run
 from emulator.ops import instead_of_cpu, load
 from torch import nn
+from torch.autograd import forward_ad
 
 import fusedrnn
 from benchmarks import plans
@@ -108,12 +109,15 @@ def test_a_refused_launch_is_planned_again(gpu, monkeypatch):
     assert job.check() == []
 
 
-def test_all_that_is_refused_is_one_warning(gpu, monkeypatch):
-    monkeypatch.setenv(cuda.SWITCH, "on")
+@pytest.mark.parametrize("position", ["verified", "on"])
+def test_all_that_is_refused_is_one_warning(gpu, position, monkeypatch):
+    """Whether it is met by the call or by a check before."""
+    monkeypatch.setenv(cuda.SWITCH, position)
     job = Job(hidden=200)
     gpu.play("refuse-clusters,refuse-cooperative")
     (warning,) = job.check()
     assert "'cluster: " in warning and "'grid: " in warning
+    assert "wrong" not in states(gpu).values()
     assert job.check() == []
 
 
@@ -317,6 +321,11 @@ def test_torch_nn_runs_what_would_be_stepwise(device, called, monkeypatch):
     wide(x)
     assert len(called) == 1
     # What torch.nn cannot do stays stepwise.
+    with forward_ad.dual_level():
+        assert support.torch_instead(wide, x, None) is None
+    wrapped: list = []
+    torch.func.vmap(lambda x: wrapped.append(support.torch_instead(wide, x, None)) or x)(x)
+    assert wrapped == [None]
     wide(x, lengths=torch.tensor([3, 1, 2, 3, 3]))
     wide.eval()(x)  # cuDNN has no backward of it
     wide.train().recompute = True

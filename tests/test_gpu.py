@@ -17,7 +17,7 @@ from tolerances import assert_as_exact_as_torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import cuda, ops, reference
+from fusedrnn import cuda, families, ops, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -224,6 +224,30 @@ def step(module, x):
     return [y, *torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])]
 
 
+@pytest.mark.parametrize("backend", ["the plan's"], indirect=True)
+@pytest.mark.parametrize("family", families.cuda_families(), ids=lambda f: f.name)
+def test_small_case(family, backend):
+    """The check at first use, of every family that this GPU has."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not families.runs_on(family, cuda.spec(device)):
+        pytest.skip("this GPU has no such kernels")
+    assert families.problem(family, cuda.OPS, device) is None
+
+
+@pytest.mark.parametrize("backend", ["the plan's"], indirect=True)
+def test_verified_at_first_use(backend, monkeypatch):
+    """What passes its check runs, without a warning; a stepwise plan is torch.nn's."""
+    monkeypatch.setenv(cuda.SWITCH, "verified")
+    plain, fused = make_pair("gru", 28, 64)
+    fused = fused.cuda()
+    test_numbers.compare(plain, fused, torch.randn(9, 8, 28), None)
+    x = torch.randn(9, 8, 28, device="cuda")
+    families_of = {s.state for s in cuda.standings(x.device).values()}
+    assert families_of == {"right"}
+    assert "fused CUDA kernels" in fusedrnn.explain(fused, x)
+    assert "torch.nn's own kernels" in fusedrnn.explain(fused.double(), x.double())
+
+
 def test_two_streams_at_once():
     modules = [
         fusedrnn.LSTM(64, 128, 2).cuda(),
@@ -361,8 +385,9 @@ def test_dropout():
     torch.testing.assert_close(outputs[0][kept], torch.full_like(outputs[0][kept], 1 / 0.75))
 
 
+@pytest.mark.parametrize("backend", ["stepwise"], indirect=True)  # cuDNN has none
 @pytest.mark.parametrize("cell", CELLS)
-def test_second_derivatives(cell):
+def test_second_derivatives(cell, backend):
     _, fused = make_pair(cell, 2, 3, num_layers=2, dtype=torch.float64)
     fused = fused.cuda()
     x = torch.randn(3, 2, 2, dtype=torch.float64, device="cuda", requires_grad=True)

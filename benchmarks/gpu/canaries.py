@@ -22,19 +22,26 @@ from fusedrnn import families
 from fusedrnn.families import Family, problem
 
 
-def items(only: str = "") -> list[dict[str, Any]]:
-    """Work of ``worker`` for all families, or those whose names contain ``only``."""
+def items(spec: Any = None, only: str = "") -> list[dict[str, Any]]:
+    """Work of ``worker`` for the families that a GPU of this ``spec`` has; without it, for all.
+
+    ``only`` is a part of their names.
+    """
     ordered = sorted(families.cuda_families(), key=_kernel)
-    return [{"kind": "canary", "id": f.name, "number": f.number} for f in ordered if only in f.name]
+    return [
+        {"kind": "canary", "id": f.name, "number": f.number}
+        for f in ordered
+        if only in f.name and (spec is None or families.runs_on(f, spec))
+    ]
 
 
 def _kernel(family: Family) -> tuple[str, str, bool, bool]:
     return family.exchange, family.arithmetic, family.backward, family.chained
 
 
-def struck(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The names of families that failed."""
-    return [name for name, line in found.items() if line.get("problem")]
+def verdicts(found: dict[str, dict[str, Any]]) -> str:
+    """What ``process.obey_canaries`` reads: the families that were right, and those that failed."""
+    return "\n".join(f"{'-' if line.get('problem') else '+'}{name}" for name, line in found.items())
 
 
 def run(todo: Iterable[dict[str, Any]], journal: supervise.Journal, device: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu import supervise
 from benchmarks.gpu.points import BACKENDS, LEFT_OUT
-from benchmarks.gpu.process import ROOT, STRUCK, python_path
+from benchmarks.gpu.process import CANARIES, ROOT, python_path
 from fusedrnn import cuda
 
 JOURNAL = "FUSEDRNN_GPU_JOURNAL"  # the variable with the path of the recorder's journal
@@ -103,7 +103,7 @@ def unchecked() -> dict[str, str]:
 
     After canaries there are none; else they are switched off.
     """
-    return {} if STRUCK in os.environ else {cuda.SWITCH: "on"}
+    return {} if CANARIES in os.environ else {cuda.SWITCH: "on"}
 
 
 def find(program: str) -> str | None:

@@ -63,7 +63,7 @@ class Micro:
 WARPS = 8
 
 
-def runs(repeats: int = 1024, largest: int = 128) -> Iterator[Micro]:
+def runs(repeats: int = 1024, largest: int = 128, clusters: bool = True) -> Iterator[Micro]:
     """All of them; `repeats` and `largest`, the most blocks, are smaller under the emulator."""
 
     def made(kernel: str, what: str, **options: Any) -> Micro:
@@ -81,7 +81,7 @@ def runs(repeats: int = 1024, largest: int = 128) -> Iterator[Micro]:
     for size in (0, 4, 16, 64):
         yield made("fence", f"release after {size} stores", size=size)
     for cluster in (2, 4, 8, 16):
-        if cluster > largest:
+        if cluster > largest or not clusters:
             continue
         yield made("barrier", "cluster barrier", blocks=cluster, cluster=cluster)
         for size in (1024, 4096, 16384):

@@ -168,7 +168,8 @@ def fit(data: dict[str, Any]) -> dict[str, Any]:
     gradients and the forward pass before a backward one, is one more unknown of each group.
     """
     before = _C.cuda_model()
-    times = {k: v for k, v in measured(data).items() if len(v) > 1}
+    known = {group: _known(of, data, group) for group, of in measured(data).items()}
+    times = {group: of for group, of in known.items() if len(of) > 1}
 
     def estimate(model: dict[str, float]) -> dict[str, dict[str, float]]:
         return {
@@ -200,9 +201,22 @@ def fit(data: dict[str, Any]) -> dict[str, Any]:
         "error_after": math.sqrt(error(after)),
         "groups": {
             group: _verdict(of, data["groups"][group], data["spec"], before, after)
-            for group, of in measured(data).items()
+            for group, of in known.items()
+            if of
         },
     }
+
+
+def _known(times: dict[str, float], data: dict[str, Any], group: str) -> dict[str, float]:
+    """The plans of an earlier run that the planner of today still makes."""
+    found, model = {}, _C.cuda_model()
+    for plan, time in times.items():
+        try:
+            if plans(data["groups"][group], data["spec"], model, plan):
+                found[plan] = time
+        except ValueError:  # a word that it does not have any more
+            continue
+    return found
 
 
 def _residuals(times: Sequence[float], estimates: Sequence[float]) -> list[float]:

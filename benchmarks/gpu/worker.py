@@ -91,12 +91,14 @@ class Clerk:
     def _not_ours(self, plan: str, forced: str) -> str | None:
         """The reason if other kernels than those of the point would run.
 
-        A call that would be stepwise is torch.nn's by intent, unless a plan is forced.
+        A call that would be stepwise, or of families that are struck out, is torch.nn's by intent,
+        unless a plan is forced.
         """
         if self._device.type != "cuda":  # under the emulator, explain tells of the CPU's plan
             return None
         theirs = "torch.nn's own kernels" in plan
-        if theirs and (forced or "stepwise" not in plan):
+        meant = "would be stepwise" in plan or "found wrong on this device" in plan
+        if theirs and (forced or not meant):
             return f"something else would run: {plan}"
         return None
 

@@ -100,7 +100,7 @@ bool passes(const Family& family, const CurrentDevice& on) {
     set(on.index(), index, {State::kRight, ""});
     return true;
   }
-  if (set(on.index(), index, {State::kWrong, reason}) || !is_set(forced_plan()))
+  if (set(on.index(), index, {State::kWrong, reason}))
     warn("fusedrnn: the CUDA kernels '" + name_of(family) + "' will not run on " + on.name() +
          ", because a small case " + reason);
   return false;
@@ -151,6 +151,10 @@ CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const Curr
       continue;
     }
     if (passes(family, on)) return plan;
+    const std::optional<Standing> now = standing_of(index, index_of(family));
+    if (!is_set(forced) && now && now->state == State::kRefused)
+      throw Refused{index, launched_like(launch_code(family.exchange, family.chained)),
+                    describe(plan), now->reason};
   }
 }
 
