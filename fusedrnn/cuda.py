@@ -65,8 +65,8 @@ _unusable: dict[int, str | None] = {}  # by the device's index; what `unusable` 
 
 
 def version_text(number: int) -> str:
-    """12.8 for 12080."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+    """12.8 for 12080, none for 0."""
+    return "none" if number == 0 else f"{number // 1000}.{number % 1000 // 10}"
 
 
 def unusable(device: torch.device) -> str | None:

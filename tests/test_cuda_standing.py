@@ -5,6 +5,7 @@ The emulator stands in for the GPU, with launches that it refuses and kernels th
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -371,6 +372,16 @@ def test_a_runtime_that_cannot_use_the_gpu(monkeypatch):
     assert reason and "the CUDA 13.0 runtime of this build cannot use the GPU" in reason
     assert "insufficient" in reason and "serves CUDA up to 12.4" in reason
     assert len(asked) == 1
+
+
+@pytest.mark.skipif(not cuda.ARCHS, reason="built without nvcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_runtime_in_the_binary_says_why(monkeypatch):
+    """Without a driver it has the error that it has with an old one."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_unusable", {})
+    reason = cuda.unusable(torch.device("cuda", 0))
+    assert reason and "runtime of this build cannot use the GPU" in reason
 
 
 # ---- a block that is lost ----
