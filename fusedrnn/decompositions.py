@@ -63,7 +63,9 @@ class _Packed:
         else:
             self.batch = batch_sizes[0].item()  # type: ignore[assignment]
             torch._check(self.batch >= 1)
-        rows, tokens = torch.arange(self.batch), torch.arange(x.shape[0])
+        device = batch_sizes.device
+        rows = torch.arange(self.batch, device=device)
+        tokens = torch.arange(x.shape[0], device=device)
         ends = batch_sizes.cumsum(0)
         starts = ends - batch_sizes
         exists = rows < batch_sizes[:, None]
@@ -98,21 +100,27 @@ class _Packed:
         return steps[..., self.step, self.row, :]
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = ops.Call.of(*arguments[:-1])
-    config = ops.Config(*call.constants[1:])
-    x = call.tensors[0]
+def _padded(call: ops.Call) -> tuple[ops.Call, _Packed | None]:
+    x, hx, _, batch_sizes = call.tensors[:4]
+    if batch_sizes is None:
+        return call, None
     assert x is not None
-    batch_sizes = call.tensors[3]
-    packed = None if batch_sizes is None else _Packed(x, call.tensors[1], batch_sizes)
-    if packed is not None:
-        call = packed.padded_call(call)
+    packed = _Packed(x, hx, batch_sizes)
+    return packed.padded_call(call), packed
+
+
+def _constant_steps(call: ops.Call) -> bool:
+    x = call.tensors[0]
+    return x is not None and isinstance(x.shape[0], int)
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, packed = _padded(ops.Call.of(*arguments[:-1]))
     if torch.onnx.is_in_onnx_export():
-        y, hn, c, hs = onnx.forward(call, config)
+        y, hn, c, hs = onnx.forward(call, ops.Config(*call.constants[1:]))
         cn, cs = y.new_empty(0) if c is None else c, y.new_empty(0)
     else:
-        steps = (x if batch_sizes is None else batch_sizes).shape[0]
-        loop = reference.each_step if isinstance(steps, int) else _scan
+        loop = reference.each_step if _constant_steps(call) else _scan
         y, hn, cn, hs, cs = reference.forward(*call.arguments(), loop=loop)  # type: ignore[misc]
     if packed is not None:
         y, hs, cs = map(packed.packed, (y, hs, cs))
@@ -129,21 +137,16 @@ def infer(x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any) -> tu
 def backward(*arguments: Any) -> Any:
     """By autograd, whose operators the tracing sees."""
     grads, y, needs = arguments[: ops.RESULTS], arguments[ops.RESULTS], arguments[ops.RESULTS + 4]
-    members = arguments[ops.RESULTS + 5]
-    if members:
+    if arguments[ops.RESULTS + 5]:  # members
         raise NotImplementedError(
             "fusedrnn: gradients of each sample do not become aten's operators: leave "
             "torch.ops.fusedrnn out of the table of decompositions"
         )
-    call = ops.Call.of(*arguments[ops.RESULTS + 6 :])
-    x, hx, _, batch_sizes = call.tensors[:4]
-    assert x is not None
-    packed = None if batch_sizes is None else _Packed(x, hx, batch_sizes)
+    call, packed = _padded(ops.Call.of(*arguments[ops.RESULTS + 6 :]))
     if packed is not None:
-        call = packed.padded_call(call)
         dy, dhn, dcn, *states = grads
         grads = (packed.padded(dy), dhn, dcn, *map(packed.padded, states))
-    if not isinstance((x if batch_sizes is None else batch_sizes).shape[0], int):
+    if not _constant_steps(call):
         raise NotImplementedError(
             "fusedrnn: the backward pass becomes aten's operators for a constant number of steps "
             "only: make T static, or leave torch.ops.fusedrnn out of the table of decompositions"

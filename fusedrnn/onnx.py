@@ -26,10 +26,7 @@ def _refuse(what: str, instead: str) -> NoReturn:
 def refuse_tracing(more: bool) -> None:
     """Raises where torch.onnx.export(dynamo=False) traces a call that torch.nn does not have."""
     if more and torch.onnx.is_in_onnx_export():
-        _refuse(
-            "lengths, resets, integers or regularisers with dynamo=False",
-            "leave that out",
-        )
+        _refuse("lengths, resets, integers or regularisers with dynamo=False", "leave that out")
 
 
 def _check(call: ops.Call, config: ops.Config) -> None:
@@ -47,6 +44,8 @@ def _check(call: ops.Call, config: ops.Config) -> None:
         _refuse("layer_norm", on_aten)
     if config.proj_size:
         _refuse("proj_size", on_aten)
+    if config.all_states and config.mode == "LSTM":
+        _refuse("return_all of an LSTM", "ONNX's returns c of the last step only")
 
 
 def _reordered(weight: Tensor, gates: tuple[int, ...]) -> Tensor:

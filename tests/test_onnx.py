@@ -182,6 +182,7 @@ REFUSED = {
     "zoneout": ({"zoneout": 0.1}, {}),
     "layer_norm": ({"layer_norm": True}, {}),
     "proj_size": ({"proj_size": 2}, {}),
+    "return_all of an LSTM": ({}, {"return_all": True}),
 }
 
 
