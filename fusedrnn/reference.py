@@ -161,7 +161,8 @@ def layer(
             return linear(operand, w_hh, b_hh)
         return plus(norm.gates(linear(operand, w_hh), norm.gain_hh), b_hh)
 
-    steps = range(len(x))
+    # Not gx[t], whose derivative has the size of gx: T of them would be added up.
+    inputs, steps = gx.unbind(), range(len(x))
     outputs: list[Tensor] = []
     cells: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
@@ -173,7 +174,7 @@ def layer(
             h = torch.where(anew[:, None], 0, h)
             c = c if c is None else torch.where(anew[:, None], 0, c)
         operand = h if regularisers.h_mask is None else h * regularisers.h_mask.to(h.dtype)
-        h_new, c_new = step(gx[t], recurrent(operand), h, c)
+        h_new, c_new = step(inputs[t], recurrent(operand), h, c)
         if w_hr is not None:
             h_new = linear(h_new, w_hr)
         h_new = zone_out(regularisers.zone_h, t, h, h_new)
