@@ -108,7 +108,7 @@ def test_second_derivatives_grow_with_the_steps(cell):
             (dx,) = torch.autograd.grad(fused(x)[0].sum(), x, create_graph=True)
             dx.square().sum().backward()
         found.append(elements.count)
-    assert found[1] < 6 * found[0]  # of four times the steps; once 9
+    assert found[1] < 8 * found[0]  # of four times the steps; with such gradients above 9
 
 
 @pytest.mark.parametrize("kind", INPUTS)
