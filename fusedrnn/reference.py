@@ -184,8 +184,10 @@ def each_step(
     hs: list[Tensor] = []
     cs: list[Tensor] = []
     count = len(steps.gx)
+    # Not s[t], whose derivative has the size of s: T of them would be added up.
+    each = [None if s is None else s.unbind() for s in steps]
     for t in reversed(range(count)) if reverse else range(count):
-        now = Steps(*(None if s is None else s[t] for s in steps))  # type: ignore[arg-type]
+        now = Steps(*(None if s is None else s[t] for s in each))  # type: ignore[arg-type]
         state, (h, c) = advance(constants, state, now)
         hs.append(h)
         if c is not None:

@@ -12,6 +12,8 @@ from cases import CELLS, make_pair, random_state
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 
@@ -82,6 +84,31 @@ def test_second_derivatives(cell, kind):
     x, kwargs = make_input(kind)
     call, inputs = as_function(fused, x, random_state(fused, 3), **kwargs)
     assert gradgradcheck(call, inputs, fast_mode=True)
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements of all results."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        self.count += sum(t.numel() for t in tree_leaves(results) if isinstance(t, torch.Tensor))
+        return results
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives_grow_with_the_steps(cell):
+    """Hardly with their square: no step has gradients of the size of all pre-activations."""
+    _, fused = make_pair(cell, 2, 8, num_layers=2)
+    found = []
+    for steps in (20, 80):
+        x = torch.randn(steps, 2, 2, requires_grad=True)
+        with Elements() as elements:
+            (dx,) = torch.autograd.grad(fused(x)[0].sum(), x, create_graph=True)
+            dx.square().sum().backward()
+        found.append(elements.count)
+    assert found[1] < 8 * found[0]  # of four times the steps; with such gradients above 9
 
 
 @pytest.mark.parametrize("kind", INPUTS)
