@@ -5,6 +5,7 @@ The C++ is always compiled, the CUDA sources whenever nvcc is found. The environ
 
   FUSEDRNN_CUDA=0|1       leave CUDA out | fail where there is no nvcc
   FUSEDRNN_CUDA_ARCHS     GPU architectures in place of the default ones, e.g. "8.0;9.0a;12.0+PTX"
+  TORCH_CUDA_ARCH_LIST    the same for all extensions of torch, where the one above is not set
   CUDA_HOME, CUDA_PATH    where nvcc is looked for before PATH and /usr/local/cuda
   CXX (or CC), CXXFLAGS, NVCCFLAGS, LDFLAGS, MAX_JOBS    have their usual meaning
 
@@ -37,6 +38,7 @@ VERSION = re.findall(r'"(.+)"', (ROOT / "fusedrnn/_version.py").read_text())[0]
 
 MIN_TORCH = (2, 10)  # the first release whose stable ABI has all that csrc/torch calls
 MIN_NVCC = (12, 4)  # C++20 and sm_90a came with 12.0, but before 12.4 nvcc refuses g++ 13
+MIN_ARCH = (7, 5)
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # 9.0a because 9.0 has no wgmma
 
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
@@ -65,6 +67,7 @@ NVCC_FLAGS = (
     "-std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr"
     " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 )
+TORCH_LIST = "TORCH_CUDA_ARCH_LIST"
 OUTPUTS = "-MD -MF $out.d -c $in -o $out"
 # The oldest torch and Python whose interfaces are used: newer ones load the binary, older may not.
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -185,6 +188,17 @@ def select_archs(listing: str, asked: str) -> list[str]:
     return [*archs, "9.0+PTX"] if archs[-1:] == ["9.0a"] else [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
+def torch_archs(listed: str) -> str:
+    """TORCH_CUDA_ARCH_LIST as FUSEDRNN_CUDA_ARCHS: without what is older than our kernels."""
+    archs = []
+    for number, suffix, ptx in re.findall(r"(\d+\.\d)([af]?)((?:\+PTX)?)", listed):
+        if number == "9.0":  # see ARCHS
+            archs += ["9.0a", *(["9.0+PTX"] if ptx else [])]
+        elif at_least(number, MIN_ARCH):
+            archs.append(number + suffix + ptx)
+    return ";".join(archs)
+
+
 def gencode(arch: str) -> str:
     name = arch.removesuffix("+PTX").replace(".", "")
     code = f"[sm_{name},compute_{name}]" if arch.endswith("+PTX") else f"sm_{name}"
@@ -210,7 +224,12 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     cuda_host = sources("cuda/**/*.cpp") if nvcc else []
     if nvcc and cuda:
         listing = ask_nvcc(nvcc, "--list-gpu-arch")
-        archs = select_archs(listing, os.environ.get("FUSEDRNN_CUDA_ARCHS", ""))
+        asked = os.environ.get("FUSEDRNN_CUDA_ARCHS", "")
+        archs = select_archs(listing, asked or torch_archs(os.environ.get(TORCH_LIST, "")))
+        print(
+            f"fusedrnn: CUDA kernels for {' '.join(archs)}: minutes of processor time;"
+            " FUSEDRNN_CUDA=0 leaves them out, FUSEDRNN_CUDA_ARCHS=9.0a compiles for one GPU"
+        )
         defines += ["-DFUSEDRNN_WITH_CUDA=1", f'-DFUSEDRNN_CUDA_ARCHS="{";".join(archs)}"']
         host = next(word for word in reversed(cxx) if word[0] != "-")  # CXX may be "ccache g++"
         compiler = words(nvcc, "-ccbin", host)

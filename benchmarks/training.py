@@ -88,7 +88,10 @@ def _train(case: Case, device: torch.device, budget: Budget) -> Training:
     fused = copy.deepcopy(plain)
     fusedrnn.swap(fused)
     corpus = corpus_of(case).to(device)
-    learners = [Learner(model, 1.0, carry_state=False, ranks=Ranks()) for model in (plain, fused)]
+    learners = [
+        Learner(model, torch.optim.SGD(model.parameters(), 1.0), carry_state=False, ranks=Ranks())
+        for model in (plain, fused)
+    ]
     epochs: list[Epoch] = []
     start = time.perf_counter()
     for epoch in race(

@@ -58,7 +58,8 @@ class RNN(OneState, nn.RNN):
         dropout (float): probability of dropout on the outputs of each layer but the last, in
             training. Default: 0.
         bidirectional (bool): whether each layer also runs in reverse. Default: False.
-        device, dtype: of the parameters: float64, float32, bfloat16 or float16. Default: torch's.
+        device (torch.device): of the parameters. Default: torch's.
+        dtype (torch.dtype): float64, float32, bfloat16 or float16. Default: torch's.
         recurrent_dropout (float): probability of dropout on h before W_hh, one mask for all steps
             (docs/regularisers.md). Not in torch.nn. Default: 0.
         zoneout (float): probability that a unit keeps its old value at a step. Not in torch.nn.
@@ -125,7 +126,8 @@ class GRU(OneState, nn.GRU):
         dropout (float): probability of dropout on the outputs of each layer but the last, in
             training. Default: 0.
         bidirectional (bool): whether each layer also runs in reverse. Default: False.
-        device, dtype: of the parameters: float64, float32, bfloat16 or float16. Default: torch's.
+        device (torch.device): of the parameters. Default: torch's.
+        dtype (torch.dtype): float64, float32, bfloat16 or float16. Default: torch's.
         recurrent_dropout (float): probability of dropout on h before W_hh, one mask for all steps
             (docs/regularisers.md). Not in torch.nn. Default: 0.
         zoneout (float): probability that a unit keeps its old value at a step. Not in torch.nn.
@@ -198,7 +200,8 @@ class LSTM(TwoStates, nn.LSTM):
         bidirectional (bool): whether each layer also runs in reverse. Default: False.
         proj_size (int): number of features of a projected hidden state, below hidden_size
             (https://arxiv.org/abs/1402.1128); 0 for no projection. Default: 0.
-        device, dtype: of the parameters: float64, float32, bfloat16 or float16. Default: torch's.
+        device (torch.device): of the parameters. Default: torch's.
+        dtype (torch.dtype): float64, float32, bfloat16 or float16. Default: torch's.
         recurrent_dropout (float): probability of dropout on h before W_hh, one mask for all steps
             (docs/regularisers.md). Not in torch.nn. Default: 0.
         zoneout (float or pair): probability that a unit keeps its old value at a step, for h and c

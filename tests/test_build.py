@@ -187,6 +187,26 @@ def test_unknown_architectures(build, asked):
     assert_one_sentence(str(error.value))
 
 
+def test_archs_of_torchs_variable(build, sources, script, monkeypatch, capsys):
+    assert build.torch_archs("7.5 8.0;8.6 9.0 10.0 12.0+PTX") == "8.0;8.6;9.0a;10.0;12.0+PTX"
+    assert build.torch_archs("9.0+PTX") == "9.0a;9.0+PTX"
+    assert build.torch_archs("") == build.torch_archs("7.5") == ""
+    (sources / "cuda/stepwise").mkdir(parents=True)
+    (sources / "cuda/stepwise/kernel.cu").touch()
+    nvcc = str(script("nvcc", *NVCC_13_0.split()))
+
+    def compiled_for() -> set[str]:
+        text = build.ninja_file(Path("/site/torch"), ["g++"], nvcc)
+        assert "FUSEDRNN_CUDA=0 leaves them out" in capsys.readouterr().out
+        return set(re.findall(r"code=sm_(\w+)", text))
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    monkeypatch.delenv("FUSEDRNN_CUDA_ARCHS", raising=False)
+    assert compiled_for() == {"86"}
+    monkeypatch.setenv("FUSEDRNN_CUDA_ARCHS", "8.9")
+    assert compiled_for() == {"89"}
+
+
 def test_gencode(build):
     assert build.gencode("9.0a") == "-gencode=arch=compute_90a,code=sm_90a"
     assert build.gencode("12.0+PTX") == "-gencode=arch=compute_120,code=[sm_120,compute_120]"

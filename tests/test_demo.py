@@ -23,7 +23,8 @@ from fusedrnn.demo.result import Epoch, Result, perplexity
 
 WORDS = ("the", "time", "traveller", "for", "so", "it", "will", "be", "convenient", "to", "speak")
 TINY = ["--hidden=16", "--layers=1", "--batch=4", "--steps=8", "--epochs=2", "--device=cpu"]
-TINY += ["--lr=1"]  # at higher rates training amplifies rounding faster than these tests allow
+# At higher rates training amplifies rounding faster than these tests allow.
+TINY += ["--optimizer=sgd", "--lr=1"]
 
 
 @pytest.fixture
@@ -126,6 +127,16 @@ def test_generate_is_deterministic_and_keeps_the_mode():
     assert model.generate(net, vocabulary, "bad", 0) == "bad"
 
 
+def test_temperature_of_the_sampling():
+    vocabulary = text.Vocabulary("abcdefgh")
+    net = model.build(torch.nn, "gru", len(vocabulary), hidden=8, layers=1, dropout=0.0)
+    likeliest, cold, warm, again, other = (
+        model.generate(net, vocabulary, "bad", 30, temperature, seed)
+        for temperature, seed in ((0.0, 0), (1e-6, 0), (1.0, 0), (1.0, 0), (1.0, 1))
+    )
+    assert likeliest == cold != warm == again != other
+
+
 def test_integers_are_the_same_model():
     models = [
         model.build(fusedrnn, "gru", 9, hidden=8, layers=2, dropout=0.0, integers=integers)
@@ -216,6 +227,28 @@ def test_interrupted_run_keeps_what_it_learned(story, tmp_path, capsys, monkeypa
     assert "interrupted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_defaults_end_well(tmp_path):
+    """Less than half of the default run: curves that coincide, and a text that can be read."""
+    assert main(["demo", "--epochs=45", "--device=cpu", f"--out={tmp_path}"]) == 0
+    figures = json.loads((tmp_path / cli.JSON).read_text())
+    assert figures["largest_relative_perplexity_difference"] < 1e-4
+    theirs, ours = (figures["implementations"][name] for name in ("torch.nn", "fusedrnn"))
+    assert ours["perplexity"][-1] < 2
+    assert ours["text"] == theirs["text"]
+    words, known = ours["text"].split(), set(text.load(None).split())
+    assert sum(word in known for word in words) > 0.7 * len(words)
+    assert len(set(words)) > 0.4 * len(words)  # and not the same ones again and again
+
+
+def test_half_precision_takes_sgd(story, tmp_path):
+    arguments = ["demo", *TINY[:-2], "--dtype=float16", f"--text={story}", f"--out={tmp_path}"]
+    assert main(arguments) == 0
+    figures = json.loads((tmp_path / cli.JSON).read_text())
+    assert figures["settings"]["optimizer"] == "sgd"
+    assert None not in figures["implementations"]["fusedrnn"]["perplexity"]
+
+
 # Errors
 
 
@@ -256,6 +289,7 @@ def test_unusable_input_is_one_sentence(content, arguments, message, tmp_path, c
         "--max-tokens=-1",
         f"--seed={2**63}",
         "--lr=nan",
+        "--temperature=-1",
         "--dropout=1",
         "--cell=cnn",
         "--hidden=x",

@@ -1,7 +1,10 @@
 """Threads, processes, sizes at both ends, memory, and torch's global switches."""
 
+import copy
 import gc
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from cases import CELLS, make_pair, random_state, run
+from tolerances import assert_as_exact_as_torch
 from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
@@ -46,6 +50,34 @@ def test_threads_at_once():
     for thread in threads:
         thread.join(60)
     assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        "OMP_THREAD_LIMIT=1",
+        pytest.param("OMP_DYNAMIC=true", marks=pytest.mark.slow),
+        pytest.param("OMP_MAX_ACTIVE_LEVELS=0", marks=pytest.mark.slow),
+    ],
+)
+def test_fewer_openmp_threads_than_torch_asked_for(limit, tmp_path):
+    """torch.nn's float32 LSTM then trains on memory that nobody has written."""
+    pairs = [make_pair(cell, 20, 64) for cell in ("rnn", "gru", "lstm", "lstm-proj")]
+    x = torch.randn(10, 33, 20)
+    torch.save((x, [ours for _, ours in pairs]), tmp_path / "given")
+    program = (
+        "import torch; from cases import run; torch.set_num_threads(2);"
+        "x, modules = torch.load('given', weights_only=False);"
+        "torch.save([run(module, x, None) for module in modules], 'found')"
+    )
+    name, value = limit.split("=")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | {name: value}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=True, timeout=300)
+    for found, (theirs, ours) in zip(torch.load(tmp_path / "found"), pairs, strict=True):
+        exact = run(copy.deepcopy(theirs).double(), x.double(), None)
+        assert_as_exact_as_torch(found, run(theirs, x, None), exact)
+        assert same_bits(found.values(), run(ours, x, None).values())
 
 
 def reserve_of(y):

@@ -4,10 +4,12 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch.optim import Optimizer
 
 import fusedrnn
 from fusedrnn.demo import model, plot, text
@@ -18,10 +20,14 @@ from fusedrnn.demo.result import Result
 from fusedrnn.demo.settings import settings_of, title_of
 from fusedrnn.demo.train import Learner, race
 
-# Twice these learn faster, but training then amplifies rounding so fast that equal models part: by
-# the end of the default run the curves differed by at most 1.6e-2 (lstm), 7.6e-5 (gru) and 1.8e-2
-# (rnn) at these rates, 5.6e-1, 3.2e-2 and 7.5e-2 at twice. relu's part at any rate (6e-2).
-LEARNING_RATES = {"rnn": 0.5, "relu": 1.0, "gru": 1.0, "lstm": 2.0}
+# Higher rates learn faster, but training then amplifies rounding so fast that equal models part. In
+# 60 epochs of adam at these rates the default run's curves (gru) differed by at most 3.7e-6, those
+# of rnn by 1.3e-3; those of lstm by 6.6e-4 in 50 and of relu by 2.0e-2 in 40.
+LEARNING_RATES = {
+    "adam": {"rnn": 1e-3, "relu": 5e-4, "gru": 2e-3, "lstm": 2e-3},
+    "sgd": {"rnn": 0.5, "relu": 1.0, "gru": 1.0, "lstm": 2.0},
+}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 PNG, JSON = "fusedrnn-demo.png", "fusedrnn-demo.json"
 
 
@@ -51,13 +57,16 @@ def _run(options: Namespace, ranks: Ranks) -> int:
     device = _usable_device(options.device, dtype, ranks)
     if options.threads:
         torch.set_num_threads(options.threads)
-    lr = LEARNING_RATES[options.cell] if options.lr is None else options.lr
+    half = dtype in (torch.bfloat16, torch.float16)
+    optimizer = options.optimizer or ("sgd" if half else "adam")
+    lr = LEARNING_RATES[optimizer][options.cell] if options.lr is None else options.lr
 
     settings = settings_of(
         options,
         ranks,
         device,
         prefix=prefix,
+        optimizer=optimizer,
         lr=lr,
         vocabulary=len(vocabulary),
         tokens=len(corpus),
@@ -68,7 +77,12 @@ def _run(options: Namespace, ranks: Ranks) -> int:
     report = Report(Console(quiet=ranks.rank != 0, highlight=False), options.epochs)
     with ranks.group(device):
         learners = [
-            Learner(m, lr, options.sampling == "sequential", ranks)
+            Learner(
+                m,
+                OPTIMIZERS[optimizer](m.parameters(), lr=lr),
+                options.sampling == "sequential",
+                ranks,
+            )
             for m in _equal_models(options, len(vocabulary), device, dtype)
         ]
         report.start(title)
@@ -93,7 +107,14 @@ def _run(options: Namespace, ranks: Ranks) -> int:
             report.console.print("interrupted")
     if result.epochs and ranks.rank == 0:
         result.texts = [
-            model.generate(learner.model, vocabulary, prefix, options.generate)
+            model.generate(
+                learner.model,
+                vocabulary,
+                prefix,
+                options.generate,
+                options.temperature,
+                options.seed,
+            )
             for learner in learners
         ]
         report.finish(result)

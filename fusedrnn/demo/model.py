@@ -69,8 +69,19 @@ def detach(state: State) -> State:
 
 
 @torch.no_grad()
-def generate(model: CharModel, vocabulary: Vocabulary, prefix: str, count: int) -> str:
-    """``prefix`` and the ``count`` characters that the model finds likeliest, one by one."""
+def generate(
+    model: CharModel,
+    vocabulary: Vocabulary,
+    prefix: str,
+    count: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """``prefix`` and ``count`` characters, drawn one by one from what the model expects.
+
+    Its logits are divided by ``temperature``; at 0 the likeliest character is taken.
+    """
+    generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
     tokens = vocabulary.encode(prefix).to(model.one_hot.device)[:, None]  # (T, 1)
@@ -78,8 +89,12 @@ def generate(model: CharModel, vocabulary: Vocabulary, prefix: str, count: int) 
     drawn: list[int] = []
     for _ in range(count):
         logits, state = model(tokens, state)
-        best = logits[-1].argmax()
-        drawn.append(int(best))
-        tokens = best.view(1, 1)
+        last = logits[-1].double().cpu()  # drawn alike on every device
+        if temperature:
+            chances = (last / temperature).softmax(0)
+            drawn.append(int(torch.multinomial(chances, 1, generator=generator)))
+        else:
+            drawn.append(int(last.argmax()))
+        tokens = tokens.new_tensor([drawn[-1:]])
     model.train(was_training)
     return prefix + vocabulary.decode(drawn)

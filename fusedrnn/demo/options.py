@@ -32,6 +32,14 @@ def positive_number(text: str) -> float:
     return value
 
 
+def temperature(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {text}")
+    return value
+
+
 def probability(text: str) -> float:
     """An argparse type: a number in [0, 1)."""
     value = float(text)
@@ -62,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--cell", choices=("rnn", "relu", "gru", "lstm"), default="lstm", help="default: lstm")
-    add("--layers", type=positive, default=2, metavar="N", help="default: %(default)s")
+    add("--cell", choices=("rnn", "relu", "gru", "lstm"), default="gru", help="default: gru")
+    add("--layers", type=positive, default=1, metavar="N", help="default: %(default)s")
     add("--hidden", type=positive, default=256, metavar="N", help="default: %(default)s")
     add("--dropout", type=probability, default=0.0, metavar="P", help="default: %(default)s")
     add(
@@ -78,7 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, default=32, metavar="N", help="default: %(default)s")
     add("--steps", type=positive, default=35, metavar="N", help="default: %(default)s")
     add("--epochs", type=positive, default=100, metavar="N", help="default: %(default)s")
-    add("--lr", type=positive_number, metavar="X", help="of SGD (default: one that suits the cell)")
+    add(
+        "--optimizer",
+        choices=("adam", "sgd"),
+        help="default: adam, in half precision sgd, which needs no squares of gradients",
+    )
+    add(
+        "--lr", type=positive_number, metavar="X", help="default: one that suits cell and optimizer"
+    )
     add("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
 
     machine = parser.add_argument_group("machine")
@@ -98,9 +113,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--generate",
         type=natural,
-        default=50,
+        default=150,
         metavar="N",
         help="characters to sample after the prefix (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=temperature,
+        default=0.3,
+        metavar="X",
+        help="of the sampling: higher is more varied, 0 takes the likeliest (default: %(default)s)",
     )
     add(
         "--out",

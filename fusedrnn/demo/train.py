@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from fusedrnn.demo.model import CharModel, State, detach
 from fusedrnn.demo.ranks import Ranks
@@ -25,13 +26,15 @@ LARGEST_GRADIENT_NORM = 1.0
 class Learner:
     """One model, its optimizer, and the state it carries from batch to batch."""
 
-    def __init__(self, model: CharModel, lr: float, carry_state: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, model: CharModel, optimizer: Optimizer, carry_state: bool, ranks: Ranks
+    ) -> None:
         self.model = model
         self.carry_state = carry_state
         self.state: State = None
         self._parallel = ranks.parallel(model)
         self._parameters = list(model.parameters())
-        self._optimizer = torch.optim.SGD(self._parameters, lr)
+        self._optimizer = optimizer
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Leaves the gradients of the mean loss over a batch (T, B), and returns that loss."""
