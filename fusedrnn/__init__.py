@@ -3,6 +3,7 @@
 from fusedrnn._version import __version__
 from fusedrnn.inspect import explain, info
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.quantization import dequantize, quantize
 from fusedrnn.swap import swap, unswap
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "dequantize",
     "explain",
     "info",
+    "quantize",
     "swap",
     "unswap",
 ]

@@ -109,7 +109,8 @@ class Fused(LayerBase):
         y, hn, cn, hs, cs = self._run(call, more, cpu_only)
         if casts is not None:
             y, hn, cn = y.to(casts.output), hn.to(casts.output), cn.to(casts.cell)
-        return self._shaped(input, one_hot, unsort, y, hn, cn, (hs, cs) if return_all else None)
+        states = (hs, cs) if return_all else None
+        return shaped(self, input, one_hot, unsort, y, hn, cn, states)
 
     def _run(self, call: tuple, more: bool, cpu_only: bool) -> tuple:
         """y, hn, cn, hs, cs of the op, or of the reference where no kernel can and torch.nn cannot.
@@ -132,36 +133,42 @@ class Fused(LayerBase):
         )
         return ops.run(call, graph, graph and not self.recompute)
 
-    def _shaped(
-        self, input: Any, one_hot: bool, unsort: Any, y: Tensor, hn: Tensor, cn: Tensor, all: Any
-    ) -> Any:
-        """The results of a call in the form of its `input`; `all`: hs and cs where wanted."""
-        packed = isinstance(input, PackedSequence)
-        unbatched = not packed and input.dim() + one_hot == 2
 
-        def shaped(steps: Tensor) -> Any:
-            if packed:
-                return PackedSequence(
-                    steps, input.batch_sizes, input.sorted_indices, input.unsorted_indices
-                )
-            if unbatched:
-                return steps.squeeze(1)
-            return steps.transpose(0, 1) if self.batch_first else steps
+def shaped(
+    layer: LayerBase,
+    input: Any,
+    one_hot: bool,
+    unsort: Any,
+    y: Tensor,
+    hn: Tensor,
+    cn: Any,
+    all: Any,
+) -> Any:
+    """The results of a call in the form of its `input`; `all`: hs and cs where wanted."""
+    packed = isinstance(input, PackedSequence)
+    unbatched = not packed and input.dim() + one_hot == 2
 
-        lstm = self.mode == "LSTM"
-        states: tuple[Tensor, ...] = (hn, cn) if lstm else (hn,)
-        if unsort is not None:
-            states = tuple(s.index_select(1, unsort) for s in states)
+    def in_form(steps: Tensor) -> Any:
+        if packed:
+            return PackedSequence(
+                steps, input.batch_sizes, input.sorted_indices, input.unsorted_indices
+            )
         if unbatched:
-            states = tuple(s.squeeze(1) for s in states)
-        results = shaped(y), states if lstm else states[0]
-        if all is None:
-            return results
-        hs, cs = all
-        cells = tuple(shaped(c) for c in cs.to(cn.dtype).unbind()) if lstm else None
-        return *results, AllStates(
-            (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
-        )
+            return steps.squeeze(1)
+        return steps.transpose(0, 1) if layer.batch_first else steps
+
+    lstm = layer.mode == "LSTM"
+    states: tuple[Tensor, ...] = (hn, cn) if lstm else (hn,)
+    if unsort is not None:
+        states = tuple(s.index_select(1, unsort) for s in states)
+    if unbatched:
+        states = tuple(s.squeeze(1) for s in states)
+    results = in_form(y), states if lstm else states[0]
+    if all is None:
+        return results
+    hs, cs = all
+    cells = tuple(in_form(c) for c in cs.to(cn.dtype).unbind()) if lstm else None
+    return *results, AllStates((*(in_form(h) for h in hs.to(y.dtype).unbind()), results[0]), cells)
 
 
 dynamo.allow(Fused)

@@ -157,8 +157,10 @@ def _of_layer(
         steps, batch = data.shape[0], 1
     else:
         batch, steps = data.shape[:2] if module.batch_first else data.shape[:2][::-1]
-    stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
-    if autocast.is_on(data) and stored != torch.float64:
+    stored: Any = torch.float32 if module.stored else data.dtype
+    if one_hot and not module.stored:
+        stored = module.weight_ih_l0.dtype
+    if not module.stored and autocast.is_on(data) and stored != torch.float64:
         stored = torch.get_autocast_dtype(data.device.type)
     if data.device.type == "cuda":
         config, spec = module._config(), cuda.spec(data.device)
@@ -182,15 +184,17 @@ def _of_layer(
             recurrent_dropout=module.training and module.recurrent_dropout > 0,
             resets=resets,
             return_all=return_all,
+            stored=module.stored,
             steps=steps,
             batch=batch,
             tokens=data.shape[0] if packed else steps * batch,
             threads=torch.get_num_threads(),
             backward=backward,
         )
-        for backward in (False, True)
+        for backward in ((False,) if module.stored else (False, True))
     }
-    lines = [f"fused CPU kernels, forward {plans[False]}", f"backward {plans[True]}"]
+    lines = [f"fused CPU kernels, forward {plans[False]}"]
+    lines += [] if module.stored else [f"backward {plans[True]}"]
     if regularisers:
         lines.append(f"{regularisers} in the kernels")
     if one_hot:

@@ -129,7 +129,7 @@ PyObject* cpu_plan(const NamedArguments& a) {
   Problem p = problem_of(a);
   p.input_size = a.integer("input_size"), p.one_hot = a.flag("one_hot");
   p.zoneout = a.flag("zoneout"), p.layer_norm = a.flag("layer_norm");
-  p.all_states = a.flag("return_all");
+  p.all_states = a.flag("return_all"), p.stored = stored_of(a.text("stored"));
   CpuRequest request{};
   request.backward = a.flag("backward");
   request.steps = request.longest = a.integer("steps");
@@ -166,12 +166,14 @@ PyMethodDef methods[] = {
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(kForwardSchema);
   m.def(kInferSchema);
+  m.def(kInferQuantizedSchema);
   m.def(kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("forward", forward<forward_cpu>);
   m.impl("infer", infer<forward_cpu>);
+  m.impl("infer_quantized", infer_quantized<forward_cpu>);
   m.impl("backward", backward<backward_cpu>);
 }
 
