@@ -50,8 +50,8 @@ ISAS = {
         "baseline": "-O1",
         "avx2": "-march=x86-64-v3",
         "avx512": AVX512,
-        "avx512bf16": f"{AVX512} -mavx512bf16",
-        "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+        "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+        "amx": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",
     },
     "aarch64": {
         "neon": "",

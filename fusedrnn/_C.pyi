@@ -33,6 +33,7 @@ def cpu_plan(
     recurrent_dropout: bool,
     resets: bool,
     return_all: bool,
+    stored: str,
     steps: int,
     batch: int,
     tokens: int,

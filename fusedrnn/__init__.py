@@ -4,6 +4,7 @@ from fusedrnn._version import __version__
 from fusedrnn.cuda import cuda_kernels
 from fusedrnn.inspect import explain, info
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.quantization import dequantize, quantize
 from fusedrnn.swap import swap, unswap
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "RNNCell",
     "__version__",
     "cuda_kernels",
+    "dequantize",
     "explain",
     "info",
+    "quantize",
     "swap",
     "unswap",
 ]

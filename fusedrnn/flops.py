@@ -50,6 +50,29 @@ def infer(
     return _products(x, weights, ops.Config(*stack))
 
 
+def infer_quantized(
+    x: Tensor,
+    hx: Any,
+    cx: Any,
+    weights: list[Tensor],
+    batch_sizes: Any,
+    lengths: Any,
+    *stack: Any,
+    out_val: Any = None,
+) -> int:
+    """From sizes, as packed weights have other shapes."""
+    *described, input_size, _ = stack
+    config = ops.Config(*described)
+    rows = {"LSTM": 4, "GRU": 3}.get(config.mode, 1) * config.hidden_size
+    flops = 0
+    for layer in range(config.num_layers):
+        width = config.directions * config.out_size if layer else input_size
+        gathers = layer == 0 and not x.is_floating_point()
+        flops += rows * ((0 if gathers else width) + config.out_size)
+        flops += config.proj_size * config.hidden_size
+    return 2 * _tokens(x) * config.directions * flops
+
+
 def _products(x: Tensor, weights: list[Tensor], config: ops.Config) -> int:
     flops = 0
     for i, (w_ih, w_hh, *more) in enumerate(_layers(weights, config)):
@@ -89,7 +112,7 @@ def register() -> None:
     """Makes FlopCounterMode count the ops, whether it is imported already or later."""
 
     def add(counter: ModuleType) -> None:
-        for formula in (forward, infer, backward):
+        for formula in (forward, infer, infer_quantized, backward):
             op = getattr(torch.ops.fusedrnn, formula.__name__)
             counter.register_flop_formula(op, get_raw=True)(formula)
 

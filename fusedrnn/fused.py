@@ -116,7 +116,8 @@ class Fused(LayerBase):
         if casts is not None:
             y, hn = y.to(casts.output), hn.to(casts.output)
             cn = cn if cn is None else cn.to(casts.cell)
-        return self._shaped(input, one_hot, unsort, y, hn, cn, (hs, cs) if return_all else None)
+        every = (hs, cs) if return_all else None
+        return shaped(self, input, one_hot, unsort, y, hn, cn, every)
 
     def _run(self, call: tuple, more: bool) -> tuple | None:
         """y, hn, cn, hs, cs of an op, or of the reference where no kernel can and torch.nn cannot.
@@ -153,36 +154,42 @@ class Fused(LayerBase):
                 raise
             return reference.forward(*call) if more else None
 
-    def _shaped(
-        self, input: Any, one_hot: bool, unsort: Any, y: Tensor, hn: Tensor, cn: Any, all: Any
-    ) -> Any:
-        """The results of a call in the form of its `input`; `all`: hs and cs where wanted."""
-        packed = isinstance(input, PackedSequence)
-        unbatched = not packed and input.dim() + one_hot == 2
 
-        def shaped(steps: Tensor) -> Any:
-            if packed:
-                return PackedSequence(
-                    steps, input.batch_sizes, input.sorted_indices, input.unsorted_indices
-                )
-            if unbatched:
-                return steps.squeeze(1)
-            return steps.transpose(0, 1) if self.batch_first else steps
+def shaped(
+    layer: LayerBase,
+    input: Any,
+    one_hot: bool,
+    unsort: Any,
+    y: Tensor,
+    hn: Tensor,
+    cn: Any,
+    all: Any,
+) -> Any:
+    """The results of a call in the form of its `input`; `all`: hs and cs where wanted."""
+    packed = isinstance(input, PackedSequence)
+    unbatched = not packed and input.dim() + one_hot == 2
 
-        lstm = self.mode == "LSTM"
-        states: tuple[Tensor, ...] = (hn, cn) if lstm else (hn,)
-        if unsort is not None:
-            states = tuple(s.index_select(1, unsort) for s in states)
+    def in_form(steps: Tensor) -> Any:
+        if packed:
+            return PackedSequence(
+                steps, input.batch_sizes, input.sorted_indices, input.unsorted_indices
+            )
         if unbatched:
-            states = tuple(s.squeeze(1) for s in states)
-        results = shaped(y), states if lstm else states[0]
-        if all is None:
-            return results
-        hs, cs = all
-        cells = tuple(shaped(c) for c in cs.to(cn.dtype).unbind()) if lstm else None
-        return *results, AllStates(
-            (*(shaped(h) for h in hs.to(y.dtype).unbind()), results[0]), cells
-        )
+            return steps.squeeze(1)
+        return steps.transpose(0, 1) if layer.batch_first else steps
+
+    lstm = layer.mode == "LSTM"
+    states: tuple[Tensor, ...] = (hn, cn) if lstm else (hn,)
+    if unsort is not None:
+        states = tuple(s.index_select(1, unsort) for s in states)
+    if unbatched:
+        states = tuple(s.squeeze(1) for s in states)
+    results = in_form(y), states if lstm else states[0]
+    if all is None:
+        return results
+    hs, cs = all
+    cells = tuple(in_form(c) for c in cs.to(cn.dtype).unbind()) if lstm else None
+    return *results, AllStates((*(in_form(h) for h in hs.to(y.dtype).unbind()), results[0]), cells)
 
 
 dynamo.allow(Fused)

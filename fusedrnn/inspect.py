@@ -173,8 +173,10 @@ def _of_layer(
         what = "plain PyTorch" if ours else "torch.nn's own kernels"
         return f"{head} {what}, because {reason}"
     steps, batch = support.sizes(module, input, one_hot)
-    stored: Any = module.weight_ih_l0.dtype if one_hot else data.dtype
-    if autocast.is_on(data) and stored != torch.float64:
+    stored: Any = torch.float32 if module.stored else data.dtype
+    if one_hot and not module.stored:
+        stored = module.weight_ih_l0.dtype
+    if not module.stored and autocast.is_on(data) and stored != torch.float64:
         stored = torch.get_autocast_dtype(data.device.type)
     if support.on_gpu(data):
         more = one_hot or lengths or resets or return_all or bool(regularisers)
@@ -199,15 +201,17 @@ def _of_layer(
             recurrent_dropout=module.training and module.recurrent_dropout > 0,
             resets=resets,
             return_all=return_all,
+            stored=module.stored,
             steps=steps,
             batch=batch,
             tokens=data.shape[0] if packed else steps * batch,
             threads=torch.get_num_threads(),
             backward=backward,
         )
-        for backward in (False, True)
+        for backward in ((False,) if module.stored else (False, True))
     }
-    lines = [f"fused CPU kernels, forward {plans[False]}", f"backward {plans[True]}"]
+    lines = [f"fused CPU kernels, forward {plans[False]}"]
+    lines += [] if module.stored else [f"backward {plans[True]}"]
     lines += _in_kernels(regularisers)
     if one_hot:
         lines.append("integers as one-hot vectors: rows of the first layer's W_ih^T are gathered")

@@ -42,6 +42,8 @@ class LayerBase(DropIn, nn.RNNBase):
     zoneout: float | tuple[float, float] = 0.0
     layer_norm: bool = False
     recompute: bool = False
+    # How a quantized layer stores its weights (fusedrnn/quantized.py).
+    stored: str = ""
 
     def __init__(
         self,

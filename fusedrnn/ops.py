@@ -26,6 +26,8 @@ forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the
 all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers but the last, and an
 LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest.
 infer returns y, hn, and cn of an LSTM, else None.
+`torch.ops.fusedrnn.infer_quantized` is infer with weights that fusedrnn/quantized.py packs, in
+float32, with batch_sizes or lengths, the input's width and the format of the weights.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
 the others are empty. `members` is 0, or a number that divides B: then row b belongs to member
 b % members, and the gradients of weights (members, ...) are sums over each member's rows.
@@ -46,6 +48,7 @@ from fusedrnn import _C, derivatives, reference
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
 backward = torch.ops.fusedrnn.backward.default
+infer_quantized = torch.ops.fusedrnn.infer_quantized.default
 
 
 # In the error of an op whose CUDA kernels were all refused, found wrong or switched off.
@@ -130,6 +133,21 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fusedrnn::infer")
 def _fake_infer(x, hx, cx, weights, *stack):  # type: ignore[no-untyped-def]
     y, hn, cn, *_ = _fake_forward(*plain_call(x, hx, cx, weights, *stack, save=False))
+    return y, hn, cn if stack[0] == "LSTM" else None
+
+
+@torch.library.register_fake("fusedrnn::infer_quantized")
+def _fake_infer_quantized(x, hx, cx, weights, batch_sizes, lengths, *stack):  # type: ignore[no-untyped-def]
+    x = x if x.is_floating_point() else x.unsqueeze(-1).float()
+    rest = (
+        batch_sizes,
+        lengths,
+        *[None] * (NON_DIFFERENTIABLE - 2),
+        0.0,
+        *Config(*stack[:6]),
+        False,
+    )
+    y, hn, cn, *_ = _fake_forward(x, hx, cx, weights, *rest)
     return y, hn, cn if stack[0] == "LSTM" else None
 
 
@@ -475,6 +493,10 @@ def _infer_autograd(keys: Any, *arguments: Any) -> tuple:
     return _below_autograd(infer, keys, arguments)
 
 
+def _infer_quantized_autograd(keys: Any, *arguments: Any) -> tuple:
+    return _below_autograd(infer_quantized, keys, arguments)  # has no derivative, as torch's int8
+
+
 def _dual_of_gradients(grads: tuple[Tensor | None, ...], rest: tuple) -> tuple:
     """The backward op with tangents in `grads`, in which it is linear."""
     pairs = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in grads]
@@ -508,3 +530,4 @@ _library = torch.library.Library("fusedrnn", "IMPL")
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 _library.impl("infer", _infer_autograd, "Autograd", with_keyset=True)
+_library.impl("infer_quantized", _infer_quantized_autograd, "Autograd", with_keyset=True)

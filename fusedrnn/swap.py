@@ -178,6 +178,8 @@ def _why_not_swapped(module: nn.Module) -> str | None:
         return None
     if where.startswith("torch.ao.nn.quantized") and name in ("LSTM", "GRU"):
         return "quantized: its weights are integers"
+    if isinstance(module, LayerBase) and module.stored:
+        return "quantized: fusedrnn.dequantize undoes that"
     if type(module) in PAIRS.values():
         return "fusedrnn's already"
     for plain, fused in PAIRS.items():

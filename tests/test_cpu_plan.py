@@ -32,17 +32,18 @@ def costs(least_rows, planes, weight_bytes, loads_quickly):
         planes=planes,
         weight_bytes=weight_bytes,
         loads_quickly=loads_quickly,
+        digits=False,
     )
 
 
 def make_machine(name: str = "avx512", **fields):
-    variants = [
-        bindings.CpuVariant(
-            name=variant,
-            costs={bindings.DType[d]: costs(*c) for d, c in VARIANTS[variant].items()},
-        )
-        for variant in MACHINES[name]
-    ]
+    def of(variant: str):
+        found = {bindings.DType[d]: costs(*c) for d, c in VARIANTS[variant].items()}
+        if variant in ("amx", "avx512bf16"):
+            found.setdefault(bindings.DType.float32, bindings.CpuCosts()).digits = True
+        return bindings.CpuVariant(name=variant, costs=found)
+
+    variants = [of(variant) for variant in MACHINES[name]]
     return bindings.CpuMachine(variants=variants, **{"tiles": True, "threads": 1, **fields})
 
 
@@ -186,3 +187,28 @@ def test_a_field_that_is_not_there_is_an_error():
         bindings.CpuRequest(step=5)
     with pytest.raises(TypeError):
         bindings.CpuRequest(steps="5")
+
+
+def stored_plan(machine: str, kind: str, steps: int, batch: int, width: int = 64, **fields):
+    """(variant, product) of a call with weights in fewer bytes."""
+    made = make_machine(machine, **fields)
+    problem = make_problem("LSTM", width, 256, stored=bindings.Stored[kind])
+    plan = bindings.plan_cpu(problem, make_request(steps, batch), made)
+    text = bindings.describe_cpu(plan, problem, make_request(steps, batch), made)
+    assert f"weights in {kind}" in text and not plan.unpacked and not plan.pass_.unpacked_hh
+    return made.variants[plan.variant].name, plan.pass_.product.name
+
+
+def test_weights_in_fewer_bytes():
+    assert stored_plan("amx", "int8", 1, 1) == ("avx512bf16", "digits")
+    assert stored_plan("amx", "int8", 35, 32) == ("amx", "digits")
+    assert stored_plan("amx", "int8", 35, 32, tiles=False) == ("avx512bf16", "digits")
+    # Sums of so many digits could exceed 32 bits.
+    assert stored_plan("amx", "int8", 35, 32, width=40_000) == ("amx", "panels")
+    assert stored_plan("amx", "int8", 1, 1, width=40_000) == ("avx512", "words")
+    assert stored_plan("avx512", "int8", 9, 4) == ("avx512", "words")
+    assert stored_plan("avx512", "int8", 9, 5) == ("avx512", "panels")
+    assert stored_plan("amx", "bfloat16", 1, 1) == ("avx512", "words")
+    assert stored_plan("amx", "bfloat16", 9, 5) == ("avx512bf16", "pairs")
+    assert stored_plan("amx", "bfloat16", 9, 32) == ("amx", "pairs")
+    assert stored_plan("avx512", "bfloat16", 9, 32) == ("avx512", "panels")

@@ -61,3 +61,13 @@ def test_a_model_is_counted_by_module():
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(3, 2, 4))
     assert "fusedrnn.forward" in str(counter.get_flop_counts()["Sequential"])
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_quantized_layers_count_the_same(cell):
+    _, fused = make_pair(cell, 3, 5, num_layers=2, bidirectional=True)
+    tokens, x = torch.randint(3, (7, 4)), torch.randn(7, 4, 3)
+    with torch.no_grad():
+        expected = [count(lambda given=given: fused(given)) for given in (x, tokens)]
+    layer = fusedrnn.quantize(fused.eval()).model
+    assert [count(lambda given=given: layer(given)) for given in (x, tokens)] == expected

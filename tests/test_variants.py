@@ -239,6 +239,14 @@ def rows():
                     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def quantization():
+    """Weights in 8 bits and in bfloat16, which each instruction set multiplies in its own way."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # benchmarks
+    from test_quantization import SHAPES, check_shapes
+
+    check_shapes(SHAPES[:2] + SHAPES[4:])
+
+
 CHECKS = {
     "numbers": numbers,
     "layer_norm": layer_norm,
@@ -247,6 +255,7 @@ CHECKS = {
     "deep": deep,
     "special": special,
     "rows": rows,
+    "quantization": quantization,
 }
 
 

@@ -149,7 +149,7 @@ struct Kernels {
   // `which`: of the layers and directions
   void (*pack_forward)(const Forward&, int64_t which, void* packed, int64_t part, int64_t parts);
   void (*pack_backward)(const Backward&, int64_t which, void* packed, int64_t part, int64_t parts);
-  RowsScratch (*rows_scratch)(const Problem&, int64_t rows);  // for forward and backward
+  RowsScratch (*rows_scratch)(const Problem&, const CpuPass&, int64_t rows);  // both directions
   void (*forward)(const Forward&, const Rows&, Member&);
   void (*backward)(const Backward&, const Rows&, Member&);
   // Common: UnpackedStep::recurrent of each state; own: of each part.

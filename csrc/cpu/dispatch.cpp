@@ -41,12 +41,12 @@ namespace {
 // Linux gives a process tiles when it asks (Documentation/arch/x86/xstate.rst). What it then needs
 // larger are alternate signal stacks, of whoever has them: so it asks when tiles are used at last.
 constexpr int kTileData = 18;
-// Whether the processor has tiles for bfloat16, and Linux would give them.
+// Whether the processor has tiles for bfloat16 and bytes, and Linux would give them.
 bool has_tiles() {
-  constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24;
+  constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24, kInt8 = 1 << 25;
   constexpr int kGetSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
   unsigned a, b, c, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBFloat16 | kTiles)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBFloat16 | kTiles | kInt8)) return false;
   uint64_t supported = 0;
   return syscall(SYS_arch_prctl, kGetSupported, &supported) == 0 && supported >> kTileData & 1;
 }
@@ -72,13 +72,15 @@ const std::vector<Installed>& installed() {
 #if FUSEDRNN_HAVE_avx512
   const bool avx512 = HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") &&
                       HAS("avx512vl") && HAS("fma") && HAS("bmi2");
+  // Every processor with the first of these has the second.
+  const bool avx512bf16 = avx512 && HAS("avx512bf16") && HAS("avx512vnni");
 #endif
   static const std::vector<Installed> all = {
 #if FUSEDRNN_HAVE_amx
-      {&kernels_amx, avx512 && HAS("avx512bf16") && has_tiles()},
+      {&kernels_amx, avx512bf16 && has_tiles()},
 #endif
 #if FUSEDRNN_HAVE_avx512bf16
-      {&kernels_avx512bf16, avx512 && HAS("avx512bf16")},
+      {&kernels_avx512bf16, avx512bf16},
 #endif
 #if FUSEDRNN_HAVE_avx512
       {&kernels_avx512, avx512},

@@ -77,47 +77,69 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
   });
 }
 
+// The same for forward, whose storage type also says how weights in fewer bytes are multiplied.
+// Kernels multiply words where they compute float32 without planes.
+template <class F>
+FUSEDRNN_INLINE auto with_forward(const Problem& p, const CpuPass& pass, F f) {
+#if defined(__AVX512VNNI__)
+  if (pass.product == Product::kDigits) return f(DigitFloat{});
+  if (pass.product == Product::kPairs) return f(PairFloat{});
+#else
+  if (pass.product == Product::kWords) return f(WordFloat{});
+#endif
+  return with_dtype(p.dtype, f);
+}
+
 CpuCosts costs_of(DType dtype) {
-  if (!computes(dtype)) return {};
-  return with_dtype(dtype, [](auto s) {
+  CpuCosts none{};
+#if defined(__AVX512VNNI__)
+  none.digits = dtype == DType::kFloat32;
+#endif
+  if (!computes(dtype)) return none;
+  return with_dtype(dtype, [&](auto s) {
     using X = Operand<decltype(s)>;
     return CpuCosts{true,
                     kTiled<X>,
                     kTiled<X> ? 8 : 1,
                     kPlanes<X>,
                     kPlanes<X> * int64_t(sizeof(Element<X>)),
-                    kLoadsQuickly<decltype(s)>};
+                    kLoadsQuickly<decltype(s)>,
+                    none.digits};
   });
 }
 PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {
-  return with_dtype(a.problem.dtype,
-                    [&](auto s) { return forward_offsets<Operand<decltype(s)>>(a, layer); });
+  return with_forward(a.problem, a.pass,
+                      [&](auto s) { return forward_offsets<decltype(s)>(a, layer); });
 }
 PackedOffsets backward_offsets_of(const Problem& p, int64_t layer) {
   return with_dtype(p.dtype,
                     [&](auto s) { return backward_offsets<Operand<decltype(s)>>(p, layer); });
 }
 void pack_forward_of(const Forward& a, int64_t which, void* packed, int64_t part, int64_t parts) {
-  with_dtype(a.problem.dtype,
-             [&](auto s) { ForwardPacking<decltype(s)>(a, which, packed, part, parts).run(); });
+  with_forward(a.problem, a.pass,
+               [&](auto s) { ForwardPacking<decltype(s)>(a, which, packed, part, parts).run(); });
 }
 void pack_backward_of(const Backward& a, int64_t which, void* packed, int64_t part, int64_t parts) {
   with_dtype(a.problem.dtype,
              [&](auto s) { pack_backward<decltype(s)>(a, which, packed, part, parts); });
 }
-RowsScratch rows_scratch_of(const Problem& p, int64_t rows) {
-  return with_dtype(p.dtype, [&](auto s) {
+RowsScratch rows_scratch_of(const Problem& p, const CpuPass& pass, int64_t rows) {
+  return with_forward(p, pass, [&](auto s) {
     Scratch common[2]{}, own[2]{};
     ForwardBuffers<decltype(s)>(p, rows, common[0], own[0]);
-    BackwardBuffers<decltype(s)>(p, rows, common[1], own[1]);
+    if constexpr (!kForwardOnly<decltype(s)>)
+      BackwardBuffers<decltype(s)>(p, rows, common[1], own[1]);
     return RowsScratch{max(common[0].used, common[1].used), max(own[0].used, own[1].used)};
   });
 }
 void forward_of(const Forward& a, const Rows& rows, Member& me) {
   const TileSetup tiles;
-  with_both(a.problem, [&](auto cell, auto s) {
+  auto run = [&](auto cell, auto s) {
     ForwardPass<decltype(cell), decltype(s)>(a, rows, me).run();
-  });
+  };
+  if (a.problem.layer_norm) return with_both(a.problem, run);
+  with_cell(a.problem.cell,
+            [&](auto cell) { with_forward(a.problem, a.pass, [&](auto s) { run(cell, s); }); });
 }
 void backward_of(const Backward& a, const Rows& rows, Member& me) {
   const TileSetup tiles;

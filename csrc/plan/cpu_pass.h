@@ -13,6 +13,15 @@ struct CpuCosts {
   int64_t planes;        // values of the multiplied type that make up one weight
   int64_t weight_bytes;  // that a weight takes when it is packed
   bool loads_quickly;    // weights as they are stored: no conversion, or one instruction
+  bool digits;           // whether 8-bit weights are multiplied as bytes; on tiles if `tiled`
+};
+
+// How a forward pass multiplies weights that are stored in fewer bytes, and all others.
+enum class Product {
+  kPanels,  // packed anew by each call, in the type that products take
+  kWords,   // in place, widened to float32 (cpu/product/words.h)
+  kDigits,  // in place, 8-bit weights by rows in digits of 8 bits (cpu/product/digits.h)
+  kPairs,   // packed anew as pairs of bfloat16, to which rows are rounded as well
 };
 
 // Of a pass through layers and steps.
@@ -20,6 +29,7 @@ struct CpuPass {
   bool unpacked_hh;     // forward reads W_hh unpacked
   bool alternates;      // consecutive steps read weights in opposite directions
   bool overlaps_cells;  // in forward cells are computed during the next product
+  Product product;      // in forward
 };
 
 }  // namespace fusedrnn

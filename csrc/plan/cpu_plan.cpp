@@ -35,6 +35,55 @@ int choose_variant(const Problem& p, const CpuRequest& r, const CpuMachine& m) {
   return i;
 }
 
+// ---- weights in fewer bytes ----
+
+// Sums of more digits could exceed 32 bits.
+constexpr int64_t kMostDigits = 32768;
+// With fewer rows tiles are mostly empty.
+constexpr int64_t kLeastTileRows = 7;
+
+// How weights in fewer bytes are multiplied, and the variant that does. Digits where the processor
+// has their products; else few rows are multiplied in place, and more by panels of the call.
+Product choose_product(const Problem& p, const CpuRequest& r, const CpuMachine& m, int* variant) {
+  const int64_t deepest =
+      std::max({p.product_input(0), p.hidden_size, p.num_directions * p.out_size()});
+  auto first_variant = [&](auto fits) {
+    for (int i = 0; i < m.count; i++)
+      if (fits(m.variants[i])) return *variant = i, true;
+    return false;
+  };
+  auto first = [&](auto fits) {
+    return first_variant([&](const CpuVariant& v) { return fits(v.costs[int(DType::kFloat32)]); });
+  };
+  if (p.stored == Stored::kInt8 && deepest <= kMostDigits && first([&](const CpuCosts& c) {
+        return c.digits && (!c.tiled || (m.tiles && r.batch >= kLeastTileRows));
+      }))
+    return Product::kDigits;
+  const auto pairs = [&](const CpuVariant& v) {
+    const CpuCosts& c = v.costs[int(DType::kBFloat16)];
+    return c.computes && c.weight_bytes == 2 &&
+           (!c.tiled || (m.tiles && r.batch >= kLeastTileRows));
+  };
+  if (p.stored == Stored::kBFloat16 && r.batch > kDotRows && first_variant(pairs))
+    return Product::kPairs;
+  if (r.batch <= kDotRows &&
+      first([](const CpuCosts& c) { return c.computes && c.planes == 1 && !c.digits; }))
+    return Product::kWords;
+  *variant = choose_variant(p, r, m);
+  return Product::kPanels;
+}
+
+// The costs of that product.
+CpuCosts product_costs(const CpuPlan& plan, const Problem& p, const CpuMachine& m) {
+  CpuCosts costs = m.variants[plan.variant].costs[int(p.dtype)];
+  if (plan.pass.product == Product::kPanels) return costs;
+  if (plan.pass.product == Product::kPairs)
+    return m.variants[plan.variant].costs[int(DType::kBFloat16)];
+  costs.planes = 1, costs.weight_bytes = p.stored == Stored::kInt8 ? 1 : 2;
+  costs.least_rows = std::max<int64_t>(1, costs.least_rows);
+  return costs;
+}
+
 // ---- weights that are read unpacked ----
 
 // How many threads share the steps of a call whose weights are all read unpacked; 0: they are
@@ -55,7 +104,8 @@ int64_t unpacked_threads(const Problem& p, const CpuCosts& costs, const CpuReque
   }
   if (p.dtype == DType::kBFloat16) most_tokens = 4;
   if (r.backward) most_tokens = std::min(most_tokens, kFewTokensBack);
-  const bool plain = !p.one_hot && !p.proj_size && !p.zoneout && !p.all_states && !p.layer_norm &&
+  const bool plain = p.stored == Stored::kPlain && !p.one_hot && !p.proj_size && !p.zoneout &&
+                     !p.all_states && !p.layer_norm &&
                      (r.backward || (!r.resets && !r.recurrent_dropout));
   if (!plain || r.tokens > most_tokens) return 0;
   return std::max<int64_t>(1, std::min(weights / kBytesOfThread, m.threads));
@@ -67,7 +117,7 @@ bool reads_hh_unpacked(const Problem& p, const CpuCosts& costs, const CpuRequest
   const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
   const int64_t most_steps = weights > kL2Bytes ? 64 : 32 / std::max<int64_t>(1, r.batch);
   return r.batch <= kDotRows && r.steps <= most_steps && weights >= kL2Bytes / 8 && !p.layer_norm &&
-         costs.loads_quickly && !costs.tiled;
+         p.stored == Stored::kPlain && costs.loads_quickly && !costs.tiled;
 }
 
 // Weights that are more than L2 holds, but not by so much that little of them is found there the
@@ -82,11 +132,11 @@ bool alternates(const Problem& p, int64_t longest, int64_t threads) {
   return between > kL2Bytes && between <= 5 * kL2Bytes;
 }
 
-// Cells are computed during the next product where that is long: with several planes, or with
-// weights from beyond L2, of which gates and states take a part.
+// Cells are computed during the next product where that is long: with several planes or digits, or
+// with weights from beyond L2, of which gates and states take a part.
 bool overlaps_cells(const Problem& p, const CpuCosts& costs) {
   return costs.tiled && !p.layer_norm &&
-         (costs.planes > 1 || recurrent_weight_bytes(p, costs) > kL2Bytes / 2);
+         (costs.planes > 1 || costs.digits || recurrent_weight_bytes(p, costs) > kL2Bytes / 2);
 }
 
 // ---- rows of the batch ----
@@ -106,11 +156,12 @@ int64_t threads_for(const Problem& p, const CpuRequest& r, const CpuMachine& m) 
 // Rows of a task at most: as many as keep their states and gates in L2. More of them share what a
 // step reads of large weights, where the gradients of their gates, which a step of backward reads
 // too, leave room for that.
-int64_t most_rows(const Problem& p, const CpuCosts& costs, bool backward) {
+int64_t most_rows(const Problem& p, const CpuCosts& costs, bool backward, Product product) {
   constexpr int64_t kManyRows = 64;
   const bool room = !backward || kManyRows * p.gate_rows() * costs.weight_bytes <= kL2Bytes / 2;
-  const bool many =
-      p.dtype == DType::kBFloat16 || (recurrent_weight_bytes(p, costs) > kL2Bytes && room);
+  const bool many = p.dtype == DType::kBFloat16 || product == Product::kDigits ||
+                    product == Product::kPairs ||
+                    (recurrent_weight_bytes(p, costs) > kL2Bytes && room);
   return many ? kManyRows : kManyRows / 2;
 }
 
@@ -140,7 +191,7 @@ void divide_rows(const Problem& p, const CpuCosts& costs, const CpuRequest& r, c
   plan->threads = threads_for(p, r, m);
   plan->rows_per_task = 1, plan->tasks = 0, plan->members = 1;
   if (r.batch == 0) return;
-  const int64_t most = most_rows(p, costs, r.backward);
+  const int64_t most = most_rows(p, costs, r.backward, plan->pass.product);
   plan->members = members_for(p, costs, r, plan->threads, m.all_threads, most);
   const int64_t least =
       m.all_threads || plan->members > 1 ? 1 : std::min(r.batch, costs.least_rows);
@@ -153,8 +204,11 @@ void divide_rows(const Problem& p, const CpuCosts& costs, const CpuRequest& r, c
 
 CpuPlan plan_cpu(const Problem& p, const CpuRequest& r, const CpuMachine& m) {
   CpuPlan plan{};
-  plan.variant = choose_variant(p, r, m);
-  const CpuCosts& costs = m.variants[plan.variant].costs[int(p.dtype)];
+  if (p.stored == Stored::kPlain)
+    plan.variant = choose_variant(p, r, m);
+  else
+    plan.pass.product = choose_product(p, r, m, &plan.variant);
+  const CpuCosts costs = product_costs(plan, p, m);
   const int64_t unpacked = unpacked_threads(p, costs, r, m);
   plan.unpacked = unpacked > 0;
   divide_rows(p, costs, r, m, &plan);
@@ -210,6 +264,14 @@ std::string idle_in_words(const CpuPlan& plan, const CpuMachine& m) {
 }
 
 std::string products_in_words(const CpuPlan& plan, const Problem& p, const CpuCosts& costs) {
+  const Product product = plan.pass.product;
+  if (p.stored != Stored::kPlain)
+    return std::string("; weights in ") + (p.stored == Stored::kInt8 ? "int8" : "bfloat16") +
+           (product == Product::kPanels  ? ", packed by the call"
+            : product == Product::kWords ? ", widened in the product"
+            : product == Product::kPairs ? ", products of pairs"
+                                         : ", products of bytes") +
+           (product != Product::kPanels && costs.tiled ? " on tiles" : "");
   const bool narrow = bytes(p.dtype) == 2;  // stored in 16 bits, computed in 32
   if (!plan.unpacked && costs.planes > 1)
     return "; products on tiles, each float32 as three bfloat16";

@@ -33,6 +33,10 @@ FUSEDRNN_HD constexpr DTypeTraits traits(DType dtype) {
 FUSEDRNN_HD constexpr int64_t bytes(DType t) { return traits(t).bytes; }
 FUSEDRNN_HD constexpr int64_t compute_bytes(DType t) { return traits(t).compute_bytes; }
 
+// How weight matrices are stored: as the dtype says, or packed for inference in fewer bytes: in 8
+// bits with a scale for each row, or in bfloat16 (cpu/product/words.h).
+enum class Stored : int { kPlain, kInt8, kBFloat16 };
+
 // A weight of a layer and direction.
 enum WeightKind : int {
 #define WEIGHT(kind, name, torch_name, present, rows, columns) kind,
@@ -52,6 +56,7 @@ struct Problem {
   bool zoneout;     // of h or c
   bool all_states;  // outputs and cell states of all layers are results, and not in the reserve
   bool layer_norm;  // cells/normed.h
+  Stored stored;    // other than plain: inference in float32 on the CPU, without layer_norm
 
   FUSEDRNN_HD constexpr CellTraits cell_traits() const { return traits(cell, layer_norm); }
 
@@ -70,6 +75,15 @@ struct Problem {
   // Per token, direction and layer: the gradients of what layer normalisation puts out.
   FUSEDRNN_HD constexpr int64_t normed_columns() const {
     return layer_norm ? (traits(cell).slots + traits(cell).has_cell) * hidden_size : 0;
+  }
+  // The shape in which the weights of `gates` gates of `units` units and K columns are stored.
+  FUSEDRNN_HD constexpr int64_t stored_rows(int64_t gates, int64_t units) const {
+    return gates * (stored == Stored::kPlain ? units : (units + 15) / 16);
+  }
+  FUSEDRNN_HD constexpr int64_t stored_columns(int64_t K) const {
+    if (stored == Stored::kPlain) return K;
+    const int64_t piece = stored == Stored::kInt8 ? 64 : 32;  // a cache line holds of a row
+    return (K + piece - 1) / piece * piece * 16;
   }
   FUSEDRNN_HD constexpr int weights_per_direction() const { return weight_place(kWeightKinds); }
   // How many weights come before that of a kind, within a layer and direction.

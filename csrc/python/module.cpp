@@ -190,7 +190,7 @@ PyObject* cpu_plan(const NamedArguments& a) {
   Problem p = problem_of(a);
   p.input_size = a.integer("input_size"), p.one_hot = a.flag("one_hot");
   p.zoneout = a.flag("zoneout"), p.layer_norm = a.flag("layer_norm");
-  p.all_states = a.flag("return_all");
+  p.all_states = a.flag("return_all"), p.stored = stored_of(a.text("stored"));
   CpuRequest request{};
   request.backward = a.flag("backward");
   request.steps = request.longest = a.integer("steps");

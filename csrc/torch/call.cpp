@@ -37,9 +37,9 @@ std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
 }
 
 Call::Call(const Inputs& in, const Config& config)
-    : problem(problem_of(config, in.regularisers, in.x, in.weights)),
-      x(in.x),
-      like(typed(in.x, in.weights)) {
+    : x(in.x),
+      like(typed(in.x, in.weights, stored_of(config.stored))),
+      problem(problem_of(config, in.regularisers, in.x, like, in.weights)) {
   const Problem& p = problem;
   const bool one_hot = p.one_hot;
   if (one_hot) {

@@ -7,9 +7,9 @@ namespace fusedrnn {
 
 // The tensors of a call, checked but for what lies in `lengths`, and kept alive.
 struct Call {
-  Problem problem;
   Tensor x;     // rows of which the elements follow each other; integers as int64
   Tensor like;  // what is computed has its dtype
+  Problem problem;
   OptionalTensor hx, cx, lengths, resets;
   RegulariserTensors regularisers;
   std::vector<Tensor> weights;

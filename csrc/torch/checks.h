@@ -23,6 +23,10 @@ struct Config {
   int64_t hidden_size, proj_size, num_layers;
   bool bias, bidirectional;
   bool all_states = false, layer_norm = false;
+  // Of weights stored in fewer bytes, whose shape does not tell it: the format and the input's
+  // width.
+  std::string stored{};
+  int64_t input_size = 0;
 };
 
 // What a call is regularised with; a mask that is absent is not applied.
@@ -102,31 +106,49 @@ inline Cell cell_of(const std::string& mode) {
   return Cell::kCount;
 }
 
-// The tensor that has the dtype of all that is computed: not the input where it is integers.
-inline const Tensor& typed(const Tensor& x, const std::vector<Tensor>& weights) {
+// A tensor that has the dtype of all that is computed: not the input where it is integers.
+inline Tensor typed(const Tensor& x, const std::vector<Tensor>& weights, Stored stored) {
   if (!is_integer(x.scalar_type())) return x;
   FUSEDRNN_EXPECT(!weights.empty(), "fusedrnn: expected weights, got none");
-  return weights[0];
+  if (stored == Stored::kPlain) return weights[0];
+  return torch::stable::new_empty(weights[0], {0}, ScalarType::Float);
 }
 
 // The problem's fields that the input's shape gives: its width, and whether it is integers.
-inline void read_input(Problem& p, const Tensor& x, const Tensor& like) {
+inline void read_input(Problem& p, const Tensor& x, const Tensor& like, int64_t input_size) {
   p.one_hot = is_integer(x.scalar_type());
   p.dtype = dtype_of(like.scalar_type());
+  if (p.stored != Stored::kPlain)
+    FUSEDRNN_EXPECT(p.dtype == DType::kFloat32,
+                    "fusedrnn: quantized weights take float32 input, got ", traits(p.dtype).name);
   if (p.one_hot) {
     FUSEDRNN_EXPECT(x.dim() == 1 || x.dim() == 2,
                     "fusedrnn: expected integer input of 1 (packed) or 2 dimensions, got ",
                     x.dim());
-    FUSEDRNN_EXPECT(like.dim() == 2, "fusedrnn: expected weight_ih of 2 dimensions, got ",
-                    like.dim());
+    FUSEDRNN_EXPECT(like.dim() == 2 || p.stored != Stored::kPlain,
+                    "fusedrnn: expected weight_ih of 2 dimensions, got ", like.dim());
     FUSEDRNN_EXPECT(x.device() == like.device(),
                     "fusedrnn: the weights are on another device than the input");
-    p.input_size = like.size(1);
+    p.input_size = p.stored == Stored::kPlain ? like.size(1) : input_size;
   } else {
     FUSEDRNN_EXPECT(x.dim() == 2 || x.dim() == 3,
                     "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
     p.input_size = x.size(x.dim() - 1);
+    FUSEDRNN_EXPECT(p.stored == Stored::kPlain || p.input_size == input_size,
+                    "fusedrnn: expected input of size ", input_size, ", got ", p.input_size);
   }
+}
+
+inline Stored stored_of(const std::string& name) {
+  if (name.empty()) return Stored::kPlain;
+  FUSEDRNN_EXPECT(name == "int8" || name == "bfloat16",
+                  "fusedrnn: expected weights in int8 or bfloat16, got ", name);
+  return name == "int8" ? Stored::kInt8 : Stored::kBFloat16;
+}
+inline ScalarType stored_type(Stored stored, ScalarType plain) {
+  return stored == Stored::kInt8       ? ScalarType::Byte
+         : stored == Stored::kBFloat16 ? ScalarType::BFloat16
+                                       : plain;
 }
 
 // All weights, per layer and direction in the order of plan/weights.inc.
@@ -139,7 +161,14 @@ inline void check_weights(const Problem& p, const std::vector<Tensor>& weights,
   checked_product(traits(p.cell).gates, p.hidden_size);
   size_t i = 0;
   auto check = [&](const char* name, int64_t rows, int64_t columns) {
-    check_like(name, weights[i], like);
+    if (columns >= 0 && p.stored != Stored::kPlain) {
+      FUSEDRNN_EXPECT(weights[i].scalar_type() == stored_type(p.stored, like.scalar_type()),
+                      "fusedrnn: ", name, " is not in the format that weights are said to have");
+      FUSEDRNN_EXPECT(weights[i].device() == like.device(), "fusedrnn: ", name,
+                      " is on another device than the input");
+    } else {
+      check_like(name, weights[i], like);
+    }
     if (columns >= 0)
       check_shape(name, weights[i++], {rows, columns});
     else
@@ -155,11 +184,11 @@ inline void check_weights(const Problem& p, const std::vector<Tensor>& weights,
 }
 
 inline Problem problem_of(const Config& c, const RegulariserTensors& r, const Tensor& x,
-                          const std::vector<Tensor>& weights) {
+                          const Tensor& like, const std::vector<Tensor>& weights) {
   Problem p{};
   p.cell = cell_of(c.mode);
-  const Tensor& like = typed(x, weights);
-  read_input(p, x, like);
+  p.stored = stored_of(c.stored);
+  read_input(p, x, like, c.input_size);
   p.hidden_size = c.hidden_size;
   p.proj_size = c.proj_size;
   p.num_layers = c.num_layers;

@@ -127,7 +127,9 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   CpuCall call(in, config);
   call.fill(a);
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
-  if (call.padded_rows) torch::stable::zero_(y), torch::stable::zero_(hs), torch::stable::zero_(cs);
+  if (call.padded_rows)
+    for (Tensor* t : {&y, &hs, &cs})
+      if (t->defined()) torch::stable::zero_(*t);
   call.fill_states(a, hs, cs);
   a.y = y.mutable_data_ptr(), a.hn = hn.mutable_data_ptr();
   if (traits(call.problem.cell).has_cell) a.cn = cn.mutable_data_ptr();

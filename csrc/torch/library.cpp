@@ -82,6 +82,7 @@ const fusedrnn::Inspection* fusedrnn_inspection() { return &fusedrnn::inspection
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kInferSchema);
+  m.def(fusedrnn::kInferQuantizedSchema);
   m.def(fusedrnn::kBackwardSchema);
 #ifdef FUSEDRNN_WITH_CUDA
   for (const char* schema : fusedrnn::kStandingSchemas) m.def(schema);
@@ -92,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   using namespace fusedrnn;
   m.impl("forward", forward<forward_cpu>);
   m.impl("infer", infer<forward_cpu>);
+  m.impl("infer_quantized", infer_quantized<forward_cpu>);
   m.impl("backward", backward<backward_cpu>);
 }
 

@@ -123,6 +123,12 @@ void forward(StableIValue* stack, uint64_t count, uint64_t) {
       stack, implementation(in, config, save ? Save::kReserve : Save::kEmpty));
 }
 
+inline void finish_infer(StableIValue* stack, const ForwardOutputs& outputs) {
+  const auto& [y, hn, cn, reserve, hs, cs] = outputs;
+  torch::stable::detail::box_from_tuple(
+      stack, States{y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt});
+}
+
 inline constexpr const char* kInferSchema =
     "infer(" FUSEDRNN_TENSORS ", " FUSEDRNN_STACK ") -> (Tensor, Tensor, Tensor?)";
 template <ForwardFunction& implementation>
@@ -131,9 +137,22 @@ void infer(StableIValue* stack, uint64_t count, uint64_t) {
   const Inputs in = take_tensors(args);
   const Config config = take_stack(args);
   args.end();
-  auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
-  torch::stable::detail::box_from_tuple(
-      stack, States{y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt});
+  finish_infer(stack, implementation(in, config, Save::kNothing));
+}
+
+inline constexpr const char* kInferQuantizedSchema =
+    "infer_quantized(" FUSEDRNN_TENSORS ", Tensor? batch_sizes, Tensor? lengths, " FUSEDRNN_STACK
+    ", int input_size, str stored) -> (Tensor, Tensor, Tensor?)";
+template <ForwardFunction& implementation>
+void infer_quantized(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count);
+  Inputs in = take_tensors(args);
+  args >> in.batch_sizes >> in.lengths;
+  Config config = take_stack(args);
+  args >> config.input_size >> config.stored;
+  args.end();
+  FUSEDRNN_EXPECT(!config.stored.empty(), "fusedrnn: expected weights in int8 or bfloat16");
+  finish_infer(stack, implementation(in, config, Save::kNothing));
 }
 
 inline constexpr const char* kBackwardSchema =

@@ -1,6 +1,8 @@
 // csrc/plan/cpu_plan.h: how a CPU divides a call.
 #include "plan/cpu_plan.h"
 
+#include <pybind11/native_enum.h>
+
 #include <map>
 #include <string>
 #include <vector>
@@ -52,7 +54,7 @@ void bind_costs(py::module_& m) {
   using T = CpuCosts;
   auto type = structure<T>(m, "CpuCosts");
   fields(type, NAMED(computes), NAMED(tiled), NAMED(least_rows), NAMED(planes), NAMED(weight_bytes),
-         NAMED(loads_quickly));
+         NAMED(loads_quickly), NAMED(digits));
 }
 
 void bind_variant(py::module_& m) {
@@ -75,9 +77,15 @@ void bind_request(py::module_& m) {
 }
 
 void bind_pass(py::module_& m) {
+  py::native_enum<Product>(m, "Product", "enum.Enum", "How weights in fewer bytes are multiplied.")
+      .value("panels", Product::kPanels)
+      .value("words", Product::kWords)
+      .value("digits", Product::kDigits)
+      .value("pairs", Product::kPairs)
+      .finalize();
   using T = CpuPass;
   auto type = structure<T>(m, "CpuPass");
-  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(overlaps_cells));
+  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(overlaps_cells), NAMED(product));
 }
 
 void bind_plan(py::module_& m) {

@@ -18,9 +18,15 @@ void bind_problem(py::module_& m) {
   for (int i = 0; i < int(DType::kCount); i++) dtypes.value(traits(DType(i)).name, DType(i));
   dtypes.finalize();
 
+  py::native_enum<Stored>(m, "Stored", "enum.Enum", "How weights are stored.")
+      .value("plain", Stored::kPlain)
+      .value("int8", Stored::kInt8)
+      .value("bfloat16", Stored::kBFloat16)
+      .finalize();
+
   using T = Problem;
   auto type = structure<T>(m, "Problem");
   fields(type, NAMED(cell), NAMED(dtype), NAMED(input_size), NAMED(hidden_size), NAMED(one_hot),
          NAMED(proj_size), NAMED(num_layers), NAMED(num_directions), NAMED(bias), NAMED(zoneout),
-         NAMED(all_states), NAMED(layer_norm));
+         NAMED(all_states), NAMED(layer_norm), NAMED(stored));
 }

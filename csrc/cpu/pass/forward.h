@@ -10,6 +10,7 @@
 // gates, and its cells are computed while these are in L1. Every second step goes in descending
 // order: where weights exceed L2, it finds there what the step before read last.
 #pragma once
+#include "cpu/pass/factor.h"
 #include "cpu/pass/layer_norm.h"
 #include "cpu/pass/pack.h"
 #include "cpu/pass/rows.h"
@@ -97,7 +98,7 @@ struct ForwardDirection {
   const Weights& weights;
   const C* const bias;
   const C* const gates_of_values;  // for integer input, in place of w_ih
-  const X *const w_ih, *const w_hh, *const w_hr;
+  const Factor<S> w_ih, w_hh, w_hr;
 
   ForwardDirection(const Forward& call, int64_t of_layer, int64_t direction, const S* below,
                    const C* packed, const PackedOffsets& offsets)
@@ -114,9 +115,22 @@ struct ForwardDirection {
         weights(call.weights[index]),
         bias(packed),
         gates_of_values(packed + offsets.w_ih),
-        w_ih(reinterpret_cast<const X*>(packed) + offsets.w_ih),
-        w_hh(reinterpret_cast<const X*>(packed) + offsets.w_hh),
-        w_hr(reinterpret_cast<const X*>(packed) + offsets.w_hr) {}
+        w_ih(reinterpret_cast<const X*>(packed) + offsets.w_ih,
+             {weights.w_ih, weights.scale_ih, ranges(call).x, 0, gates(call),
+              call.problem.hidden_size, input.width}),
+        w_hh(reinterpret_cast<const X*>(packed) + offsets.w_hh,
+             {weights.w_hh, weights.scale_hh, ranges(call).h,
+              call.problem.cell_traits().slots - gates(call), gates(call), call.problem.hidden_size,
+              call.problem.out_size()}),
+        w_hr(reinterpret_cast<const X*>(packed) + offsets.w_hr,
+             {weights.w_hr, weights.scale_hr, GateRanges<1>{{{0, 0, 1}}}, 0, 1,
+              call.problem.out_size(), call.problem.hidden_size}) {}
+
+ private:
+  static CellGateRanges ranges(const Forward& call) {
+    return gate_ranges(call.problem.cell, call.problem.layer_norm);
+  }
+  static int gates(const Forward& call) { return traits(call.problem.cell).gates; }
 };
 
 template <class Cell, class S>
@@ -144,7 +158,7 @@ class ForwardPass {
     const C* packed = static_cast<const C*>(call.packed);
     const S* below = nullptr;
     for (int64_t layer = 0; layer < p.num_layers; layer++) {
-      const PackedOffsets offsets = forward_offsets<X>(call, layer);
+      const PackedOffsets offsets = forward_offsets<S>(call, layer);
       for (int64_t dir = 0; dir < p.num_directions; dir++, packed += offsets.total)
         run_direction(Direction(call, layer, dir, below, packed, offsets));
       below = layer_output<S>(call, layer);
@@ -191,14 +205,13 @@ class ForwardPass {
       }
     }
     if (d.indexed) return;
-    const int64_t K = d.input.width, tokens = q;
+    const int64_t tokens = q;
     G::each(H, me, false, [&](int64_t block, int64_t blocks) {
       const int64_t column = block * Cell::kSlots * G::kWidth;
       C* const gates = buf.gates + column;
       const C* const bias = d.bias + column;
-      gemm(tokens, blocks * Cell::kGates * G::kWidth, K, buf.input, buf.ld_input,
-           d.w_ih + block * Cell::kGates * G::kWidth * operands<X>(K), gates, buf.ld_gates,
-           {kNormed ? nullptr : bias, 0});
+      d.w_ih.multiply(block, blocks * Cell::kGates * G::kWidth, tokens, buf.input, buf.ld_input,
+                      gates, buf.ld_gates, {kNormed ? nullptr : bias, 0});
       // Slots that the input does not reach.
       for (int k = Cell::kGates; !kNormed && k < Cell::kSlots; k++)
         for (int64_t i = 0; i < tokens; i++)
@@ -271,15 +284,14 @@ class ForwardPass {
 
   FUSEDRNN_INLINE void multiply_group(const Direction& d, int64_t block, int64_t blocks, int64_t n,
                                       const X* h, C* gates, OverlappedWork work) const {
-    const int64_t P = p.out_size();
-    if constexpr (kDepth<X> == 1 && !kNormed)
+    if constexpr (kDepth<X> == 1 && !kNormed && !kInPlace<S>)
       if (call.pass.unpacked_hh)
-        return add_unpacked<Cell>(static_cast<const S*>(d.weights.w_hh), p.hidden_size, P, block,
-                                  blocks, n, h, buf.ld_operand, gates, buf.ld_gates);
+        return add_unpacked<Cell>(static_cast<const S*>(d.weights.w_hh), p.hidden_size,
+                                  p.out_size(), block, blocks, n, h, buf.ld_operand, gates,
+                                  buf.ld_gates);
     C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
-    gemm(n, blocks * Cell::kGates * G::kWidth, P, h, buf.ld_operand,
-         d.w_hh + block * Cell::kGates * G::kWidth * operands<X>(P), sums, buf.ld_gates,
-         {kNormed ? nullptr : sums, buf.ld_gates}, work);
+    d.w_hh.multiply(block, blocks * Cell::kGates * G::kWidth, n, h, buf.ld_operand, sums,
+                    buf.ld_gates, {kNormed ? nullptr : sums, buf.ld_gates}, work);
   }
 
   // Cells with layer normalisation, which needs the gates of all units.
@@ -297,8 +309,8 @@ class ForwardPass {
     for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
       to_operands(buf.projected + r * buf.ld_projected, buf.ld_projected / kPlanes<X>,
                   buf.hidden + r * buf.ld_hidden, H);
-    gemm(n, P, H, factors(buf.hidden, buf.projected), buf.ld_projected, d.w_hr, buf.h[1], buf.ld_h,
-         {});
+    d.w_hr.multiply(0, P, n, factors(buf.hidden, buf.projected), buf.ld_projected, buf.h[1],
+                    buf.ld_h, {});
     for (int64_t r = 0; r < n; r++) {
       const int64_t token = seq.token(t, rows.row(r));
       C *const h_prev = buf.h[0] + r * buf.ld_h, *const h = buf.h[1] + r * buf.ld_h;

@@ -2,24 +2,30 @@
 #pragma once
 #include "cpu/call.h"
 #include "cpu/pass/gate_layout.h"
-#include "cpu/product/panels.h"
+#include "cpu/product/words.h"
 
 namespace {
 
 using namespace fusedrnn;
 
-template <class X>
+template <class S>
 PackedOffsets forward_offsets(const Common& call, int64_t layer) {
+  using X = Operand<S>;
   const Problem& p = call.problem;
-  const int64_t columns = Panels<X>::padded(p.hidden_size), gates = traits(p.cell).gates * columns,
-                slots = p.cell_traits().slots * columns;
+  const int64_t columns = Panels<Compute<S>>::padded(p.hidden_size),
+                gates = traits(p.cell).gates * columns, slots = p.cell_traits().slots * columns;
   PackedOffsets o{};
   o.w_ih = p.layer_norm ? 0 : slots;  // after the bias
-  o.w_hh = o.w_ih + (p.indexed(layer) ? call.one_hot.distinct * slots
-                                      : operands<X>(p.layer_input(layer)) * gates);
-  o.w_hr = o.w_hh + operands<X>(p.out_size()) * gates;
-  o.total = o.w_hr + Panels<X>::size(p.hidden_size, p.proj_size);
-  return o;
+  o.w_hh = o.w_ih + (p.indexed(layer) ? call.one_hot.distinct * slots : 0);
+  if constexpr (kInPlace<S>) {
+    o.w_hr = o.total = o.w_hh;
+    return o;
+  } else {
+    if (!p.indexed(layer)) o.w_hh += operands<X>(p.layer_input(layer)) * gates;
+    o.w_hr = o.w_hh + operands<X>(p.out_size()) * gates;
+    o.total = o.w_hr + Panels<X>::size(p.hidden_size, p.proj_size);
+    return o;
+  }
 }
 
 template <class X>
@@ -50,6 +56,19 @@ void pack_groups(X* dst, const S* w, int64_t H, int64_t K, const GateRangeList& 
   }
 }
 
+// The same of weights that are stored in words.
+template <class X>
+void pack_groups(X* dst, const WordMatrix& m, const GateRangeList& ranges, int first_slot,
+                 int64_t part, int64_t parts) {
+  constexpr int width = Panels<X>::kWidth;
+  const int64_t all = (m.rows + width - 1) / width, most = group_blocks<X>(m.gates);
+  for (int64_t block = part * most; block < all; block += parts * most)
+    pack_words(
+        dst + block * m.gates * width * operands<X>(m.K), m, min(most, all - block) * m.gates,
+        [&](int64_t v) { return gate_of(ranges, first_slot + int(v % m.gates)); },
+        [&](int64_t v) { return (block + v / m.gates) * width; });
+}
+
 // Packs B[k, n] = w[first_row + k, n].
 template <class X, class S>
 void pack_rows(X* dst, const S* w, int64_t first_row, int64_t N, int64_t K, int64_t part,
@@ -71,7 +90,7 @@ class ForwardPacking {
         p(forward.problem),
         w(forward.weights[which]),
         layer(which / p.num_directions),
-        offsets(forward_offsets<X>(forward, layer)),
+        offsets(forward_offsets<S>(forward, layer)),
         ranges(gate_ranges(p.cell, p.layer_norm)),
         gates(traits(p.cell).gates),
         slots(p.cell_traits().slots),
@@ -82,9 +101,15 @@ class ForwardPacking {
 
   void run() const {
     if (!p.layer_norm) pack_bias();
-    if (p.indexed(layer))
-      pack_one_hot();
-    else
+    if (p.indexed(layer)) pack_one_hot();
+    if constexpr (!kInPlace<S> && sizeof(S) == 4)
+      if (p.stored != Stored::kPlain) return pack_stored();
+    if constexpr (!kForwardOnly<S>) pack_plain();
+  }
+
+ private:
+  void pack_plain() const {
+    if (!p.indexed(layer))
       pack_groups(panels + offsets.w_ih, static_cast<const S*>(w.w_ih), p.hidden_size,
                   p.layer_input(layer), ranges.x, gates, 0, part, parts);
     if (kDepth<X> > 1 || !call.pass.unpacked_hh)
@@ -93,7 +118,26 @@ class ForwardPacking {
     if (p.proj_size && part == parts - 1) pack_projection();
   }
 
- private:
+  // Weights that are stored in fewer bytes.
+  void pack_stored() const {
+    if (!p.indexed(layer)) pack_groups(panels + offsets.w_ih, words_ih(), ranges.x, 0, part, parts);
+    pack_groups(panels + offsets.w_hh, words_of(w.w_hh, w.scale_hh, p.out_size()), ranges.h,
+                slots - gates, part, parts);
+    if (!p.proj_size || part < parts - 1) return;
+    constexpr int width = Panels<X>::kWidth;
+    pack_words(
+        panels + offsets.w_hr,
+        {static_cast<const uint32_t*>(w.w_hr), static_cast<const float*>(w.scale_hr), p.out_size(),
+         p.hidden_size, 1},
+        (p.out_size() + width - 1) / width, [](int64_t) { return 0; },
+        [](int64_t v) { return v * width; });
+  }
+  WordMatrix words_of(const void* stored, const void* scales, int64_t K) const {
+    return {static_cast<const uint32_t*>(stored), static_cast<const float*>(scales), p.hidden_size,
+            K, gates};
+  }
+  WordMatrix words_ih() const { return words_of(w.w_ih, w.scale_ih, p.layer_input(layer)); }
+
   // b_ih + b_hh of a slot. Layer normalisation adds them later.
   Vec<C> bias(int slot, int64_t unit, int64_t n) const {
     Vec<C> sum{};
@@ -115,21 +159,28 @@ class ForwardPacking {
   // A row of gates for each distinct input value: its column of W_ih, plus the bias.
   void pack_one_hot() const {
     const OneHot& x = call.one_hot;
-    const int64_t H = p.hidden_size, row = Panels<X>::padded(H) * slots;
+    const int64_t H = p.hidden_size, row = Panels<C>::padded(H) * slots;
     C* const rows = values + offsets.w_ih;
-    each_gate_vector<C>(
-        H, slots, part, parts, [&](int slot, int64_t unit, int64_t n, int64_t column) {
-          const int gate = gate_of(ranges.x, slot);
-          const S* const weights =
-              static_cast<const S*>(w.w_ih) + (max(0, gate) * H + unit) * p.input_size;
-          const Vec<C> b = bias(slot, unit, n);
-          for (int64_t i = 0; i < x.distinct; i++) {
-            Vec<C> v{};
-            for (int64_t j = 0; gate >= 0 && j < n; j++)
-              v[j] = to_compute(weights[j * p.input_size + x.value[i]]);
-            store(rows + i * row + column, b + v);
-          }
-        });
+    each_gate_vector<C>(H, slots, part, parts,
+                        [&](int slot, int64_t unit, int64_t n, int64_t column) {
+                          const int gate = gate_of(ranges.x, slot);
+                          const Vec<C> b = bias(slot, unit, n);
+                          for (int64_t i = 0; i < x.distinct; i++) {
+                            Vec<C> v{};
+                            for (int64_t j = 0; gate >= 0 && j < n; j++)
+                              v[j] = weight_ih(gate, unit + j, x.value[i]);
+                            store(rows + i * row + column, b + v);
+                          }
+                        });
+  }
+
+  C weight_ih(int gate, int64_t unit, int64_t k) const {
+    if (p.stored != Stored::kPlain) return C(words_ih().at(gate, unit, k));
+    if constexpr (kForwardOnly<S>)
+      __builtin_unreachable();
+    else
+      return to_compute(
+          static_cast<const S*>(w.w_ih)[(gate * p.hidden_size + unit) * p.input_size + k]);
   }
 
   void pack_projection() const {

@@ -11,7 +11,7 @@ using namespace fusedrnn;
 // Tokens whose input products are computed together: enough rows to amortise reading W_ih, few
 // enough that their gates are still in L2 when their steps come.
 template <class X>
-constexpr int64_t kChunkTokens = kPlanes<X> > 1 ? 128 : 64;
+constexpr int64_t kChunkTokens = kPlanes<X> > 2 ? 128 : 64;
 
 // The rows at places [first, end) of Sequence::order. Step i of a direction is time i or, in the
 // reverse direction, counted from the end of the longest row.

@@ -25,8 +25,8 @@ class BackwardLayers {
         zeros_(1, a.grad_y ? 0 : columns_ * a.problem.out_size()),
         between_(std::clamp<int64_t>(layers_ - 1, 0, 2), columns_ * a.problem.out_size()),
         packed_(1, a.problem.num_directions * packed_bytes_),
-        tasks_(run.plan, a.seq.batch, run.kernels.rows_scratch(a.problem, run.plan.rows_per_task),
-               layers_),
+        tasks_(run.plan, a.seq.batch,
+               run.kernels.rows_scratch(a.problem, run.plan.pass, run.plan.rows_per_task), layers_),
         arguments_(layers_) {
     if (!a.grad_y) std::memset(zeros_.data(), 0, columns_ * a.problem.out_size());
   }

@@ -28,7 +28,7 @@ void run_packed(const CpuRun& run, Forward& a) {
     const int64_t i = task / kPackParts;
     k.pack_forward(a, i, packed.data() + offsets[i] * size, task % kPackParts, kPackParts);
   };
-  RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.rows_per_task), 1);
+  RowTasks tasks(plan, a.seq.batch, k.rows_scratch(p, plan.pass, plan.rows_per_task), 1);
   run_phases(run.pool, plan.threads,
              {{p.num_layers * p.num_directions * kPackParts, 0, pack},
               tasks.phase(0, [&](const Rows& rows, Member& me) { k.forward(a, rows, me); })});
