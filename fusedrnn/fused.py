@@ -117,10 +117,8 @@ class Fused(LayerBase):
         `more`: torch.nn has no such call.
         """
         x, hx, cx, weights = call[:4]
-        if (
-            torch._C._are_functorch_transforms_active()
-            or (more and support.no_kernel(x) is not None)
-            or (self.layer_norm and not x.is_cpu)  # no CUDA kernel has it
+        if torch._C._are_functorch_transforms_active() or (
+            more and support.no_kernel(x) is not None
         ):
             return reference.forward(*call)
         # A trace is replayed with and without gradients.

@@ -160,8 +160,8 @@ bool plan_cuda(const Problem& p, const CudaRequest& request, const DeviceSpec& d
     best->microseconds = stepwise_cycles(p, r, device) / kCyclesPerMicrosecond;
     found = true;
   }
-  bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
-                    r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
+  bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && !p.layer_norm &&
+                    p.hidden_size <= 1 << 16 && r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
   const bool half = bytes(p.dtype) == 2;
   if (half && !tensor_cores) persistent = false;
   for (CudaBackend backend : {CudaBackend::kCluster, CudaBackend::kGrid}) {

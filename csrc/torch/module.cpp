@@ -82,10 +82,12 @@ DeviceSpec device_of(const NamedArguments& a) {
 PyObject* cuda_plan(const NamedArguments& a) {
   const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
                             a.flag("tf32")};
+  Problem p = problem_of(a);
+  p.layer_norm = a.flag("layer_norm");
   CudaPlan plan;
   std::string reason;
-  if (!plan_cuda(problem_of(a), request, device_of(a.group("device")), a.text("forced").c_str(),
-                 &plan, &reason)) {
+  if (!plan_cuda(p, request, device_of(a.group("device")), a.text("forced").c_str(), &plan,
+                 &reason)) {
     PyErr_SetString(PyExc_ValueError, reason.c_str());
     throw PythonError();
   }
