@@ -49,6 +49,7 @@ def cuda_plan(
     proj_size: int,
     num_layers: int,
     bidirectional: bool,
+    layer_norm: bool,
     steps: int,
     batch: int,
     backward: bool,

@@ -156,6 +156,7 @@ def plan(
             proj_size=config.proj_size,
             num_layers=config.num_layers,
             bidirectional=config.bidirectional,
+            layer_norm=config.layer_norm,
             steps=steps,
             batch=batch,
             backward=backward,

@@ -127,10 +127,8 @@ class Fused(LayerBase):
         """
         x, hx, cx, weights = call[:4]
         transformed = torch._C._are_functorch_transforms_active()
-        if (
-            (transformed and ops.in_forward_mode())
-            or (more and support.no_kernel(x) is not None)
-            or (self.layer_norm and (support.on_gpu(x) or not x.is_cpu))  # no CUDA kernel has it
+        if (transformed and ops.in_forward_mode()) or (
+            more and support.no_kernel(x) is not None
         ):
             return reference.forward(*call)
         if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:

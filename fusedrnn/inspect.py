@@ -166,8 +166,6 @@ def _of_layer(
     reason = fallback_reason(data)
     packed = isinstance(input, PackedSequence)
     one_hot, regularisers = is_one_hot(data, packed), module.only_ours()
-    if not reason and module.layer_norm and support.on_gpu(data):
-        reason = "no CUDA kernel has layer_norm"
     if reason:
         ours = one_hot or regularisers
         what = "plain PyTorch" if ours else "torch.nn's own kernels"

@@ -126,7 +126,8 @@ def instructions(arch: str) -> dict[str, Counter[str]]:
         if function := re.match(r"\s*Function : (\S+)", line):
             current = found.setdefault(function[1], Counter())
         elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
-            current[code[1]] += 1
+            # Turing says LDS.U.128 and STG.E.128.SYS.
+            current[re.sub(r"\.(U|SYS)(?=\.|$)", "", code[1])] += 1
     assert process.wait() == 0
     return dict(zip(readable(list(found)), found.values(), strict=True))
 

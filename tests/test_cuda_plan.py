@@ -26,7 +26,7 @@ DEVICES = {**plans.DEVICES, "small": SMALL}
 
 def plan(
     mode="LSTM", dtype="float32", hidden=256, proj=0, layers=1, bidirectional=False, steps=35,
-    batch=32, backward=False, tf32=False, device="H200", forced="",
+    batch=32, backward=False, tf32=False, device="H200", forced="", layer_norm=False,
 ):  # fmt: skip
     spec = DEVICES[device] if isinstance(device, str) else device
     problem = bindings.Problem(
@@ -36,6 +36,7 @@ def plan(
         proj_size=proj,
         num_layers=layers,
         num_directions=2 if bidirectional else 1,
+        layer_norm=layer_norm,
     )
     request = bindings.CudaRequest(steps=steps, batch=batch, backward=backward, tf32=tf32)
     return bindings.plan_cuda(problem, request, bindings.DeviceSpec(**spec), forced)
@@ -89,7 +90,7 @@ def test_layers_in_both_directions_do_not_chain():
 
 def test_what_has_no_persistent_kernel():
     assert backend(dtype="float64") == "stepwise"
-    assert backend(proj=64) == "stepwise"
+    assert backend(proj=64) == backend(layer_norm=True) == "stepwise"
     older = plans.DEVICES["T4"] | {"capability": 70}
     assert backend(device=older) == "stepwise"
     assert backend(device="A100") == "grid"

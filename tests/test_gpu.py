@@ -171,8 +171,10 @@ def test_lengths_and_integers(cell):
     assert torch.equal(outside.nan_to_num(), inside.nan_to_num())
 
 
-@pytest.mark.parametrize("call", test_recurrence.CALLS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "cell, call",
+    [(c, n) for n, call in test_recurrence.CALLS.items() for c in CELLS if call.takes(c)],
+)
 def test_what_changes_the_recurrence(cell, call):
     test_recurrence.assert_near_float64(
         cell, test_recurrence.CALLS[call], torch.float32, hidden=70, device="cuda"
@@ -446,7 +448,7 @@ def test_explain_names_the_backend(backend):
     assert "CUDA kernels" in text and "recurrent_dropout in the kernels" in text
     layer = fusedrnn.LSTM(4, 8, layer_norm=True).cuda()
     text = fusedrnn.explain(layer, torch.randn(5, 3, 4, device="cuda"))
-    assert "plain PyTorch, because no CUDA kernel has layer_norm" in text
+    assert "CUDA kernels, forward stepwise" in text and "layer_norm in the kernels" in text
 
 
 def test_the_plain_implementation_runs_there():

@@ -169,6 +169,27 @@ class Call(NamedTuple):
     bidirectional: bool = False
     dropout: float = 0.0
     training: bool = True
+    layer_norm: bool = False
+
+    def takes(self, cell):
+        return not self.layer_norm or cell in ("gru", "lstm", "lstm-proj")
+
+    def module(self, cell, hidden, dtype):
+        """One of ours, as the call wants it."""
+        name, extra = CELLS[cell]
+        on = dict(REGULARISERS[self.which])
+        if isinstance(on.get("zoneout"), tuple) and name != "LSTM":
+            on["zoneout"] = on["zoneout"][0]
+        on |= {"layer_norm": True} if self.layer_norm else {}
+        fused = getattr(fusedrnn, name)(
+            WIDTH, hidden, self.layers, bidirectional=self.bidirectional, dropout=self.dropout,
+            dtype=dtype, **extra(hidden), **on,
+        )  # fmt: skip
+        with torch.no_grad():
+            for key, p in fused.named_parameters():
+                if "gain" in key or "shift" in key:  # not those it begins with
+                    p += torch.randn(p.shape).mul(0.3).to(p)
+        return fused.train(self.training)
 
 
 # What changes the recurrence, alone and with the rest, for the kernels of every device.
@@ -186,21 +207,23 @@ CALLS = {
     "everything": Call("both", "packed", True, 3, dropout=0.4),
     "everything, both directions": Call("both", "lengths", True, 2, True, 0.4),
     "everything, integers": Call("both", "integers", True, 2),
+    "layer normalisation": Call(layers=2, bidirectional=True, layer_norm=True),
+    "layer normalisation, packed": Call("both", "packed", True, 2, layer_norm=True),
+    "layer normalisation, lengths": Call("both", "lengths", True, 2, True, 0.4, layer_norm=True),
 }
 # How far results and gradients may be off, relative to the largest value of each.
 FEW = {
     torch.float64: 1e-12,
     torch.float32: 3e-6,
     torch.bfloat16: 5e-2,
-    torch.float16: 6e-3,
+    torch.float16: 1e-2,
 }
 
 
 def assert_near_float64(cell, call, dtype, hidden=9, device="cpu"):
     """One of CALLS, against the reference in float64 with the same masks."""
-    options = {"num_layers": call.layers, "bidirectional": call.bidirectional, "dtype": dtype}
-    _, fused = regularised(cell, call.which, WIDTH, hidden, **options, dropout=call.dropout)
-    fused.train(call.training)
+    torch.manual_seed(0)
+    fused = call.module(cell, hidden, dtype)
     x, states, kwargs = arguments(fused, call.kind, 5, B, call.resets)
     fused, x = fused.to(device), x.to(device)
     states = tuple(s.to(device) for s in states)
@@ -209,17 +232,17 @@ def assert_near_float64(cell, call, dtype, hidden=9, device="cpu"):
     with pytest.MonkeyPatch().context() as context:
         context.setattr(ops, "run", exact_run)
         theirs = everything(fused, x, states, **kwargs)
+    few = FEW[dtype] * (5 if call.layer_norm else 1)  # small variances amplify errors
     for i, (a, b) in enumerate(zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
         if a.numel():
             error = (a.double() - b.double()).abs().max().item()
-            assert error <= FEW[dtype] * b.abs().max().clamp_min(1e-2).item(), (i, error)
+            assert error <= few * b.abs().max().clamp_min(1e-2).item(), (i, error)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("cell", CELLS)
-def test_what_changes_the_recurrence(cell, call):
-    assert_near_float64(cell, CALLS[call], torch.float32)
+@pytest.mark.parametrize("cell, name", [(c, n) for n in CALLS for c in CELLS if CALLS[n].takes(c)])
+def test_what_changes_the_recurrence(cell, name):
+    assert_near_float64(cell, CALLS[name], torch.float32)
 
 
 # Resets

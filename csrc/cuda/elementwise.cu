@@ -103,6 +103,20 @@ __global__ void sum_rows_kernel(const __grid_constant__ Integers p, const S* row
     }
 }
 
+template <class S>
+__global__ void times_saved_kernel(const __grid_constant__ SavedProduct p) {
+  using C = Compute<S>;
+  const Tokens& t = p.tokens;
+  for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
+    const int64_t token = i / p.width, j = i % p.width;
+    C value = 0;
+    if (t.offsets || runs_at(t, token % t.batch, token / t.batch))
+      value = static_cast<const C*>(p.d)[token * p.d_stride + j] *
+              to_compute(static_cast<const S*>(p.saved)[token * p.saved_stride + j]);
+    static_cast<C*>(p.out)[i] = value;
+  }
+}
+
 template <class C>
 __global__ void input_gradient_kernel(const __grid_constant__ InputGradient p) {
   for (int64_t i = first_index(); i < p.count; i += index_stride()) {
@@ -217,6 +231,14 @@ int sum_rows(const Integers& p, const void* rows, int64_t stride, int64_t column
     using S = decltype(s);
     return launch(sum_rows_kernel<S>, grid_for(columns, p.width), stream, p,
                   static_cast<const S*>(rows), stride, columns, static_cast<Compute<S>*>(out));
+  });
+}
+
+int times_saved(const SavedProduct& p, void* stream) {
+  const int64_t count = p.tokens.tokens * p.width;
+  if (count == 0) return 0;
+  return with_dtype(p.dtype, [&](auto s) {
+    return launch(times_saved_kernel<decltype(s)>, grid_for(count), stream, p);
   });
 }
 

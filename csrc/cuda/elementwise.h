@@ -55,6 +55,17 @@ int gather_rows(const Integers&, const void* w, int64_t columns, void* out, void
 int sum_rows(const Integers&, const void* rows, int64_t stride, int64_t columns, void* out,
              void* stream);
 
+// out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
+// saved of the storage type, `width` elements of each token.
+struct SavedProduct {
+  DType dtype;
+  Tokens tokens;
+  const void *d, *saved;
+  int64_t d_stride, saved_stride, width;
+  void* out;
+};
+int times_saved(const SavedProduct&, void* stream);
+
 // out = (a + b) times the dropout mask, which is its gradient, plus c. Compute type, `count`
 // elements; out may be a.
 struct InputGradient {

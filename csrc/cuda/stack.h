@@ -34,6 +34,7 @@ struct Layer : LayerRegularisers {  // of one direction
   Cell cell;
   DType dtype;
   int64_t hidden_size, proj_size;
+  bool layer_norm;
   bool reverse;
   Tokens tokens;
   Weights weights;      // contiguous
@@ -46,8 +47,9 @@ struct Layer : LayerRegularisers {  // of one direction
   double mask_scale;
 
   FUSEDRNN_HD constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
+  FUSEDRNN_HD constexpr CellTraits cell_traits() const { return traits(cell, layer_norm); }
   FUSEDRNN_HD constexpr int64_t gate_columns() const { return traits(cell).gates * hidden_size; }
-  FUSEDRNN_HD constexpr int64_t slot_columns() const { return traits(cell).slots * hidden_size; }
+  FUSEDRNN_HD constexpr int64_t slot_columns() const { return cell_traits().slots * hidden_size; }
 };
 
 struct LayerForward : Layer {
@@ -58,11 +60,12 @@ struct LayerForward : Layer {
   // cell that saves no slots with zoneout what it would have put out without; null where there are
   // none or nobody wants them.
   void *saved, *saved_c;
+  void* scales;  // with layer normalisation: the reserve's, null as saved
 };
 
 struct LayerBackward : Layer {
   const void* y;  // as forward left them
-  const void *saved, *saved_c;
+  const void *saved, *saved_c, *scales;
   // dL/dy, but for what a layer above in the same launch contributes; compute type [tokens, out],
   // null: zeros.
   const void* dy;
@@ -77,6 +80,9 @@ struct LayerBackward : Layer {
   // With a projection, likewise: the gradients of its result [tokens, out], and its operand
   // [tokens, hidden].
   void *dproj, *hidden;
+  // With layer normalisation: gradients of the normalised values, compute type [tokens,
+  // Problem::normed_columns()], zeros where a row has no step.
+  void* dnormed;
 };
 
 }  // namespace fusedrnn

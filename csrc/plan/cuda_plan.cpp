@@ -199,8 +199,8 @@ bool each_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& d
     plan.microseconds = stepwise_cycles(p, r, device, m) / m.cycles_per_microsecond;
     if (!struck(plan)) visit(plan);
   }
-  bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && p.hidden_size <= 1 << 16 &&
-                    r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
+  bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && !p.layer_norm &&
+                    p.hidden_size <= 1 << 16 && r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
   const bool half = bytes(p.dtype) == 2;
   if (half && !tensor_cores) persistent = false;
   for (CudaBackend backend : {CudaBackend::kCluster, CudaBackend::kGrid}) {

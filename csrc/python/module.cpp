@@ -55,6 +55,10 @@ Cell cell_of(const std::string& mode) {
   throw std::runtime_error("fusedrnn: unknown mode " + mode);
 }
 
+Stored stored_of(const std::string& name) {
+  return name == "int8" ? Stored::kInt8 : name == "bfloat16" ? Stored::kBFloat16 : Stored::kPlain;
+}
+
 // Of `mode`, `dtype`, `hidden_size`, `proj_size`, `num_layers` and `bidirectional`.
 Problem problem_of(const NamedArguments& a) {
   Problem p{};
@@ -89,8 +93,9 @@ PyObject* cuda_plan(const NamedArguments& a) {
   DeviceSpec device = device_of(a.group("device"));
   for (int64_t family : a.integers("struck"))
     if (family >= 0 && family < kFamilies) device.struck.set(size_t(family));
-  const PlanInWords found =
-      library().cuda_plan(problem_of(a), request, device, a.text("forced").c_str());
+  Problem p = problem_of(a);
+  p.layer_norm = a.flag("layer_norm");
+  const PlanInWords found = library().cuda_plan(p, request, device, a.text("forced").c_str());
   if (!found.possible) {
     PyErr_SetString(PyExc_ValueError, found.text.c_str());
     throw PythonError();

@@ -5,7 +5,6 @@
 #include "torch/cuda.h"
 
 #include <algorithm>
-#include <iterator>
 
 #include "cuda/elementwise.h"
 #include "cuda/persistent/layers.h"
@@ -45,29 +44,13 @@ void run_recurrence(const CudaCall& call, const std::vector<L>& layers, const ch
   }
 }
 
-// ---- gates and slots ----
-
-// Which rows of W_ih go with which slots.
-std::vector<GateRange> x_ranges(Cell cell) {
-  switch (cell) {
-#define CELL(mode, type)                                       \
-  case Cell::k##type: {                                        \
-    constexpr auto ranges = type::x_ranges();                  \
-    return {std::begin(ranges.range), std::end(ranges.range)}; \
-  }
-#include "cells/cells.inc"
-#undef CELL
-    default:
-      return {};
-  }
-}
-
 // ---- gradients over all steps ----
 
 // What the recurrence of a layer and direction leaves for them.
 struct Differentials {
   Tensor dgates;         // storage type [tokens, slots * hidden]
   Tensor dproj, hidden;  // with a projection: [tokens, out], [tokens, hidden]
+  Tensor dnormed;        // with layer normalisation: compute type [tokens, normed columns]
 };
 
 // Of [tokens, columns], the tokens of every members-th row from `member` on.
@@ -77,12 +60,55 @@ Tensor rows_of_member(Tensor all, int64_t member, int64_t members) {
   return torch::stable::select(grouped, 1, member);
 }
 
+// The gradients of the biases, gains and shift of layer normalisation: sums of dnormed, of gains
+// times the normalised value. wanted(kind), gradient(kind): of a weight.
+template <class Wanted, class Gradient>
+void norm_gradients(const CudaCall& call, const LayerBackward& a, const Tensor& dnormed,
+                    int64_t member, int64_t members, Wanted wanted, Gradient gradient) {
+  const int64_t H = a.hidden_size, tokens = call.tokens, dim = 0;
+  const CellTraits cell = traits(a.cell);
+  // `count` gates from `gate` on, whose gradients are in dnormed from `slot` on; factor: the saved
+  // slot of their values, -1: a bias.
+  auto add_up = [&](WeightKind kind, int64_t gate, int64_t slot, int64_t count, int64_t factor) {
+    if (!wanted(kind)) return;
+    Tensor all = dnormed;
+    Tensor terms = narrow(all, 1, slot * H, count * H);
+    if (factor >= 0) {
+      terms = call.empty({tokens, count * H}, call.compute());
+      call.check(times_saved({a.dtype, a.tokens,
+                              static_cast<const char*>(dnormed.const_data_ptr()) +
+                                  slot * H * compute_bytes(a.dtype),
+                              static_cast<const char*>(a.saved) + factor * H * bytes(a.dtype),
+                              dnormed.size(1), a.cell_traits().saved * H, count * H,
+                              terms.mutable_data_ptr()},
+                             call.stream()),
+                 "the gradient of a gain");
+    }
+    Tensor to = narrow(gradient(kind), 0, gate * H, count * H);
+    terms = rows_of_member(terms, member, members);
+    torch::stable::copy_(to, torch::stable::sum(terms, {{&dim, 1}}, false, call.compute()));
+  };
+  const int saved_x = cell.saved, saved_h = saved_x + cell.gates, saved_c = saved_h + cell.gates;
+  const CellGateRanges ranges = gate_ranges(a.cell, false);
+  for (const GateRange& r : ranges.x) {
+    add_up(kBiasIH, r.gate, r.slot, r.count, -1);
+    add_up(kGainIH, r.gate, r.slot, r.count, saved_x + r.gate);
+  }
+  for (const GateRange& r : ranges.h) {
+    add_up(kBiasHH, r.gate, r.slot, r.count, -1);
+    add_up(kGainHH, r.gate, r.slot, r.count, saved_h + r.gate);
+  }
+  add_up(kShiftC, 0, cell.slots, 1, -1);
+  add_up(kGainC, 0, cell.slots, 1, saved_c);
+}
+
 // Of one member.
-void weight_gradients(const CudaCall& call, const Layer& a, const Differentials& d,
+void weight_gradients(const CudaCall& call, const LayerBackward& a, const Differentials& d,
                       const std::optional<Tensor>& input, const Integers& integers,
                       const Tensor& before, const std::vector<bool>& needs, int64_t index,
                       int64_t member, GradientTensors& g) {
   const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
+  const GateRangeList ranges = gate_ranges(a.cell, a.layer_norm).x;
   const Problem& p = call.problem;
   auto wanted = [&](WeightKind kind) {
     return p.has_weight(kind) && needs[3 + index + p.weight_place(kind)];
@@ -104,7 +130,7 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
       call.check(sum_rows(integers, d.dgates.const_data_ptr(), d.dgates.stride(0), G,
                           by_value.mutable_data_ptr(), call.stream()),
                  "adding rows of gradients");
-    for (const GateRange& range : x_ranges(a.cell)) {
+    for (const GateRange& range : ranges) {
       Tensor to = part(gradient(kWeightIH), range.gate * H, range.count * H);
       if (input)
         call.multiply(rows(range.slot * H, range.count * H), *input, to);
@@ -114,11 +140,13 @@ void weight_gradients(const CudaCall& call, const Layer& a, const Differentials&
     }
   }
   if (wanted(kWeightHH)) call.multiply(rows(S - G, G), before, gradient(kWeightHH));
-  if (wanted(kBiasIH) || wanted(kBiasHH)) {
+  if (p.layer_norm) {
+    norm_gradients(call, a, d.dnormed, member, g.members, wanted, gradient);
+  } else if (wanted(kBiasIH) || wanted(kBiasHH)) {
     const int64_t dim = 0;
     Tensor sums = torch::stable::sum(d.dgates, {{&dim, 1}}, false, call.compute());
     if (wanted(kBiasIH))
-      for (const GateRange& range : x_ranges(a.cell)) {
+      for (const GateRange& range : ranges) {
         Tensor to = part(gradient(kBiasIH), range.gate * H, range.count * H);
         torch::stable::copy_(to, narrow(sums, 0, range.slot * H, range.count * H));
       }
@@ -146,8 +174,8 @@ Tensor states_before(const CudaCall& call, const Layer& a, const Tensor& output,
 void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Differentials& d,
                                 Tensor w_ih, const Tensor& out) {
   const int64_t H = a.hidden_size, G = a.gate_columns();
-  const std::vector<GateRange> ranges = x_ranges(a.cell);
-  if (ranges.size() > 1) {
+  const GateRangeList ranges = gate_ranges(a.cell, a.layer_norm).x;
+  if (ranges.count > 1) {
     Tensor ordered = call.empty({G, w_ih.size(1)}, call.type());
     for (const GateRange& range : ranges) {
       Tensor to = narrow(ordered, 0, range.slot * H, range.count * H);
@@ -197,7 +225,10 @@ ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
         const int64_t row = (layer * D + dir) * B * size;
         a.hn = hn_at + row * out;
         a.cn = cn_at ? cn_at + row * p.hidden_size : nullptr;
-        if (saves) a.saved = call.slots_in(reserve, layer, dir);
+        if (saves) {
+          a.saved = call.slots_in(reserve, layer, dir);
+          a.scales = call.scales_in(reserve, layer, dir);
+        }
         if (saves || p.all_states) a.saved_c = call.cells_in(reserve, cs, layer, dir);
         layers.push_back(a);
       }
@@ -248,12 +279,15 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
       for (int64_t dir = 0; dir < D; dir++) {
         Differentials d{call.empty({tokens, p.slot_columns()}, call.type()),
                         call.empty({p.proj_size ? tokens : 0, out}, call.type()),
-                        call.empty({p.proj_size ? tokens : 0, H}, call.type())};
+                        call.empty({p.proj_size ? tokens : 0, H}, call.type()),
+                        call.empty({tokens, p.normed_columns()}, call.compute())};
         LayerBackward a{};
         static_cast<Layer&>(a) = call.layer_of(layer, dir);
         a.y = static_cast<const char*>(output_of(layer).const_data_ptr()) + dir * out * size;
         a.saved = call.slots_in(reserve, layer, dir),
         a.saved_c = call.cells_in(reserve, saved.cs, layer, dir);
+        a.scales = call.scales_in(reserve, layer, dir);
+        if (p.layer_norm) a.dnormed = d.dnormed.mutable_data_ptr();
         const void* const dy =
             layer == end - 1 && grad_out ? grad_out->const_data_ptr() : given_for(layer);
         if (dy) a.dy = static_cast<const char*>(dy) + dir * out * wide;
@@ -302,7 +336,8 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
             integers.values = static_cast<const int64_t*>(values.const_data_ptr());
             integers.tokens.tokens = tokens / g.members;
           }
-          weight_gradients(call, layers[at], {rows(d.dgates), rows(d.dproj), rows(d.hidden)},
+          weight_gradients(call, layers[at],
+                           {rows(d.dgates), rows(d.dproj), rows(d.hidden), d.dnormed},
                            input ? std::optional<Tensor>(rows(*input)) : std::nullopt, integers,
                            rows(before), needs, index, m, g);
         }

@@ -34,6 +34,7 @@ class CudaCall : public Call {
   // and cs where all states are results. Null where there are none.
   char* cells_in(const Tensor& reserve, const Tensor& cs, int64_t layer, int64_t dir) const;
   char* slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
+  char* scales_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
   Tensor output_in(const Tensor& reserve, const Tensor& hs, int64_t layer) const;
 
   // What a layer reads [tokens, width]: x, or the output of the layer below through the mask. With

@@ -42,8 +42,6 @@ const uint8_t* byte(const OptionalTensor& t, int64_t i) {
 
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     : Call(in, config), device_(x), through_float64_(false), tokens_{} {
-  // The modules leave it to the plain PyTorch implementation.
-  FUSEDRNN_EXPECT(!problem.layer_norm, "fusedrnn: no CUDA kernel has layer_norm");
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
   bool tf32 = false;
   if (problem.dtype == DType::kFloat32) {
@@ -117,7 +115,7 @@ Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
   Layer a{};
   a.cell = p.cell, a.dtype = p.dtype;
   a.hidden_size = p.hidden_size, a.proj_size = p.proj_size;
-  a.reverse = dir == 1;
+  a.layer_norm = p.layer_norm, a.reverse = dir == 1;
   a.tokens = tokens_;
   a.weights = weights_of(layer, dir);
   a.y_stride = out_width();
@@ -146,6 +144,10 @@ char* CudaCall::cells_in(const Tensor& reserve, const Tensor& cs, int64_t layer,
 char* CudaCall::slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const {
   if (!traits(problem.cell).saved) return nullptr;
   return byte_at(reserve, Reserve(problem).slots_offset(layer, dir, tokens));
+}
+char* CudaCall::scales_in(const Tensor& reserve, int64_t layer, int64_t dir) const {
+  if (!problem.layer_norm) return nullptr;
+  return byte_at(reserve, Reserve(problem).scales_offset(layer, dir, tokens));
 }
 Tensor CudaCall::output_in(const Tensor& reserve, const Tensor& hs, int64_t layer) const {
   const char* const at =

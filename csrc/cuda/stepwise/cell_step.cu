@@ -4,8 +4,7 @@
 // it loads and stores is contiguous.
 #include "cells/cells.h"
 #include "cuda/dispatch.h"
-#include "cuda/primitives.h"
-#include "cuda/stepwise/cell_step.h"
+#include "cuda/stepwise/step.h"
 
 namespace fusedrnn {
 namespace {
@@ -29,30 +28,6 @@ struct Projection {
     return V{};
   }
 };
-
-__device__ inline bool runs_at(const CellStep& p, int64_t b, int64_t step) {
-  return step >= 0 && step < (p.lengths ? p.lengths[b] : p.steps);
-}
-// Whether row b starts `step`, which it runs at, from zeros.
-__device__ inline bool begins_anew(const CellStep& p, const uint8_t* resets, int64_t b,
-                                   int64_t step) {
-  return resets && runs_at(p, b, p.reverse ? step + 1 : step) && resets[b];
-}
-// What part of the old value stays of element `at`.
-template <class C>
-__device__ inline C rate_of(const Zoneout& z, int64_t at) {
-  return z.mask ? C(z.mask[at]) : C(z.rate);
-}
-
-// Element (b, j) of rows of type T; null reads as zero and is not written.
-template <class T>
-__device__ inline Compute<T> read(const void* array, int64_t at) {
-  return array ? to_compute(static_cast<const T*>(array)[at]) : Compute<T>(0);
-}
-template <class T>
-__device__ inline void write(void* array, int64_t at, Compute<T> value) {
-  if (array) static_cast<T*>(array)[at] = from_compute<T>(value);
-}
 
 template <class Cell, class S>
 __global__ void __launch_bounds__(kUnits* kRows)
@@ -85,9 +60,7 @@ __global__ void __launch_bounds__(kUnits* kRows)
     if (!Cell::kHasCell) write<C>(p.saved_c, b * p.c_stride + j, h);
     if (zones_h) h = zone_out(rate_of<C>(p.zoneout_h, at), h_prev, h);
     if (zones_c) c = zone_out(rate_of<C>(p.zoneout_c, at), c_prev, c);
-    write<C>(p.h, at, h);
-    write<S>(p.operand, at, p.h_mask ? h * read<C>(p.h_mask, at) : h);
-    write<S>(p.y, b * p.y_stride + j, h);
+    write_h<S>(p, b, j, h);
     if constexpr (Cell::kHasCell) {
       write<C>(p.c, at, c);
       write<C>(p.saved_c, b * p.c_stride + j, c);
@@ -102,16 +75,10 @@ __global__ void __launch_bounds__(kUnits* kRows)
   using C = Compute<S>;
   const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
   if (j >= H) return;
-  const int64_t earlier = p.reverse ? p.step + 1 : p.step - 1;  // the step this one came after
-  const int64_t later = p.reverse ? p.step - 1 : p.step + 1;    // that of the launch before
   for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
        b += int64_t(gridDim.y) * kRows) {
     const int64_t at = b * H + j;
-    C dh = read<C>(p.dh, at);
-    if (runs_at(p, b, later) && !begins_anew(p, p.later_resets, b, later)) {
-      const C product = read<C>(p.dh_product, at);
-      dh += p.h_mask ? product * read<C>(p.h_mask, at) : product;
-    }
+    C dh = later_gradient<C>(p, b, j);
     if (!runs_at(p, b, p.step)) {
       write<C>(p.dh, at, dh);
       for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, 0);
@@ -119,19 +86,19 @@ __global__ void __launch_bounds__(kUnits* kRows)
       continue;
     }
     dh += read<C>(p.dy, b * p.dy_stride + j);
-    const bool anew = begins_anew(p, p.resets, b, p.step), first = !runs_at(p, b, earlier);
+    const bool anew = begins_anew(p, p.resets, b, p.step);
     C s[Cell::kSlots];
     for (int k = 0; k < Cell::kSaved; k++) s[k] = read<S>(p.saved, (b * Cell::kSaved + k) * H + j);
     C h = 0, h_prev = 0, c = 0, c_prev = 0, dc = 0;
     if constexpr (Cell::kSaved == 0)
       h = p.c ? read<C>(p.c, b * p.c_stride + j) : read<S>(p.h, b * p.h_stride + j);
     if constexpr (Cell::kUsesHPrev)
-      if (!anew) h_prev = first ? read<S>(p.h0, at) : read<S>(p.h_prev, b * p.h_stride + j);
+      h_prev = state_before<S, S>(p, p.h0, p.h_prev, p.h_stride, b, j);
     C passed_h = 0, passed_c = 0;  // by zoneout to the step before
     if (p.zoneout_h.rate > 0) passed_h = zone_out_backward(rate_of<C>(p.zoneout_h, at), dh);
     if constexpr (Cell::kHasCell) {
       c = read<C>(p.c, b * p.c_stride + j);
-      if (!anew) c_prev = first ? read<S>(p.c0, at) : read<C>(p.c_prev, b * p.c_stride + j);
+      c_prev = state_before<S, C>(p, p.c0, p.c_prev, p.c_stride, b, j);
       dc = read<C>(p.dc, at) + read<C>(p.dcs, b * p.c_stride + j);
       if (p.zoneout_c.rate > 0) {
         c = Cell::cell_state(s, c_prev);

@@ -69,9 +69,28 @@ struct CellBackward : CellStep {
   int64_t h_stride, dy_stride;  // of h and h_prev; of dy
 };
 
+// The same of cells with layer normalisation (cells/normed.h): saved and dgates have the slots of
+// Normed. Storage type [gates * hidden] and [hidden]; the latter null for cells without c.
+struct NormWeights {
+  const void *gain_ih, *gain_hh, *gain_c, *shift_c;
+};
+struct NormedForward : CellForward {
+  NormWeights norms;
+  void* scales;  // compute type [batch, scales], or null
+  void* halves;  // compute type [batch, 2 * hidden], of cells with c: scratch memory
+};
+struct NormedBackward : CellBackward {
+  NormWeights norms;
+  const void* scales;
+  void* dnormed;  // compute type [batch, (slots + c) * hidden]: gradients of the normalised values,
+                  // for each slot of the plain cell and for n(c)
+};
+
 // Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
 int cell_forward(const CellForward&, void* stream);
 int cell_backward(const CellBackward&, void* stream);
+int normed_forward(const NormedForward&, void* stream);
+int normed_backward(const NormedBackward&, void* stream);
 
 // The same for the projection of an LSTM, whatever `cell` says, with proj_size as hidden_size: h is
 // gates_x as it stands, and dgates is dL/dh. The cell's own launches then have no h, y, h_prev, dh

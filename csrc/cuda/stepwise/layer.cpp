@@ -29,6 +29,7 @@ struct ForwardArrays {
   void *h, *c, *gates_h;     // compute type
   void* operand;             // storage type: h as the product reads it
   void *hidden, *projected;  // with a projection: what goes into its product and comes out
+  void* halves;              // NormedForward's
   int64_t bytes;
 
   ForwardArrays(const LayerForward& a, void* workspace) {
@@ -41,6 +42,7 @@ struct ForwardArrays {
     operand = size == wide && !a.h_mask ? h : arrays.take(B * P * size);
     hidden = a.proj_size ? arrays.take(B * H * size) : nullptr;
     projected = a.proj_size ? arrays.take(B * P * wide) : nullptr;
+    halves = a.layer_norm && traits(a.cell).has_cell ? arrays.take(2 * B * H * wide) : nullptr;
     bytes = arrays.used;
   }
 };
@@ -122,6 +124,11 @@ Step projection_of(Step p, int64_t proj_size) {
   return p;
 }
 
+NormWeights norms_of(const Layer& a) {
+  const Weights& w = a.weights;
+  return {w.gain_ih, w.gain_hh, w.gain_c, w.shift_c};
+}
+
 }  // namespace
 
 int64_t stepwise_workspace(const LayerForward& a) { return ForwardArrays(a, nullptr).bytes; }
@@ -132,7 +139,16 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
   const ForwardArrays w(a, workspace);
   const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
   const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
-  const int64_t saved_columns = traits(a.cell).saved * H;
+  const int64_t saved_columns = a.cell_traits().saved * H;
+
+  auto run_cells = [&](const CellForward& p, int64_t first) {
+    if (!a.layer_norm) return cell_forward(p, stream);
+    NormedForward normed{};
+    static_cast<CellForward&>(normed) = p;
+    normed.norms = norms_of(a), normed.halves = w.halves;
+    normed.scales = at(a.scales, first * a.cell_traits().scales, wide);
+    return normed_forward(normed, stream);
+  };
 
   int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
   if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
@@ -157,7 +173,7 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
     CellForward result{};  // of the kernel that ends the step
     if (a.proj_size) {
       p.operand = w.hidden;
-      if ((error = cell_forward(p, stream))) break;
+      if ((error = run_cells(p, first))) break;
       multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P});
       result = projection_of(step, P);
       result.gates_x = w.projected, result.gates_x_stride = P;
@@ -167,7 +183,7 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
     result.h = w.h;
     result.operand = w.operand == w.h ? nullptr : w.operand;
     result.y = at(a.y, first * a.y_stride, size), result.y_stride = a.y_stride;
-    error = a.proj_size ? projection_forward(result, stream) : cell_forward(result, stream);
+    error = a.proj_size ? projection_forward(result, stream) : run_cells(result, first);
   }
   if (!error) error = to_storage_type(a.dtype, w.h, a.hn, B * P, stream);
   if (!error && w.c) error = to_storage_type(a.dtype, w.c, a.cn, B * H, stream);
@@ -180,8 +196,18 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
   const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
   const int64_t G = a.gate_columns(), S = a.slot_columns();
   const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
-  const int64_t saved_columns = traits(a.cell).saved * H;
+  const int64_t saved_columns = a.cell_traits().saved * H;
   const bool has_cell = traits(a.cell).has_cell;
+
+  auto run_cells = [&](const CellBackward& p, int64_t first) {
+    if (!a.layer_norm) return cell_backward(p, stream);
+    NormedBackward normed{};
+    static_cast<CellBackward&>(normed) = p;
+    normed.norms = norms_of(a);
+    normed.scales = at(a.scales, first * a.cell_traits().scales, wide);
+    normed.dnormed = at(a.dnormed, first * (traits(a.cell).slots + has_cell) * H, wide);
+    return normed_backward(normed, stream);
+  };
 
   // Compute to compute: gradients carried from step to step, in place.
   const DType carried = a.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -227,7 +253,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
       p.dc = a.dc0, p.dcs = at(a.dcs, first * a.c_stride, wide);
     }
     p.dgates = at(a.dgates, first * S, size);
-    if ((error = cell_backward(p, stream))) break;
+    if ((error = run_cells(p, first))) break;
     // W_hh reaches the last slots.
     multiply({at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P});
     product = w.product, later_resets = step.resets;
