@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from fusedrnn import reference
@@ -48,6 +49,20 @@ def _with_tangent_of(t: Any, leaf: Tensor) -> Tensor:
     return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)
 
 
+def _fresh(t: Tensor) -> Tensor:
+    """A tensor that requires a gradient and is a node of its own."""
+    source = t.view_as(t)
+    if source.requires_grad:
+        return source
+    # A tensor of a transform that has ended, as in jacrev of jacrev: operators see what it wrapped.
+    before = _functorch.get_inplace_requires_grad_allowed()
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        return source.detach().requires_grad_()
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(before)
+
+
 def second_derivatives(
     grads_out: tuple[Tensor | None, ...],
     call: Call,
@@ -63,7 +78,7 @@ def second_derivatives(
         results = len(grads_out)
         # Fresh nodes: the graph that made the arguments is not differentiated here.
         sources = [
-            t.view_as(t) if t is not None and t.requires_grad else t
+            _fresh(t) if t is not None and t.requires_grad else t
             for t in (*grads_out, *call.tensors)
         ]
         here = call._replace(tensors=tuple(sources[results:]))
@@ -119,10 +134,15 @@ def of_members(
             return t
         return t[(slice(None),) * dim + (slice(m, None, members),)]
 
+    with torch.enable_grad():
+        sources = [
+            _fresh(t) if t is not None and t.requires_grad else t
+            for t in (*grads_out, *call.tensors)
+        ]
     parts = []
     for m in range(members):
         with torch.enable_grad():
-            given = [of(m, t, d) for t, d in zip((*grads_out, *call.tensors), dims, strict=True)]
+            given = [of(m, t, d) for t, d in zip(sources, dims, strict=True)]
         tensors = tuple(given[len(grads_out) :])
         if call.batch_sizes is not None:
             tensors = (*tensors[:3], call.batch_sizes // members, *tensors[4:])

@@ -457,3 +457,15 @@ def test_rules_of_infer():
             expected = ops.infer(*(call | {"x": xs[m]}).values())[:2]
             for a, b in zip(found, expected, strict=True):
                 close(a[m], b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_hessians_by_two_reverse_passes(cell):
+    """The outer one differentiates tensors of transforms that have ended."""
+    plain, fused = make_pair(cell, 2, 3, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    expected, found = (
+        jacrev(jacrev(lambda x, m=m: m(x)[0].sin().sum()))(x) for m in (plain, fused)
+    )
+    close(found, expected)
+    assert found.abs().max() > 0
