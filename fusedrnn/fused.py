@@ -127,9 +127,7 @@ class Fused(LayerBase):
         """
         x, hx, cx, weights = call[:4]
         transformed = torch._C._are_functorch_transforms_active()
-        if (transformed and ops.in_forward_mode()) or (
-            more and support.no_kernel(x) is not None
-        ):
+        if (transformed and ops.in_forward_mode()) or (more and support.no_kernel(x) is not None):
             return reference.forward(*call)
         if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:
             # Each argument costs time. With gradients its Autograd key calls the other op.
