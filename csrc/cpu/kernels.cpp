@@ -82,10 +82,10 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
 template <class F>
 FUSEDRNN_INLINE auto with_forward(const Problem& p, const CpuPass& pass, F f) {
 #if defined(__AVX512VNNI__)
-  if (pass.product == Product::kDigits) return f(DigitFloat{});
-  if (pass.product == Product::kPairs) return f(PairFloat{});
+  if (pass.product == ProductKind::kDigits) return f(DigitFloat{});
+  if (pass.product == ProductKind::kPairs) return f(PairFloat{});
 #else
-  if (pass.product == Product::kWords) return f(WordFloat{});
+  if (pass.product == ProductKind::kWords) return f(WordFloat{});
 #endif
   return with_dtype(p.dtype, f);
 }

@@ -17,7 +17,7 @@ struct CpuCosts {
 };
 
 // How a forward pass multiplies weights that are stored in fewer bytes, and all others.
-enum class Product {
+enum class ProductKind {
   kPanels,  // packed anew by each call, in the type that products take
   kWords,   // in place, widened to float32 (cpu/product/words.h)
   kDigits,  // in place, 8-bit weights by rows in digits of 8 bits (cpu/product/digits.h)
@@ -29,7 +29,7 @@ struct CpuPass {
   bool unpacked_hh;     // forward reads W_hh unpacked
   bool alternates;      // consecutive steps read weights in opposite directions
   bool overlaps_cells;  // in forward cells are computed during the next product
-  Product product;      // in forward
+  ProductKind product;  // in forward
 };
 
 }  // namespace fusedrnn

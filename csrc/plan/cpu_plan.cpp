@@ -44,7 +44,8 @@ constexpr int64_t kLeastTileRows = 7;
 
 // How weights in fewer bytes are multiplied, and the variant that does. Digits where the processor
 // has their products; else few rows are multiplied in place, and more by panels of the call.
-Product choose_product(const Problem& p, const CpuRequest& r, const CpuMachine& m, int* variant) {
+ProductKind choose_product(const Problem& p, const CpuRequest& r, const CpuMachine& m,
+                           int* variant) {
   const int64_t deepest =
       std::max({p.product_input(0), p.hidden_size, p.num_directions * p.out_size()});
   auto first_variant = [&](auto fits) {
@@ -58,26 +59,26 @@ Product choose_product(const Problem& p, const CpuRequest& r, const CpuMachine& 
   if (p.stored == Stored::kInt8 && deepest <= kMostDigits && first([&](const CpuCosts& c) {
         return c.digits && (!c.tiled || (m.tiles && r.batch >= kLeastTileRows));
       }))
-    return Product::kDigits;
+    return ProductKind::kDigits;
   const auto pairs = [&](const CpuVariant& v) {
     const CpuCosts& c = v.costs[int(DType::kBFloat16)];
     return c.computes && c.weight_bytes == 2 &&
            (!c.tiled || (m.tiles && r.batch >= kLeastTileRows));
   };
   if (p.stored == Stored::kBFloat16 && r.batch > kDotRows && first_variant(pairs))
-    return Product::kPairs;
+    return ProductKind::kPairs;
   if (r.batch <= kDotRows &&
       first([](const CpuCosts& c) { return c.computes && c.planes == 1 && !c.digits; }))
-    return Product::kWords;
+    return ProductKind::kWords;
   *variant = choose_variant(p, r, m);
-  return Product::kPanels;
+  return ProductKind::kPanels;
 }
 
 // The costs of that product.
 CpuCosts product_costs(const CpuPlan& plan, const Problem& p, const CpuMachine& m) {
   CpuCosts costs = m.variants[plan.variant].costs[int(p.dtype)];
-  if (plan.pass.product == Product::kPanels) return costs;
-  if (plan.pass.product == Product::kPairs)
+  if (plan.pass.product == ProductKind::kPanels) return costs;
+  if (plan.pass.product == ProductKind::kPairs)
     return m.variants[plan.variant].costs[int(DType::kBFloat16)];
   costs.planes = 1, costs.weight_bytes = p.stored == Stored::kInt8 ? 1 : 2;
   costs.least_rows = std::max<int64_t>(1, costs.least_rows);
@@ -156,11 +157,11 @@ int64_t threads_for(const Problem& p, const CpuRequest& r, const CpuMachine& m) 
 // Rows of a task at most: as many as keep their states and gates in L2. More of them share what a
 // step reads of large weights, where the gradients of their gates, which a step of backward reads
 // too, leave room for that.
-int64_t most_rows(const Problem& p, const CpuCosts& costs, bool backward, Product product) {
+int64_t most_rows(const Problem& p, const CpuCosts& costs, bool backward, ProductKind product) {
   constexpr int64_t kManyRows = 64;
   const bool room = !backward || kManyRows * p.gate_rows() * costs.weight_bytes <= kL2Bytes / 2;
-  const bool many = p.dtype == DType::kBFloat16 || product == Product::kDigits ||
-                    product == Product::kPairs ||
+  const bool many = p.dtype == DType::kBFloat16 || product == ProductKind::kDigits ||
+                    product == ProductKind::kPairs ||
                     (recurrent_weight_bytes(p, costs) > kL2Bytes && room);
   return many ? kManyRows : kManyRows / 2;
 }
@@ -264,14 +265,14 @@ std::string idle_in_words(const CpuPlan& plan, const CpuMachine& m) {
 }
 
 std::string products_in_words(const CpuPlan& plan, const Problem& p, const CpuCosts& costs) {
-  const Product product = plan.pass.product;
+  const ProductKind product = plan.pass.product;
   if (p.stored != Stored::kPlain)
     return std::string("; weights in ") + (p.stored == Stored::kInt8 ? "int8" : "bfloat16") +
-           (product == Product::kPanels  ? ", packed by the call"
-            : product == Product::kWords ? ", widened in the product"
-            : product == Product::kPairs ? ", products of pairs"
-                                         : ", products of bytes") +
-           (product != Product::kPanels && costs.tiled ? " on tiles" : "");
+           (product == ProductKind::kPanels  ? ", packed by the call"
+            : product == ProductKind::kWords ? ", widened in the product"
+            : product == ProductKind::kPairs ? ", products of pairs"
+                                             : ", products of bytes") +
+           (product != ProductKind::kPanels && costs.tiled ? " on tiles" : "");
   const bool narrow = bytes(p.dtype) == 2;  // stored in 16 bits, computed in 32
   if (!plan.unpacked && costs.planes > 1)
     return "; products on tiles, each float32 as three bfloat16";

@@ -84,7 +84,7 @@ void norm_gradients(const CudaCall& call, const LayerBackward& a, const Tensor& 
                              call.stream()),
                  "the gradient of a gain");
     }
-    Tensor to = narrow(gradient(kind), 0, gate * H, count * H);
+    Tensor whole = gradient(kind), to = narrow(whole, 0, gate * H, count * H);
     terms = rows_of_member(terms, member, members);
     torch::stable::copy_(to, torch::stable::sum(terms, {{&dim, 1}}, false, call.compute()));
   };

@@ -77,11 +77,12 @@ void bind_request(py::module_& m) {
 }
 
 void bind_pass(py::module_& m) {
-  py::native_enum<Product>(m, "Product", "enum.Enum", "How weights in fewer bytes are multiplied.")
-      .value("panels", Product::kPanels)
-      .value("words", Product::kWords)
-      .value("digits", Product::kDigits)
-      .value("pairs", Product::kPairs)
+  py::native_enum<ProductKind>(m, "Product", "enum.Enum",
+                               "How weights in fewer bytes are multiplied.")
+      .value("panels", ProductKind::kPanels)
+      .value("words", ProductKind::kWords)
+      .value("digits", ProductKind::kDigits)
+      .value("pairs", ProductKind::kPairs)
       .finalize();
   using T = CpuPass;
   auto type = structure<T>(m, "CpuPass");
