@@ -208,7 +208,7 @@ class _Call:
             needs = [t is not None for t in (x, hx, cx, *weights)]
             with plans(True):
                 dx, dhx, dcx, dweights = ops.backward(
-                    *grads, None, None, y, *kept, needs, x, hx, cx, weights, *self.rest
+                    *grads, None, None, y, *kept, needs, 0, x, hx, cx, weights, *self.rest
                 )
             return [g for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True) if need]
 

@@ -220,7 +220,7 @@ def fused_results(call, grads_out):
     needs = [t is not None and t.is_floating_point() for t in leaves]
     rest = [v for name, v in call.items() if name != "save"]
     given = [*grads_out, None][:3]
-    dx, dhx, dcx, dw = load().backward(*given, None, None, y, *kept, needs, *rest)
+    dx, dhx, dcx, dw = load().backward(*given, None, None, y, *kept, needs, 0, *rest)
     grads = [g for g, need in zip([dx, dhx, dcx, *dw], needs, strict=True) if need]
     return [*(t for t in (y, hn, cn) if t.numel()), *grads]
 
@@ -310,7 +310,7 @@ def test_nothing_to_do(cell, steps, batch):
     del call["save"]
     needs = [True, True, call["cx"] is not None] + [True] * len(call["weights"])
     dhn = torch.randn_like(hn)
-    dx, dhx, _, dw = load().backward(None, dhn, *[None] * 3, y, *kept, needs, *call.values())
+    dx, dhx, _, dw = load().backward(None, dhn, *[None] * 3, y, *kept, needs, 0, *call.values())
     assert dx.shape == call["x"].shape
     assert torch.equal(dhx, dhn)
     for grad, weight in zip(dw, call["weights"], strict=True):
