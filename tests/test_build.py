@@ -188,9 +188,9 @@ def test_unknown_architectures(build, asked):
 
 
 def test_archs_of_torchs_variable(build, sources, script, monkeypatch, capsys):
-    assert build.torch_archs("7.5 8.0;8.6 9.0 10.0 12.0+PTX") == "8.0;8.6;9.0a;10.0;12.0+PTX"
+    assert build.torch_archs("7.0 7.5;8.6 9.0 10.0 12.0+PTX") == "7.5;8.6;9.0a;10.0;12.0+PTX"
     assert build.torch_archs("9.0+PTX") == "9.0a;9.0+PTX"
-    assert build.torch_archs("") == build.torch_archs("7.5") == ""
+    assert build.torch_archs("") == build.torch_archs("7.0") == ""
     (sources / "cuda/stepwise").mkdir(parents=True)
     (sources / "cuda/stepwise/kernel.cu").touch()
     nvcc = str(script("nvcc", *NVCC_13_0.split()))

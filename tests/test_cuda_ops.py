@@ -414,6 +414,7 @@ def addresses():
     print("no error")
 
 
+@pytest.mark.slow  # it compiles all of the CUDA part with AddressSanitizer
 def test_no_overrun():
     """The whole CUDA side: ATen's buffers are as long as they are, and what is read is written."""
     setup = setup_script()
