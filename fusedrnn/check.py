@@ -62,6 +62,8 @@ def cuda_tasks() -> list[Task]:
     """Of every GPU that torch finds and the binary has code for."""
     tasks = []
     for index in range(torch.cuda.device_count()):
+        if cuda.missing(torch.device("cuda", index)):
+            continue
         spec = cuda.spec(torch.device("cuda", index))
         for f in families.cuda_families():
             if families.runs_on(f, spec):
@@ -181,7 +183,7 @@ def main(options: argparse.Namespace) -> int:
     if options.device != "cpu":
         reasons = cuda_reasons()
         print("\n".join(reasons), flush=True) if reasons else None
-        tasks += cuda_tasks() if not reasons else []
+        tasks += cuda_tasks()
     tasks = [task for task in tasks if options.only in task.name]
     if not tasks:
         print("there is nothing to check")

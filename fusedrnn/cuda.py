@@ -45,9 +45,9 @@ def cuda_kernels(position: str | None = None) -> str:
     """Sets whether this process runs CUDA kernels, and returns what holds from now on.
 
     Args:
-        position: "off": torch.nn runs every call on CUDA. "verified", the default: kernels of a
-            kind run on a GPU once they have computed a small case right there. "on": they run
-            without that. None changes nothing.
+        position: "off": torch.nn runs every call on CUDA, or plain PyTorch what torch.nn lacks.
+            "verified", the default: kernels of a kind run on a GPU once they have computed a small
+            case right there. "on": they run without that. None changes nothing.
 
     It sets the environment variable FUSEDRNN_CUDA_KERNELS, which is read at every call.
 

@@ -15,6 +15,7 @@ from fusedrnn import _C, autocast, checks, cuda, families, support
 from fusedrnn._version import __version__
 from fusedrnn.layer import LayerBase
 from fusedrnn.modules import GRU, LSTM, RNN
+from fusedrnn.quantized import Quantized
 from fusedrnn.support import fallback_reason, is_one_hot
 
 
@@ -136,6 +137,12 @@ def _checked(
         twin = object.__new__(next(c for c in FUSED if isinstance(module, c.__bases__[1])))
         twin.__dict__ = module.__dict__
     data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, Quantized):
+        if resets is not None or return_all:
+            wrong = "resets" if resets is not None else "return_all"
+            raise TypeError(f"{module._get_name()} takes no {wrong}: see fusedrnn.dequantize")
+        module._check_mode()
+        module._check_devices(data, hx)
     one_hot = ours and is_one_hot(data, isinstance(input, PackedSequence))
     x, *_ = checks.canonical(twin, input, hx, lengths, one_hot)
     if resets is not None:
@@ -227,7 +234,7 @@ def _cuda_plans(
     except ValueError:
         if not struck:
             raise
-        return "plain PyTorch, because all kernels for this call were refused or found wrong"
+        return "not in the kernels, which were all refused or found wrong for this call"
     lines = [f"fused CUDA kernels, forward {forward.text}", f"backward {backward.text}"]
     known = cuda.standings(device)
     if cuda.cuda_kernels() == "verified" and not {forward.family, backward.family} <= set(known):

@@ -15,7 +15,7 @@ from fusedrnn.swap import Layer, Model, Report
 def quantize(model: Model, weights: str = "int8") -> Report[Model]:
     """Stores the weights of every RNN, GRU and LSTM in `model` in fewer bytes, in place.
 
-    For inference on a CPU: activations, states and biases stay float32. The weights are rounded to
+    For inference on a CPU: input, output, states and biases are float32. The weights are rounded to
     8 bits with a scale for each row, or to bfloat16, and packed once, here. Layers of torch.nn and
     of fusedrnn become `fusedrnn.quantized.QuantizedLSTM` and the like; cells and all else in the
     model stay as they are. docs/quantization.md has accuracy and speed.
@@ -78,7 +78,7 @@ def dequantize(model: Model) -> Report[Model]:
 
 
 def _class_of(module: nn.Module) -> str:
-    return f"fusedrnn.{type(module).__name__}"
+    return f"fusedrnn.quantized.{type(module).__name__}"
 
 
 def _check(name: str, module: Any) -> None:

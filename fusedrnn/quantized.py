@@ -95,16 +95,27 @@ class Quantized(LayerBase):
         if self._is_leaf(input):
             given = {} if lengths is None else {"lengths": lengths}
             return self._record(input, hx, **given)
-        if self.training:
-            raise RuntimeError(
-                f"{self._get_name()} has quantized weights, which cannot be trained: call "
-                "model.eval(), or fusedrnn.dequantize(model) to train it"
-            )
+        self._check_mode()
         if lengths is None:
             results = self._plain(input, hx)
             if results is not None:
                 return results
         return self._checked(input, hx, lengths)
+
+    def _check_mode(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                f"{self._get_name()} has quantized weights, which cannot be trained: call "
+                "model.eval(), or fusedrnn.dequantize(model) to train it"
+            )
+
+    def _check_devices(self, data: Tensor, hx: Any) -> None:
+        for t in (data, *(hx if isinstance(hx, tuple) else (hx,))):
+            if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta"):
+                raise RuntimeError(
+                    f"{self._get_name()} runs on the CPU, got a tensor on {t.device}: "
+                    "fusedrnn.dequantize(model) before the model is moved there"
+                )
 
     def _plain(self, input: Any, hx: Any) -> Any:
         """A call of a tensor with its batch; None where this is another or a wrong one."""
@@ -139,17 +150,17 @@ class Quantized(LayerBase):
         return y, (hn, cn) if lstm else hn
 
     def _checked(self, input: Any, hx: Any, lengths: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{self._get_name()} has quantized weights, which torch.func does not take: call "
+                "fusedrnn.dequantize(model) first"
+            )
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = support.is_one_hot(data, packed)
         if one_hot and not packed and hx is None and lengths is None:
             checks.warn_of_features(self, input, 4)
-        for t in (data, *(hx if isinstance(hx, tuple) else (hx,))):
-            if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta"):
-                raise RuntimeError(
-                    f"{self._get_name()} runs on the CPU, got a tensor on {t.device}: "
-                    "fusedrnn.dequantize(model) before the model is moved there"
-                )
+        self._check_devices(data, hx)
         x, h, c, unsort, lengths = checks.canonical(self, input, hx, lengths, one_hot)
         if not one_hot:
             x = x.float()  # autocast's, as checks.canonical refuses others

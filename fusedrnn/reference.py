@@ -61,7 +61,8 @@ STEPS: dict[str, Step] = {
 }
 
 
-EPSILON = 1e-5  # also in csrc/cpu/pass/layer_norm.h
+# Also in csrc/cpu/pass/layer_norm.h and csrc/cuda/stepwise/normed_step.cu.
+EPSILON = 1e-5
 
 
 def normalised(a: Tensor) -> Tensor:

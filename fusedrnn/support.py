@@ -86,7 +86,7 @@ def torch_instead(layer: LayerBase, input: Any, hx: Any) -> str | None:
     ):
         return None
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    given = (data, *layer._parameters.values(), *(s for s in states if isinstance(s, Tensor)))
+    given = (data, *layer.parameters(), *(s for s in states if isinstance(s, Tensor)))
     graph = needs_graph(*given)
     # cuDNN has no backward of a call in eval mode, and torch.nn always saves for backward.
     if graph and (layer.recompute or not layer.training):

@@ -198,6 +198,8 @@ def _why_not_swapped(module: nn.Module) -> str | None:
 
 def _why_not_unswapped(module: nn.Module) -> str | None:
     """None of what is no recurrent layer."""
+    if isinstance(module, LayerBase) and module.stored:
+        return "quantized: fusedrnn.dequantize first"
     for plain, fused in PAIRS.items():
         if isinstance(module, fused):
             return f"a subclass of fusedrnn.{fused.__name__}, whose own code may rely on it"

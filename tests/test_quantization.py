@@ -256,8 +256,8 @@ def test_the_report():
     report = fusedrnn.quantize(model)
     assert report.model is model
     assert {str(line) for line in report.changed} == {
-        "a: torch.nn.LSTM -> fusedrnn.QuantizedLSTM",
-        "b: fusedrnn.GRU -> fusedrnn.QuantizedGRU",
+        "a: torch.nn.LSTM -> fusedrnn.quantized.QuantizedLSTM",
+        "b: fusedrnn.GRU -> fusedrnn.quantized.QuantizedGRU",
     }
     assert {line.name for line in report.left} == {"cell", "norm", "wide", "sub"}
     assert "model.float()" in str(report)
@@ -391,6 +391,23 @@ def test_opcheck():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torch_func_is_refused():
+    layer = fusedrnn.quantize(nn.GRU(3, 4).eval()).model
+    x = torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match=r"torch.func does not take: call fusedrnn.dequantize"):
+        torch.vmap(lambda row: layer(row)[0])(x[:, None])
+
+
+def test_explain_raises_what_the_call_would():
+    layer, x = fusedrnn.quantize(nn.GRU(3, 4).eval()).model, torch.randn(5, 2, 3)
+    with pytest.raises(TypeError, match="QuantizedGRU takes no resets"):
+        fusedrnn.explain(layer, x, resets=torch.zeros(5, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="QuantizedGRU takes no return_all"):
+        fusedrnn.explain(layer, x, return_all=True)
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        fusedrnn.explain(layer.train(), x)
+
+
 def test_compile_and_export():
     model, tokens = fusedrnn.quantize(Tagger().eval()).model, torch.randint(11, (3, 5))
     expected = model(tokens)

@@ -85,7 +85,7 @@ void raise_lost_block(const CurrentDevice& on) {
   fail("fusedrnn gave up an earlier call on ", on.name(), ": in its ", name, " kernels ",
        kLostBlock,
        ", and its results are NaN. The process can go on; such kernels will not run in "
-       "it again");
+       "it again, unless FUSEDRNN_PLAN asks for them");
 }
 
 // ---- the check ----
@@ -114,12 +114,12 @@ CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const Curr
   const KernelSwitch position = kernel_switch();
   const char* forced = trial ? trial->plan.c_str() : forced_plan();
   const bool asked = forces(forced, request.backward);
+  if (!trial) raise_lost_block(on);
   FUSEDRNN_EXPECT(trial || position != KernelSwitch::kOff,
                   "fusedrnn: no CUDA kernel can run: FUSEDRNN_CUDA_KERNELS=off");
   DeviceSpec device{};
   const int error = device_spec(&device);
   FUSEDRNN_EXPECT(error == 0, "fusedrnn: asking the device failed: ", error_text(error));
-  if (!trial) raise_lost_block(on);
   const bool checked = !trial && position == KernelSwitch::kVerified;
   const int index = on.index();
   Families unchecked;
