@@ -30,7 +30,7 @@ struct Projection {
 };
 
 template <class Cell, class S>
-__global__ void __launch_bounds__(kUnits* kRows)
+__global__ void __launch_bounds__(kUnits* kRows, 2)
     forward_kernel(const __grid_constant__ CellForward p) {
   using C = Compute<S>;
   const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kUnits* kRows)
 }
 
 template <class Cell, class S>
-__global__ void __launch_bounds__(kUnits* kRows)
+__global__ void __launch_bounds__(kUnits* kRows, 2)
     backward_kernel(const __grid_constant__ CellBackward p) {
   using C = Compute<S>;
   const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;

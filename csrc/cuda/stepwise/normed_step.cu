@@ -60,8 +60,8 @@ FUSEDRNN_HD constexpr int range_of(const GateRanges<N>& ranges, int gate) {
 }
 
 template <class Cell, class S>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(const __grid_constant__ NormedForward p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    normed_forward_kernel(const __grid_constant__ NormedForward p) {
   using C = Compute<S>;
   using Norm = Normed<Cell>;
   constexpr auto kRanges = Cell::x_ranges();
@@ -174,8 +174,8 @@ __device__ inline C through_norm(C d, C value, C mean_d, C mean_dv, C scale) {
 }
 
 template <class Cell, class S>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(const __grid_constant__ NormedBackward p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    normed_backward_kernel(const __grid_constant__ NormedBackward p) {
   using C = Compute<S>;
   using Norm = Normed<Cell>;
   constexpr auto kRanges = Cell::x_ranges();
@@ -310,11 +310,11 @@ int run(const P& p, void* stream, F select) {
 
 int normed_forward(const NormedForward& p, void* stream) {
   return run(p, stream,
-             [](auto cell, auto s) { return forward_kernel<decltype(cell), decltype(s)>; });
+             [](auto cell, auto s) { return normed_forward_kernel<decltype(cell), decltype(s)>; });
 }
 int normed_backward(const NormedBackward& p, void* stream) {
   return run(p, stream,
-             [](auto cell, auto s) { return backward_kernel<decltype(cell), decltype(s)>; });
+             [](auto cell, auto s) { return normed_backward_kernel<decltype(cell), decltype(s)>; });
 }
 
 }  // namespace fusedrnn
