@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,24 @@ from fusedrnn import reference
 
 if TYPE_CHECKING:
     from fusedrnn.ops import Call
+    from fusedrnn.tangents import TangentCall
+
+
+def asked_for(ctx: Any, needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Which of the gradients that a node's tensors need this pass of autograd asks for.
+
+    torch.autograd.grad may ask for those of the input alone, though the weights require them too.
+    """
+
+    def asked(node: Any) -> bool:
+        try:
+            return torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # a leaf that is asked for, or a backward that no engine runs
+            return True
+
+    nodes = (node for node, _ in ctx.next_functions)  # of every tensor
+    of_tensors = [None if t is None else next(nodes) for t in tensors]
+    return [n and asked(node) for n, node in zip(needs, of_tensors, strict=True)]
 
 
 def plain_gradients(
@@ -28,8 +47,7 @@ def plain_gradients(
             leaf if leaf is None else _with_tangent_of(t, leaf)
             for t, leaf in zip(call.differentiable(), leaves, strict=True)
         ]
-        tensors = (*sources[:3], *call.non_differentiable(), *sources[3:])
-        outputs = reference.forward(*call._replace(tensors=tensors).arguments())
+        outputs = reference.forward(*call.with_differentiable(tuple(sources)).arguments())
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     found = iter(
         torch.autograd.grad(
@@ -130,9 +148,7 @@ def of_members(
     grad_dims = (*call.row_dims()[:3], *[None] * of_weights)
 
     def of(m: int, t: Tensor | None, dim: int | None) -> Tensor | None:
-        if t is None or dim is None or t.dim() <= dim:
-            return t
-        return t[(slice(None),) * dim + (slice(m, None, members),)]
+        return _rows_of(t, dim, m, members)
 
     with torch.enable_grad():
         sources = [
@@ -143,15 +159,13 @@ def of_members(
     for m in range(members):
         with torch.enable_grad():
             given = [of(m, t, d) for t, d in zip(sources, dims, strict=True)]
-        tensors = tuple(given[len(grads_out) :])
-        if call.batch_sizes is not None:
-            tensors = (*tensors[:3], call.batch_sizes // members, *tensors[4:])
+        here = _with_rows(call, given[len(grads_out) :], members)
         own = [of(m, gg, d) for gg, d in zip(grad_grads, grad_dims, strict=True)]
         own[3:] = [None if gg is None else gg[m] for gg in own[3:]]
         parts.append(
             second_derivatives(
                 tuple(given[: len(grads_out)]),
-                call._replace(tensors=tensors),
+                here,
                 needs,
                 tuple(own),
                 create_graph,
@@ -159,6 +173,19 @@ def of_members(
         )
     found = zip(*parts, strict=True)
     return tuple(_joined(of_all, dim) for of_all, dim in zip(found, dims, strict=True))
+
+
+def _rows_of(t: Tensor | None, dim: int | None, member: int, members: int) -> Tensor | None:
+    if t is None or dim is None or t.dim() <= dim:
+        return t
+    return t[(slice(None),) * dim + (slice(member, None, members),)]
+
+
+def _with_rows(call: Call, tensors: list[Tensor | None], members: int) -> Call:
+    """The call of one member, which has these tensors."""
+    if call.batch_sizes is not None:
+        tensors = [*tensors[:3], call.batch_sizes // members, *tensors[4:]]
+    return call._replace(tensors=tuple(tensors))
 
 
 def _joined(parts: tuple[Tensor | None, ...], dim: int | None) -> Tensor | None:
@@ -169,3 +196,92 @@ def _joined(parts: tuple[Tensor | None, ...], dim: int | None) -> Tensor | None:
     if dim is None:
         return torch.stack(found).sum(0)
     return torch.stack(found, dim + 1).flatten(dim, dim + 1)
+
+
+def leaf_of(t: Tensor) -> Tensor:
+    """The same as a node of its own that requires a gradient, with its tangent."""
+    leaf = _fresh(t)
+    return leaf if t.requires_grad else _with_tangent_of(t, leaf)
+
+
+def plain_tangents(given: TangentCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What tangents.py's ops compute, by the reference, any number of times.
+
+    Returns F'(v), the tangents of y, hn and cn, and of what is needed B'(v, u) + B(du).
+    """
+    if given.members:
+        return (), _tangents_of_members(given)
+    call, needs = given.call, given.needs or [False] * len(given.direction)
+    with torch.enable_grad():
+        leaves = tuple(
+            leaf_of(t) if t is not None and t.is_floating_point() else t
+            for t in call.differentiable()
+        )
+        outputs = reference.forward(*call.with_differentiable(leaves).arguments())[:3]
+        made = [o for o in outputs if o.requires_grad]  # cn may be empty
+        pairs = [(o, u) for o, u in zip(outputs, given.u, strict=True) if o.requires_grad]
+        forms = [leaf_of(torch.zeros_like(o) if u is None else u) for o, u in pairs]
+        wanted = [t for t, n in zip(leaves, needs, strict=True) if n]
+        along = [(t, v) for t, v in zip(leaves, given.direction, strict=True) if v is not None]
+        found = [torch.zeros_like(t) for t in (*forms, *wanted) if t is not None]
+        if along:
+            first = _gradients(made, [t for t, _ in along], forms)
+            found = _gradients(first, [*forms, *wanted], [v for _, v in along])
+        if any(du is not None for du in given.du):
+            directions = zip(outputs, given.du, strict=True)
+            both = [(o, du) for o, du in directions if du is not None and o.requires_grad]
+            linear = _gradients([o for o, _ in both], wanted, [du for _, du in both])
+            found[len(forms) :] = [a + b for a, b in zip(found[len(forms) :], linear, strict=True)]
+    of_outputs, of_wanted = iter(found[: len(forms)]), iter(found[len(forms) :])
+    return (
+        tuple(next(of_outputs) if o.requires_grad else o for o in outputs),
+        tuple(next(of_wanted) if n else None for n in needs),
+    )
+
+
+def _gradients(outputs: Any, leaves: Any, forms: Any) -> list[Tensor]:
+    """Differentiable, and zeros where there is no dependence."""
+    live = [(o, f) for o, f in zip(outputs, forms, strict=True) if o.requires_grad]
+    if not live or not leaves:
+        return [torch.zeros_like(t) for t in leaves]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in live],
+            leaves,
+            [f for _, f in live],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def _tangents_of_members(given: TangentCall) -> tuple[Tensor | None, ...]:
+    """Of backward_tangent with `members`, one after the other."""
+    call, members = given.call, given.members
+    of_results, of_tensors = call.result_row_dims()[:3], call.row_dims()
+    of_direction = (*of_tensors[:3], *[None] * (len(given.direction) - 3))
+
+    def of(m: int, tensors: tuple, dims: tuple) -> list[Tensor | None]:
+        return [_rows_of(t, dim, m, members) for t, dim in zip(tensors, dims, strict=True)]
+
+    parts = []
+    for m in range(members):
+        with torch.enable_grad():
+            own = given._replace(
+                u=tuple(of(m, given.u, of_results)),
+                du=tuple(of(m, given.du, of_results)),
+                direction=tuple(of(m, given.direction, of_direction)),
+                members=0,
+                call=_with_rows(call, of(m, call.tensors, of_tensors), members),
+            )
+        parts.append(plain_tangents(own)[1])
+    with torch.enable_grad():
+        return tuple(
+            None
+            if each[0] is None
+            else torch.stack(each)
+            if dim is None
+            else torch.stack(each, dim + 1).flatten(dim, dim + 1)
+            for each, dim in zip(zip(*parts, strict=True), of_direction, strict=True)
+        )

@@ -21,6 +21,8 @@ from fusedrnn import (
     ops,
     reference,
     support,
+    tangent_batching,
+    tangents,
 )
 from fusedrnn.layer import LayerBase
 from fusedrnn.signatures import AllStates, Input, Lengths, Resets, Results, States
@@ -127,7 +129,10 @@ class Fused(LayerBase):
         """
         x, hx, cx, weights = call[:4]
         transformed = torch._C._are_functorch_transforms_active()
-        if (transformed and ops.in_forward_mode()) or (more and support.no_kernel(x) is not None):
+        dual = transformed and ops.in_forward_mode()
+        if (dual and not tangents.has_kernels(ops.Call.of(*call))) or (
+            more and support.no_kernel(x) is not None
+        ):
             return reference.forward(*call)
         if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:
             # Each argument costs time. With gradients its Autograd key calls the other op.
@@ -192,3 +197,4 @@ dynamo.allow(Fused)
 flops.register()
 decompositions.register()
 batching.register()
+tangent_batching.register()

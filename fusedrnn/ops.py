@@ -35,6 +35,8 @@ b % members, and the gradients of weights (members, ...) are sums over each memb
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +45,7 @@ from torch._C import _functorch as _C_functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fusedrnn import _C, derivatives, reference
+from fusedrnn import _C, derivatives, reference, tangents
 
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
@@ -191,6 +193,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 # by one and a call's constants as one tuple; `Call` converts between these and the op's arguments.
 
 
+# Elements of an output for which it pays to ask autograd which gradients it is after: microseconds.
+LARGE = 1 << 12
 RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
 BATCH_SIZES = 3  # among Call.tensors
@@ -218,6 +222,14 @@ class Call(NamedTuple):
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """x, hx, cx and the weights."""
         return self.tensors[:3] + self.tensors[3 + NON_DIFFERENTIABLE :]
+
+    def with_differentiable(self, tensors: tuple) -> Call:
+        others = self.non_differentiable()
+        return self._replace(tensors=(*tensors[:3], *others, *tensors[3:]))
+
+    def with_non_differentiable(self, others: tuple) -> Call:
+        weights = self.tensors[3 + NON_DIFFERENTIABLE :]
+        return self._replace(tensors=(*self.tensors[:3], *others, *weights))
 
     @property
     def batch_sizes(self) -> Tensor | None:
@@ -267,13 +279,20 @@ def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
-def _below_function(op: Any, keys: Any, arguments: tuple) -> Any:
-    """The same inside autograd.Function, which switches gradients off: not those of torch.func's
-    lower levels.
+@contextlib.contextmanager
+def _derivatives_on() -> Iterator[None]:
+    """Inside autograd.Function, which switches gradients and forward mode off: also those of
+    torch.func's lower levels.
     """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _below_function(op: Any, keys: Any, arguments: tuple) -> Any:
+    """The same inside autograd.Function."""
     if not torch._C._are_functorch_transforms_active():
         return _below_autograd(op, keys, arguments)
-    with torch.enable_grad():
+    with _derivatives_on():
         return _below_autograd(op, keys, arguments)
 
 
@@ -297,6 +316,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
         x, hx, cx, *weights = of_graph
+        save = save or in_forward_mode()
         arguments = (x, hx, cx, weights, *others, *constants, save)
         results = _below_function(forward, keys, arguments)
         y, _, _, reserve, *states = results
@@ -306,7 +326,7 @@ class _Forward(torch.autograd.Function):
         # its own; where the output's counter has changed, backward computes y again. Tensors of
         # torch.func's transforms cannot be given other data: there the output is a copy.
         if torch._C._are_functorch_transforms_active():
-            with torch.enable_grad():
+            with _derivatives_on():
                 ctx.output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
         else:
             ctx.output, kept_y = _version_of(y), y.data
@@ -315,10 +335,22 @@ class _Forward(torch.autograd.Function):
         kept = () if plain else states
         ctx.save_for_backward(kept_y, reserve, *kept, x, hx, cx, *others, *weights)
         ctx.constants, ctx.save = constants, save
+        if in_forward_mode():
+            ctx.for_jvp = (
+                Call((*of_graph[:3], *others, *of_graph[3:]), constants),
+                (kept_y, reserve),
+            )
         if plain:
             return results[:3]
         ctx.mark_non_differentiable(reserve)
         return results
+
+    @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple:
+        call, made = ctx.for_jvp
+        del ctx.for_jvp
+        with forward_ad._set_fwd_grad_enabled(True):  # of torch.func's lower levels
+            return tangents.of_forward(call, made, given[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
@@ -328,6 +360,8 @@ class _Forward(torch.autograd.Function):
         grads = (*grads[:3], *(grads[4:] or (None, None)))
         needs = list(ctx.needs_input_grad[4:])
         call = Call(tensors, ctx.constants)
+        if y.numel() >= LARGE:
+            needs = derivatives.asked_for(ctx, needs, call.differentiable())
         if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
             # is_grads_batched, for which no batching rule can be registered
             return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
@@ -373,18 +407,49 @@ class _Backward(torch.autograd.Function):
         arguments = (*grads, *made, needs, members, *call.arguments())
         *states, dweights = _below_function(backward, keys, arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, *tensors)
-        ctx.constants, ctx.needs, ctx.members = constants, needs, members
+        kept: tuple[Tensor, ...] = ()
+        if tangents.has_kernels(call):
+            # A copy of y, which lacks the output's version counter and may be written in place.
+            kept = (made[0].clone(), made[1])
+        ctx.save_for_backward(*kept, *grads, *tensors)
+        ctx.constants, ctx.needs, ctx.members, ctx.kept = constants, needs, members, len(kept)
+        if in_forward_mode():
+            ctx.for_jvp = call, kept, needs, members, grads
         return (*states, *dweights)
 
     @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple:
+        call, made, needs, members, grads = ctx.for_jvp
+        del ctx.for_jvp
+        dgrads, direction = given[5 : 5 + RESULTS], Call(given[5 + RESULTS :], ()).differentiable()
+        with forward_ad._set_fwd_grad_enabled(True):  # of torch.func's lower levels
+            return tangents.of_backward(call, made, needs, members, grads, dgrads, direction)
+
+    @staticmethod
     def backward(ctx: Any, *grad_grads: Any) -> tuple:
-        saved = ctx.saved_tensors
+        kept, saved = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
         call = Call(saved[RESULTS:], ctx.constants)
+        # No kernel takes tangents of weights that each member has, nor torch's older kind of vmap.
+        of_weights = ctx.members and any(g is not None for g in grad_grads[3:])
+        legacy = any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grad_grads)
+        if kept and not of_weights and not legacy:
+            return (None,) * 5 + _second(ctx, call, kept, saved[:RESULTS], grad_grads)
         grads = derivatives.of_members(
             ctx.members, saved[:RESULTS], call, ctx.needs, grad_grads, torch.is_grad_enabled()
         )
         return (None,) * 5 + grads
+
+
+def _second(ctx: Any, call: Call, made: tuple, grads: tuple, grad_grads: tuple) -> tuple:
+    """The gradients of the backward op by all its tensors, by kernels."""
+    needs = derivatives.asked_for(ctx, ctx.needs_input_grad[5:], (*grads, *call.tensors))
+    direction = tuple(g if n else None for g, n in zip(grad_grads, ctx.needs, strict=True))
+    if all(d is None for d in direction):
+        return (None,) * len(needs)
+    of_call: Any = Call(tuple(needs[RESULTS:]), ()).differentiable()  # type: ignore[arg-type]
+    first, second = tangents.derivative(call, made, grads[:3], direction, list(of_call))
+    of_grads = (g if n else None for g, n in zip((*first, None, None), needs, strict=False))
+    return (*of_grads, *second[:3], *[None] * NON_DIFFERENTIABLE, *second[3:])
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
@@ -431,11 +496,12 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple:
 def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     *rest, save = arguments
     call = Call.of(*rest)
-    if _has_tangent(*call.tensors):
+    dual = _has_tangent(*call.tensors)
+    if dual and not tangents.has_kernels(call):
         # Forward mode goes through the plain implementation, and so does its backward.
         y, hn, cn, hs, cs = reference.forward(*rest)
         return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
-    if not _needs_graph(*call.tensors):
+    if not dual and not _needs_graph(*call.tensors):
         return _below_autograd(forward, keys, arguments)
     return _apply(
         _Forward, keys, save, call.constants, call.non_differentiable(), *call.differentiable()
@@ -511,14 +577,15 @@ def _dual_of_gradients(grads: tuple[Tensor | None, ...], rest: tuple) -> tuple:
 
 def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
     grads, made, needs, members, call = BackwardCall.of(*arguments)
-    if _has_tangent(*call.tensors):
+    dual = _has_tangent(*call.tensors)
+    if dual and not tangents.has_kernels(call):
         # As forward does.
         found = derivatives.plain_gradients(call, needs, grads)
         dx, dhx, dcx, *dweights = (made[0].new_empty(0) if g is None else g for g in found)
         return dx, dhx, dcx, dweights
-    if _has_tangent(*grads):
+    if not dual and _has_tangent(*grads):
         return _dual_of_gradients(grads, arguments[RESULTS:])
-    if not _needs_graph(*grads, *call.tensors):
+    if not dual and not _needs_graph(*grads, *call.tensors):
         return _below_autograd(backward, keys, arguments)
     dx, dhx, dcx, *dweights = _apply(
         _Backward, keys, made, needs, members, call.constants, *grads, *call.tensors

@@ -68,6 +68,20 @@ def make_request(steps: int, batch: int, **more):
     )
 
 
+def test_derivatives_in_a_direction_pack_their_weights():
+    """Few tokens or not, and each thread takes its rows alone."""
+    for backward in (False, True):
+        for batch in (1, 4):
+            given = [
+                make_request(2, batch, backward=backward, tangent=tangent)
+                for tangent in (False, True)
+            ]
+            problem, machine = make_problem("LSTM", 256, 700), make_machine("avx512", threads=4)
+            plain, tangent = (bindings.plan_cpu(problem, request, machine) for request in given)
+            assert plain.unpacked and not tangent.unpacked
+            assert not tangent.pass_.unpacked_hh and tangent.members == 1
+
+
 @given(
     machine=st.sampled_from(list(MACHINES)),
     dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),

@@ -1,6 +1,6 @@
 // What every cell header uses.
 //
-// A cell is a struct of constants and two functions, written once for a value type V that is a
+// A cell is a struct of constants and three functions, written once for a value type V that is a
 // SIMD vector on the CPU and a float or double on a GPU. `M` supplies the transcendental functions
 // for V (M::sigmoid, M::tanh); everything else is operators, so one text serves every backend.
 //
@@ -17,6 +17,12 @@
 //   backward: slots hold what forward saved on entry and the gradients of the pre-activations on
 //             return; dc goes from dL/dc_t to dL/dc_{t-1}; returns the part of dL/dh_{t-1} that
 //             does not pass through W_hh
+//   tangent:  the derivative of forward in one direction (dual.h): slots hold what forward saved
+//   and
+//             the tangents of the pre-activations on entry, and the tangents of what it saved on
+//             return; likewise h, without its tangent, and c; returns the tangent of h
+//
+// The derivative of backward is backward itself, on dual numbers.
 #pragma once
 
 // Always inlined: the same text is compiled for several instruction sets, and an out-of-line copy
@@ -39,6 +45,12 @@ struct GateRanges {
   static constexpr int kCount = N;
   GateRange range[N];
 };
+
+// Of each lane of a vector, or of a number.
+template <class Mask, class V>
+FUSEDRNN_HD V select(Mask mask, V a, V b) {
+  return mask ? a : b;
+}
 
 // The gate whose weight rows are accumulated into `slot`. R: GateRanges, or a list of them.
 template <class R>

@@ -9,7 +9,7 @@
 // Cho et al., arXiv:1406.1078, in the variant of cuDNN that torch.nn follows. Slots r z n q: the
 // input part of n and its recurrent part q must be kept apart until r is known.
 #pragma once
-#include "cells/common.h"
+#include "cells/dual.h"
 
 namespace fusedrnn {
 
@@ -36,6 +36,15 @@ struct Gru {
     s[2] = dh * (h_prev - n) * z * (1 - z);
     s[3] = dn * r;
     return dh * z;
+  }
+
+  template <class M, class V>
+  static FUSEDRNN_HD V tangent(Dual<V> (&s)[4], Dual<V> h_prev, V, Dual<V>, Dual<V>&) {
+    Dual<V>&n = s[0], &r = s[1], &z = s[2], &q = s[3];
+    through_sigmoid(r), through_sigmoid(z);
+    n.tangent += (r * q).tangent;
+    through_tanh(n);
+    return (n + z * (h_prev - n)).tangent;
   }
 };
 

@@ -6,7 +6,7 @@
 // Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000. With proj_size the
 // caller multiplies h by W_hr afterwards (Sak et al., arXiv:1402.1128).
 #pragma once
-#include "cells/common.h"
+#include "cells/dual.h"
 
 namespace fusedrnn {
 
@@ -63,6 +63,13 @@ struct Lstm {
     dc += backward_output<M>(s, c, dh);
     backward_cell(s, c_prev, dc);
     return V{};
+  }
+
+  template <class M, class V>
+  static FUSEDRNN_HD V tangent(Dual<V> (&s)[4], Dual<V>, V, Dual<V> c_prev, Dual<V>& c) {
+    through_sigmoid(s[0]), through_sigmoid(s[1]), through_tanh(s[2]), through_sigmoid(s[3]);
+    c.tangent = cell_state(s, c_prev).tangent;
+    return output<DualMath<M>>(s, c).tangent;
   }
 };
 

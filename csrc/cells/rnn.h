@@ -5,7 +5,7 @@
 // Elman, "Finding structure in time", Cognitive Science 14(2), 1990; backward by the chain rule:
 //   tanh: da = dh (1 - h^2)        relu: da = dh where h > 0
 #pragma once
-#include "cells/common.h"
+#include "cells/dual.h"
 
 namespace fusedrnn {
 
@@ -26,6 +26,10 @@ struct RnnTanh : RnnBase {
     s[0] = dh * (1 - h * h);
     return V{};
   }
+  template <class M, class V>
+  static FUSEDRNN_HD V tangent(Dual<V> (&s)[1], Dual<V>, V h, Dual<V>, Dual<V>&) {
+    return s[0].tangent * (1 - h * h);
+  }
 };
 
 struct RnnRelu : RnnBase {
@@ -36,8 +40,12 @@ struct RnnRelu : RnnBase {
   }
   template <class M, class V>
   static FUSEDRNN_HD V backward(V (&s)[1], V, V h, V, V, V dh, V&) {
-    s[0] = h <= 0 ? V{} : dh;
+    s[0] = select(h <= 0, V{}, dh);
     return V{};
+  }
+  template <class M, class V>
+  static FUSEDRNN_HD V tangent(Dual<V> (&s)[1], Dual<V>, V h, Dual<V>, Dual<V>&) {
+    return select(h <= 0, V{}, s[0].tangent);
   }
 };
 

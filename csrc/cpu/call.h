@@ -104,6 +104,18 @@ struct Backward : Common {
   int64_t layer;
 };
 
+// The derivative of forward in one direction: the call whose derivative it is, with what forward
+// made, and a call with the tangents of all of it in place of the values. Tangents of weights that
+// are null are zeros.
+struct ForwardTangent {
+  Forward primal, tangent;
+};
+// Likewise of backward. Of the primal call only gradients of gates, and of the inputs of layers
+// where the layer below needs them, are written.
+struct BackwardTangent {
+  Backward primal, tangent;
+};
+
 // One step of a layer and direction without packed weights (pass/forward_unpacked.h), for the first
 // `rows` rows in Sequence::order.
 struct UnpackedStep {
@@ -160,6 +172,10 @@ struct Kernels {
   void (*unpacked_step)(const Forward&, const UnpackedStep&, int64_t part, int64_t parts,
                         void* scratch);
   void (*unpacked_end)(const Forward&, const UnpackedStep&);
+  // Of a task of either derivative, by one thread.
+  int64_t (*tangent_scratch)(const Problem&, int64_t rows);
+  void (*forward_tangent)(const ForwardTangent&, const Rows&, Member&);
+  void (*backward_tangent)(const BackwardTangent&, const Rows&);
   int64_t (*weight_tasks)(const Problem&, int64_t threads);
   int64_t (*weight_scratch)(const Problem&, int64_t layer, int64_t tokens);
   void (*weight_grad)(const Backward&, int64_t task, int64_t threads, void* scratch);

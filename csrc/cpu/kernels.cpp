@@ -4,7 +4,9 @@
 // Every function has internal linkage (vector/indices.h says why), and the table at the end is all
 // that others see.
 #include "cpu/pass/backward.h"
+#include "cpu/pass/backward_tangent.h"
 #include "cpu/pass/forward.h"
+#include "cpu/pass/forward_tangent.h"
 #include "cpu/pass/forward_unpacked.h"
 #include "cpu/pass/weight_grad.h"
 
@@ -184,6 +186,26 @@ void unpacked_end_of(const Forward& a, const UnpackedStep& step) {
                     a.problem.hidden_size, static_cast<const C*>(step.c));
   });
 }
+int64_t tangent_scratch_of(const Problem& p, int64_t rows) {
+  return with_dtype(p.dtype, [&](auto s) {
+    Scratch forward{}, backward{};
+    TangentBuffers<decltype(s)>(p, rows, forward);
+    BackwardTangentBuffers<decltype(s)>(p, rows, backward);
+    return max(forward.used, backward.used);
+  });
+}
+void forward_tangent_of(const ForwardTangent& a, const Rows& rows, Member& me) {
+  const TileSetup tiles;
+  with_plain(a.primal.problem, [&](auto cell, auto s) {
+    ForwardTangentPass<decltype(cell), decltype(s)>(a, rows, me).run();
+  });
+}
+void backward_tangent_of(const BackwardTangent& a, const Rows& rows) {
+  const TileSetup tiles;
+  with_plain(a.primal.problem, [&](auto cell, auto s) {
+    BackwardTangentPass<decltype(cell), decltype(s)>(a, rows).run();
+  });
+}
 int64_t weight_tasks_of(const Problem& p, int64_t threads) {
   return with_dtype(p.dtype, [&](auto s) {
     return weight_tasks<Operand<decltype(s)>>(p, threads) * p.num_directions;
@@ -219,6 +241,9 @@ const Kernels FUSEDRNN_CONCAT(kernels_, FUSEDRNN_ISA) = {
     unpacked_recurrent_of,
     unpacked_step_of,
     unpacked_end_of,
+    tangent_scratch_of,
+    forward_tangent_of,
+    backward_tangent_of,
     weight_tasks_of,
     weight_scratch_of,
     weight_grad_of,

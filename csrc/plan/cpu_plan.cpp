@@ -105,6 +105,7 @@ int64_t unpacked_threads(const Problem& p, const CpuCosts& costs, const CpuReque
   }
   if (p.dtype == DType::kBFloat16) most_tokens = 4;
   if (r.backward) most_tokens = std::min(most_tokens, kFewTokensBack);
+  if (r.tangent) return 0;
   const bool plain = p.stored == Stored::kPlain && !p.one_hot && !p.proj_size && !p.zoneout &&
                      !p.all_states && !p.layer_norm &&
                      (r.backward || (!r.resets && !r.recurrent_dropout));
@@ -117,8 +118,8 @@ int64_t unpacked_threads(const Problem& p, const CpuCosts& costs, const CpuReque
 bool reads_hh_unpacked(const Problem& p, const CpuCosts& costs, const CpuRequest& r) {
   const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
   const int64_t most_steps = weights > kL2Bytes ? 64 : 32 / std::max<int64_t>(1, r.batch);
-  return r.batch <= kDotRows && r.steps <= most_steps && weights >= kL2Bytes / 8 && !p.layer_norm &&
-         p.stored == Stored::kPlain && costs.loads_quickly && !costs.tiled;
+  return !r.tangent && r.batch <= kDotRows && r.steps <= most_steps && weights >= kL2Bytes / 8 &&
+         !p.layer_norm && p.stored == Stored::kPlain && costs.loads_quickly && !costs.tiled;
 }
 
 // Weights that are more than L2 holds, but not by so much that little of them is found there the
@@ -173,7 +174,7 @@ int64_t members_for(const Problem& p, const CpuCosts& costs, const CpuRequest& r
   constexpr int64_t kWorkOfBarrier = 1 << 12;  // once a step, for each thread that comes
   // In backward members exchange more, the gradients of all gates.
   const int64_t few_rows = r.backward ? 15 : 16;
-  if (r.resets || p.proj_size || p.layer_norm) return 1;
+  if (r.resets || r.tangent || p.proj_size || p.layer_norm) return 1;
   const int64_t step = p.gate_rows() * p.hidden_size;
   auto worth = [&](int64_t n) { return all_threads || n * n * kWorkOfBarrier <= step; };
   int64_t members = 1;

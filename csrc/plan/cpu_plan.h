@@ -30,6 +30,7 @@ struct CpuRequest {
   int64_t steps, batch, tokens;
   int64_t longest;  // steps of the longest row
   bool resets, recurrent_dropout;
+  bool tangent = false;  // the derivative of the pass in one direction
 };
 
 struct CpuPlan {

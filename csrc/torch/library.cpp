@@ -84,6 +84,8 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(fusedrnn::kInferSchema);
   m.def(fusedrnn::kInferQuantizedSchema);
   m.def(fusedrnn::kBackwardSchema);
+  m.def(fusedrnn::kForwardTangentSchema);
+  m.def(fusedrnn::kBackwardTangentSchema);
 #ifdef FUSEDRNN_WITH_CUDA
   for (const char* schema : fusedrnn::kStandingSchemas) m.def(schema);
 #endif
@@ -95,6 +97,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("infer", infer<forward_cpu>);
   m.impl("infer_quantized", infer_quantized<forward_cpu>);
   m.impl("backward", backward<backward_cpu>);
+  m.impl("forward_tangent", forward_tangent<forward_tangent_cpu>);
+  m.impl("backward_tangent", backward_tangent<backward_tangent_cpu>);
 }
 
 #ifdef FUSEDRNN_WITH_CUDA

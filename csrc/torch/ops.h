@@ -51,12 +51,36 @@ struct Wanted {
   int64_t members;
 };
 
+// A direction in which an op is differentiated: the tangents of x, hx, cx and the weights. Zeros
+// where there is none; of a weight an empty tensor says so.
+struct Tangents {
+  OptionalTensor x, hx, cx;
+  std::vector<Tensor> weights;
+};
+// What forward left and the tangents of that.
+struct SavedTangents {
+  Tensor y, reserve, dy, dreserve;
+};
+using ForwardTangentOutputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor>;  // tangents of y, hn, cn and of what is saved
+
 using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Save);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
                                          const SavedForBackward&, const Wanted&);
 
+using ForwardTangentFunction = ForwardTangentOutputs(const Inputs&, const Config&, const Tangents&,
+                                                     const Tensor& y, const Tensor& reserve,
+                                                     bool save);
+// Of backward, with tangents of its gradients too.
+using BackwardTangentFunction = BackwardOutputs(const Inputs&, const Config&,
+                                                const OutputGradients&, const OutputGradients&,
+                                                const Tangents&, const SavedTangents&,
+                                                const Wanted&);
+
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
+ForwardTangentFunction forward_tangent_cpu;
+BackwardTangentFunction backward_tangent_cpu;
 
 // The arguments of an op, in the order of its schema.
 class Arguments {
@@ -171,6 +195,49 @@ void backward(StableIValue* stack, uint64_t count, uint64_t) {
   const auto [in, config] = take_call(args);
   args.end();
   torch::stable::detail::box_from_tuple(stack, implementation(in, config, grad, saved, wanted));
+}
+
+#define FUSEDRNN_TANGENTS "Tensor? dx, Tensor? dhx, Tensor? dcx, Tensor[] dweights"
+inline Tangents take_tangents(Arguments& args) {
+  Tangents d;
+  args >> d.x >> d.hx >> d.cx >> d.weights;
+  return d;
+}
+
+inline constexpr const char* kForwardTangentSchema =
+    "forward_tangent(" FUSEDRNN_TANGENTS ", Tensor y, Tensor reserve, bool save, " FUSEDRNN_CALL
+    ") -> (Tensor, Tensor, Tensor, Tensor)";
+template <ForwardTangentFunction& implementation>
+void forward_tangent(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count);
+  const Tangents tangents = take_tangents(args);
+  const Tensor y = args.take<Tensor>(), reserve = args.take<Tensor>();
+  const bool save = args.take<bool>();
+  const auto [in, config] = take_call(args);
+  args.end();
+  torch::stable::detail::box_from_tuple(stack,
+                                        implementation(in, config, tangents, y, reserve, save));
+}
+
+inline constexpr const char* kBackwardTangentSchema =
+    "backward_tangent(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? dgrad_y, "
+    "Tensor? dgrad_hn, Tensor? dgrad_cn, " FUSEDRNN_TANGENTS
+    ", Tensor y, Tensor reserve, Tensor dy, Tensor dreserve, bool[] needs, int "
+    "members, " FUSEDRNN_CALL ") -> (Tensor, Tensor, Tensor, Tensor[])";
+template <BackwardTangentFunction& implementation>
+void backward_tangent(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments args(stack, count);
+  OutputGradients grad, dgrad;
+  args >> grad.y >> grad.hn >> grad.cn >> dgrad.y >> dgrad.hn >> dgrad.cn;
+  const Tangents tangents = take_tangents(args);
+  const SavedTangents saved{args.take<Tensor>(), args.take<Tensor>(), args.take<Tensor>(),
+                            args.take<Tensor>()};
+  Wanted wanted;
+  args >> wanted.needs >> wanted.members;
+  const auto [in, config] = take_call(args);
+  args.end();
+  torch::stable::detail::box_from_tuple(
+      stack, implementation(in, config, grad, dgrad, tangents, saved, wanted));
 }
 
 }  // namespace fusedrnn

@@ -73,7 +73,7 @@ void bind_request(py::module_& m) {
   using T = CpuRequest;
   auto type = structure<T>(m, "CpuRequest");
   fields(type, NAMED(backward), NAMED(steps), NAMED(batch), NAMED(tokens), NAMED(longest),
-         NAMED(resets), NAMED(recurrent_dropout));
+         NAMED(resets), NAMED(recurrent_dropout), NAMED(tangent));
 }
 
 void bind_pass(py::module_& m) {

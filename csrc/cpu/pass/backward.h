@@ -39,17 +39,19 @@ struct BackwardBuffers {
   }
 };
 
+// A matrix of N columns by which gradients of gates are multiplied.
+template <class S>
+struct GateMatrix {
+  const Operand<S>* packed;
+  const S* unpacked;
+  int64_t N;
+};
+
 // One direction: its arrays, and its packed weights where there are any.
 template <class S>
 struct BackwardDirection {
   using C = Compute<S>;
   using X = Operand<S>;
-  // A matrix of N columns by which gradients of gates are multiplied.
-  struct Matrix {
-    const X* packed;
-    const S* unpacked;
-    int64_t N;
-  };
   const int64_t dir, index;  // index: of all layers and directions
   const S *const out, *const saved;
   const CellStates<C> cells;
@@ -57,7 +59,7 @@ struct BackwardDirection {
   const C* const scales;
   C* const dnormed;
   const Weights& weights;
-  const Matrix w_hh, w_ih;
+  const GateMatrix<S> w_hh, w_ih;
   const X* const w_hr;
 
   BackwardDirection(const Backward& call, int64_t direction, const X* packed,
@@ -80,11 +82,65 @@ struct BackwardDirection {
         w_hr(packed ? packed + offsets.w_hr : nullptr) {}
 };
 
+// The last range of a row of gates may end within what a product takes at a time. A range before it
+// ends in the next slot's first values, times 0: in plain cells what is not finite there reaches
+// the same sums anyway, and with layer normalisation it makes that step's gradients NaN.
+template <class S>
+void clear_row_ends(const Problem& p, const BackwardBuffers<S>& buf) {
+  using X = Operand<S>;
+  using E = Element<X>;
+  const int64_t plane = buf.ld_gates / kPlanes<X>;
+  for (int64_t r = 0; r < buf.tokens * kPlanes<X>; r++)
+    for (int i = 0; i < kStep<X> - 1; i++)
+      reinterpret_cast<E*>(buf.gates + r * plane)[p.slot_columns() + i] = E{};
+}
+
+// `columns` of the product of M rows of gates of H units with a matrix, plus `addend`: range by
+// range, and some columns at a time, in descending order if asked for.
+template <class S, class Ranges>
+void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int64_t M,
+                    const Operand<S>* gates, int64_t ld_gates, Columns columns, Compute<S>* dst,
+                    int64_t ld, const Compute<S>* addend, bool descending) {
+  using C = Compute<S>;
+  using X = Operand<S>;
+  using E = Element<X>;
+  const int64_t N = w.N;
+  auto slot_of_gates = [&](int slot) {
+    return reinterpret_cast<const X*>(reinterpret_cast<const E*>(gates) + slot * H);
+  };
+  if constexpr (kPlanes<X> == 1) {
+    if (!w.packed) {
+      for (const GateRange& range : ranges.range) {
+        multiply_unpacked(M, range.count * H, N,
+                          reinterpret_cast<const E*>(slot_of_gates(range.slot)),
+                          ld_gates * kDepth<X>, w.unpacked + range.gate * H * N, columns, dst, ld,
+                          Addend<C>{addend, ld});
+        addend = dst;
+      }
+      return;
+    }
+  }
+  constexpr int64_t kAtOnce = kTiled<X> ? 4 * Panels<X>::kColumns : Panels<X>::kColumns;
+  const int64_t blocks = (columns.count() + kAtOnce - 1) / kAtOnce;
+  for (int64_t i = 0; i < blocks; i++) {
+    const int64_t n = columns.begin + (descending ? blocks - 1 - i : i) * kAtOnce;
+    const X* panels = w.packed;
+    const C* block_addend = addend;
+    for (const GateRange& range : ranges.range) {
+      const int64_t K = range.count * H;
+      gemm(M, min(kAtOnce, columns.end - n), K, slot_of_gates(range.slot), ld_gates,
+           panels + n * operands<X>(K), dst + n, ld,
+           {block_addend ? block_addend + n : nullptr, ld});
+      panels += Panels<X>::size(K, N);
+      block_addend = dst;
+    }
+  }
+}
+
 template <class Cell, class S>
 class BackwardPass {
   using C = Compute<S>;
   using X = Operand<S>;
-  using E = Element<X>;
   using Direction = BackwardDirection<S>;
 
  public:
@@ -104,7 +160,7 @@ class BackwardPass {
         adds_direct(Cell::kUsesHPrev || p.zoneout) {}
 
   void run() {
-    if (me.index == 0) clear_row_ends();
+    if (me.index == 0) clear_row_ends<S>(p, buf);
     const PackedOffsets offsets = backward_offsets<X>(p, call.layer);
     for (int64_t dir = 0; dir < p.num_directions; dir++) {
       const X* const packed =
@@ -114,16 +170,6 @@ class BackwardPass {
   }
 
  private:
-  // The last range may end within what a product takes at a time. A range before it ends in the
-  // next slot's first values, times 0: in plain cells what is not finite there reaches the same
-  // sums anyway, and with layer normalisation it makes that step's gradients NaN.
-  void clear_row_ends() {
-    const int64_t plane = buf.ld_gates / kPlanes<X>;
-    for (int64_t r = 0; r < buf.tokens * kPlanes<X>; r++)
-      for (int i = 0; i < kStep<X> - 1; i++)
-        reinterpret_cast<E*>(buf.gates + r * plane)[p.slot_columns() + i] = E{};
-  }
-
   void run_direction(const Direction& d) {
     read_gradients(d);
     const int64_t steps = rows.chunk_steps<X>();
@@ -139,8 +185,9 @@ class BackwardPass {
         gates += n * buf.ld_gates;
       }
       if (call.grad_in)
-        multiply_gates(Cell::x_ranges(), d.w_ih, (gates - buf.gates) / buf.ld_gates, buf.gates,
-                       inputs, buf.input, buf.ld_input, nullptr, false);
+        multiply_gates<S>(Cell::x_ranges(), d.w_ih, p.hidden_size,
+                          (gates - buf.gates) / buf.ld_gates, buf.gates, buf.ld_gates, inputs,
+                          buf.input, buf.ld_input, nullptr, false);
       me.barrier();  // the next chunk's gates replace these
       if (call.grad_in) write_input_gradients(d, begin, end);
     }
@@ -241,10 +288,10 @@ class BackwardPass {
     const int64_t t = rows.time(d.dir, step);
     const bool multiplies = step > 0 || call.dhx;  // the initial state is before the first step
     if (multiplies)
-      multiply_gates(Cell::h_ranges(), d.w_hh, n, gates, outputs,
-                     call.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
-                     adds_direct && !call.h_mask ? buf.dh : nullptr,
-                     call.pass.alternates && step % 2);
+      multiply_gates<S>(Cell::h_ranges(), d.w_hh, p.hidden_size, n, gates, buf.ld_gates, outputs,
+                        call.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
+                        adds_direct && !call.h_mask ? buf.dh : nullptr,
+                        call.pass.alternates && step % 2);
     for (int64_t r = 0; (call.h_mask || seq.resets) && r < n; r++) finish_row(d, t, r, multiplies);
   }
 
@@ -261,46 +308,6 @@ class BackwardPass {
     if (seq.start(d.dir, t, b, &before) != Sequence::Start::kZeros) return;
     for (int64_t j = 0; j < P; j++) dh[j] = 0;
     for (int64_t j = 0; Cell::kHasCell && j < H; j++) buf.dc[r * H + j] = 0;
-  }
-
-  static const X* slot_of_gates(const X* gates, int64_t first) {
-    return reinterpret_cast<const X*>(reinterpret_cast<const E*>(gates) + first);
-  }
-
-  // `columns` of the product of M rows of gates with a matrix, plus `addend`: range by range, and
-  // some columns at a time, in descending order if asked for.
-  template <class Ranges>
-  void multiply_gates(const Ranges& ranges, const typename Direction::Matrix& w, int64_t M,
-                      const X* gates, Columns columns, C* dst, int64_t ld, const C* addend,
-                      bool descending) const {
-    const int64_t H = p.hidden_size, N = w.N;
-    if constexpr (kPlanes<X> == 1) {
-      if (!w.packed) {
-        for (const GateRange& range : ranges.range) {
-          const X* const factors = slot_of_gates(gates, range.slot * H);
-          multiply_unpacked(M, range.count * H, N, reinterpret_cast<const E*>(factors),
-                            buf.ld_gates * kDepth<X>, w.unpacked + range.gate * H * N, columns, dst,
-                            ld, Addend<C>{addend, ld});
-          addend = dst;
-        }
-        return;
-      }
-    }
-    constexpr int64_t kAtOnce = kTiled<X> ? 4 * Panels<X>::kColumns : Panels<X>::kColumns;
-    const int64_t blocks = (columns.count() + kAtOnce - 1) / kAtOnce;
-    for (int64_t i = 0; i < blocks; i++) {
-      const int64_t n = columns.begin + (descending ? blocks - 1 - i : i) * kAtOnce;
-      const X* panels = w.packed;
-      const C* block_addend = addend;
-      for (const GateRange& range : ranges.range) {
-        const int64_t K = range.count * H;
-        gemm(M, min(kAtOnce, columns.end - n), K, slot_of_gates(gates, range.slot * H),
-             buf.ld_gates, panels + n * operands<X>(K), dst + n, ld,
-             {block_addend ? block_addend + n : nullptr, ld});
-        panels += Panels<X>::size(K, N);
-        block_addend = dst;
-      }
-    }
   }
 
   // Adds the chunk's gradients of the layer's input to those of the other direction.

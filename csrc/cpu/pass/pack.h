@@ -101,7 +101,7 @@ class ForwardPacking {
 
   void run() const {
     if (!p.layer_norm) pack_bias();
-    if (p.indexed(layer)) pack_one_hot();
+    if (p.indexed(layer) && w.w_ih) pack_one_hot();
     if constexpr (!kInPlace<S> && sizeof(S) == 4)
       if (p.stored != Stored::kPlain) return pack_stored();
     if constexpr (!kForwardOnly<S>) pack_plain();
@@ -109,10 +109,11 @@ class ForwardPacking {
 
  private:
   void pack_plain() const {
-    if (!p.indexed(layer))
+    // Tangents of weights may be null, which are zeros.
+    if (!p.indexed(layer) && w.w_ih)
       pack_groups(panels + offsets.w_ih, static_cast<const S*>(w.w_ih), p.hidden_size,
                   p.layer_input(layer), ranges.x, gates, 0, part, parts);
-    if (kDepth<X> > 1 || !call.pass.unpacked_hh)
+    if (w.w_hh && (kDepth<X> > 1 || !call.pass.unpacked_hh))
       pack_groups(panels + offsets.w_hh, static_cast<const S*>(w.w_hh), p.hidden_size, p.out_size(),
                   ranges.h, gates, slots - gates, part, parts);
     if (p.proj_size && part == parts - 1) pack_projection();
@@ -215,6 +216,7 @@ void pack_backward(const Backward& call, int64_t which, void* packed, int64_t pa
   X* const panels = static_cast<X*>(packed);
   const int64_t H = p.hidden_size, P = p.out_size();
   auto pack_ranges = [&](X* dst, const GateRangeList& list, const void* weights, int64_t N) {
+    if (!weights) return;  // the tangents of weights that have none
     for (const GateRange& range : list) {
       const int64_t K = range.count * H;
       pack_rows(dst, static_cast<const S*>(weights), range.gate * H, N, K, part, parts);

@@ -32,4 +32,11 @@ struct BackwardStack : Common {
 };
 void run_backward(const CpuRun&, const BackwardStack&);
 
+// The derivatives of both in one direction, as ForwardTangent and BackwardTangent say.
+void run_forward_tangent(const CpuRun&, ForwardTangent&);
+struct BackwardTangentStack {
+  BackwardStack primal, tangent;  // primal: writes nothing
+};
+void run_backward_tangent(const CpuRun&, const BackwardTangentStack&);
+
 }  // namespace fusedrnn

@@ -1,0 +1,204 @@
+// The derivative of the forward pass in one direction, of a whole stack for some rows of the batch.
+//
+// With a the pre-activations, s what forward saved, and d the tangents:
+//
+//   da_t = dx_t W_ih^T + x_t dW_ih^T + h_{t-1} dW_hh^T + db  +  dh_{t-1} W_hh^T
+//   ds_t, dc_t, dh_t = the cell's `tangent`
+//
+// Rows go through layers, chunks of steps and steps as in forward.h. All products but the last are
+// those of a chunk's tokens at once. A layer whose weights have no tangents skips theirs.
+#pragma once
+#include "cpu/pass/forward.h"
+#include "cpu/pass/tangent_cell.h"
+
+namespace {
+
+template <class S>
+struct TangentBuffers : ForwardBuffers<S> {
+  TangentRow<S>* row;  // of each row of the batch, at this step
+  TangentBuffers(const Problem& p, int64_t rows, Scratch& memory)
+      : ForwardBuffers<S>(p, rows, memory, memory), row(memory.take<TangentRow<S>>(rows)) {}
+};
+
+template <class Cell, class S>
+class ForwardTangentPass {
+  using C = Compute<S>;
+  using X = Operand<S>;
+  using G = UnitGroups<Cell, C>;
+  using Direction = ForwardDirection<S>;
+  static constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
+
+  // A direction of a layer: what forward used and made, and the tangents of these.
+  struct Both {
+    const Direction value, tangent;
+  };
+
+ public:
+  ForwardTangentPass(const ForwardTangent& both, const Rows& task, Member& member)
+      : primal(both.primal),
+        call(both.tangent),
+        p(call.problem),
+        seq(call.seq),
+        me(member),
+        rows(seq, task.first, task.end),
+        scratch{static_cast<char*>(task.own)},
+        buf(p, rows.count, scratch) {}
+
+  void run() {
+    const C *packed = static_cast<const C*>(primal.packed),
+            *packed_tangent = static_cast<const C*>(call.packed);
+    const S *below = nullptr, *below_tangent = nullptr;
+    for (int64_t layer = 0; layer < p.num_layers; layer++) {
+      const PackedOffsets offsets = forward_offsets<S>(call, layer);
+      for (int64_t dir = 0; dir < p.num_directions; dir++) {
+        run_direction({Direction(primal, layer, dir, below, packed, offsets),
+                       Direction(call, layer, dir, below_tangent, packed_tangent, offsets)});
+        packed += offsets.total, packed_tangent += offsets.total;
+      }
+      below = layer_output<S>(primal, layer), below_tangent = layer_output<S>(call, layer);
+    }
+  }
+
+ private:
+  void run_direction(const Both& d) {
+    const int64_t layer = d.value.layer, dir = d.value.dir;
+    read_states<S>(call, layer, dir, rows.first, rows.count, buf.h[0], buf.ld_h, buf.c);
+    const int64_t steps = rows.chunk_steps<X>();
+    for (int64_t begin = 0; begin < rows.longest; begin += steps) {
+      const int64_t end = min(rows.longest, begin + steps);
+      chunk_products(d, begin, end);
+      C* gates = buf.gates;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t t = rows.time(dir, i), n = rows.active(t);
+        for (int64_t r = 0; r < n; r++) prepare(d, t, r, gates + r * buf.ld_gates);
+        recurrent_step(d.value, i % 2, n, gates);
+        finish(n);
+        gates += n * buf.ld_gates;
+      }
+    }
+    write_states<S>(call, layer, dir, rows.first, rows.count, buf.h[0], buf.ld_h, buf.c);
+  }
+
+  // f(row of the chunk, t, b) for the tokens of steps [begin, end); returns their number.
+  template <class F>
+  int64_t each_token(int64_t dir, int64_t begin, int64_t end, F f) const {
+    int64_t q = 0;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t t = rows.time(dir, i), n = rows.active(t);
+      for (int64_t r = 0; r < n; r++) f(q++, t, rows.row(r));
+    }
+    return q;
+  }
+
+  // The part of da that needs no step before.
+  void chunk_products(const Both& d, int64_t begin, int64_t end) {
+    const int64_t dir = d.value.dir, columns = G::gate_columns(p.hidden_size),
+                  plane = buf.ld_input / kPlanes<X>;
+    const C* const bias = d.tangent.bias;
+    const bool dx = !d.value.indexed && d.tangent.input.base, dw_ih = d.tangent.weights.w_ih,
+               dw_hh = d.tangent.weights.w_hh;
+    const int64_t tokens = each_token(dir, begin, end, [&](int64_t q, int64_t t, int64_t b) {
+      const C* start = bias;
+      if (d.value.indexed && dw_ih)
+        start = d.tangent.gates_of_values + call.one_hot.which[seq.token(t, b)] * columns;
+      convert_row(buf.gates + q * buf.ld_gates, start, columns);
+      if (dx) d.tangent.input.read(buf.input + q * buf.ld_input, plane, t, b);
+    });
+    if (dx) add_product(d.value.w_ih, 0, tokens);
+    if (dw_ih && !d.value.indexed) {
+      each_token(dir, begin, end, [&](int64_t q, int64_t t, int64_t b) {
+        d.value.input.read(buf.input + q * buf.ld_input, plane, t, b);
+      });
+      add_product(d.tangent.w_ih, 0, tokens);
+    }
+    if (dw_hh) {
+      each_token(dir, begin, end, [&](int64_t q, int64_t t, int64_t b) {
+        const S* const h = h_before(d.value, t, b);
+        make_operands(buf.input + q * buf.ld_input, plane, p.out_size(),
+                      [&](int64_t j, int64_t n) { return load_or_zero(h, j, n); });
+      });
+      add_product(d.tangent.w_hh, kFirstHSlot, tokens);
+    }
+  }
+
+  // Adds the chunk's rows times a matrix to the gates from a slot on.
+  void add_product(const Factor<S>& w, int first_slot, int64_t tokens) {
+    G::each(p.hidden_size, me, false, [&](int64_t block, int64_t blocks) {
+      C* const sums = buf.gates + (block * Cell::kSlots + first_slot) * G::kWidth;
+      w.multiply(block, blocks * Cell::kGates * G::kWidth, tokens, buf.input, buf.ld_input, sums,
+                 buf.ld_gates, {sums, buf.ld_gates});
+    });
+  }
+
+  // h_{t-1}, null for zeros.
+  const S* h_before(const Direction& d, int64_t t, int64_t b) const {
+    int64_t before;
+    const auto start = seq.start(d.dir, t, b, &before);
+    if (start == Sequence::Start::kBefore)
+      return d.out + (seq.token(before, b) * p.num_directions + d.dir) * p.out_size();
+    if (start == Sequence::Start::kZeros || !primal.hx) return nullptr;
+    return static_cast<const S*>(primal.hx) + (d.index * seq.batch + b) * p.out_size();
+  }
+
+  // Sets up the row of a step, and the factors of its recurrent product.
+  void prepare(const Both& d, int64_t t, int64_t r, C* gates) {
+    const int64_t H = p.hidden_size, D = p.num_directions, dir = d.value.dir;
+    const int64_t b = rows.row(r), token = seq.token(t, b);
+    C *const dh = buf.h[0] + r * buf.ld_h, *const dc = buf.c + r * H;
+    int64_t before;
+    const auto start = seq.start(dir, t, b, &before);
+    if (start == Sequence::Start::kZeros)
+      for (int64_t j = 0; j < H; j++) {
+        dh[j] = 0;
+        if (Cell::kHasCell) dc[j] = 0;
+      }
+    TangentRow<S>& row = buf.row[r] = {};
+    row.gates = gates;
+    row.saved = d.value.saved + token * Cell::kSaved * H;
+    row.h = d.value.out + (token * D + dir) * H;
+    row.h_prev = h_before(d.value, t, b);
+    row.dh = dh, row.dh_new = buf.h[1] + r * buf.ld_h;
+    row.dy = d.tangent.out + (token * D + dir) * H;
+    row.dsaved = d.tangent.saved ? d.tangent.saved + token * Cell::kSaved * H : nullptr;
+    if (Cell::kHasCell) {
+      row.c = d.value.cells.row(token);
+      if (start == Sequence::Start::kBefore)
+        row.c_prev = d.value.cells.row(seq.token(before, b));
+      else if (start == Sequence::Start::kInitial && primal.cx)
+        row.c0 = static_cast<const S*>(primal.cx) + (d.value.index * seq.batch + b) * H;
+      row.dc = dc, row.saved_dc = d.tangent.cells.row(token);
+    }
+    if (kDepth<X> > 1)
+      to_operands(buf.operand + r * buf.ld_operand, buf.ld_operand / kPlanes<X>, dh, H);
+  }
+
+  void recurrent_step(const Direction& d, bool descending, int64_t n, C* gates) {
+    const X* dh = buf.operand;
+    if constexpr (kDepth<X> == 1) dh = buf.h[0];
+    const TangentRow<S>* const row = buf.row;
+    G::each(p.hidden_size, me, descending, [&](int64_t block, int64_t blocks) {
+      C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
+      d.w_hh.multiply(block, blocks * Cell::kGates * G::kWidth, n, dh, buf.ld_operand, sums,
+                      buf.ld_gates, {sums, buf.ld_gates});
+      for (int64_t r = 0; r < n; r++) cell_tangent<Cell, S>(p.hidden_size, block, blocks, row[r]);
+    });
+  }
+
+  // Hands dh to the next step, with that of rows that are not active.
+  void finish(int64_t n) {
+    for (int64_t r = n; r < rows.count; r++)
+      convert_row(buf.h[1] + r * buf.ld_h, buf.h[0] + r * buf.ld_h, p.out_size());
+    C* const last = buf.h[0];
+    buf.h[0] = buf.h[1], buf.h[1] = last;
+  }
+
+  const Forward &primal, &call;  // call: the tangents
+  const Problem& p;
+  const Sequence& seq;
+  const Member& me;
+  const TaskRows rows;
+  Scratch scratch;
+  TangentBuffers<S> buf;
+};
+
+}  // namespace

@@ -1,0 +1,142 @@
+// The derivatives of the ops in one direction, on CPU tensors.
+#include "torch/cpu_call.h"
+#include "torch/reserve.h"
+
+namespace fusedrnn {
+namespace {
+
+// The tangents of a call's tensors, in the order and layout of the call's own.
+struct TangentCall {
+  OptionalTensor x, hx, cx;
+  std::vector<Tensor> weights;
+  std::vector<int64_t> x_offset;
+  std::vector<Weights> weight_pointers;
+
+  TangentCall(const CpuCall& call, const Tangents& given) {
+    const Problem& p = call.problem;
+    FUSEDRNN_EXPECT(
+        !p.proj_size && !p.zoneout && !p.all_states && !p.layer_norm && !call.regularisers.h_mask,
+        "fusedrnn: derivatives of a call with proj_size, recurrent_dropout, zoneout, "
+        "return_all or layer_norm have no kernel");
+    FUSEDRNN_EXPECT(!given.x || !p.one_hot, "fusedrnn: integer input has no tangent");
+    const std::vector<int64_t> states{call.directions(), call.batch, p.hidden_size};
+    x = checked("the tangent of the input", given.x, call, call.token_sizes(p.input_size));
+    hx = checked("the tangent of hx", given.hx, call, states);
+    FUSEDRNN_EXPECT(!given.cx || traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
+    cx = checked("the tangent of cx", given.cx, call, states);
+    FUSEDRNN_EXPECT(given.weights.size() == call.weights.size(), "fusedrnn: expected ",
+                    call.weights.size(), " tangents of weights, got ", given.weights.size());
+    for (size_t i = 0; i < call.weights.size(); i++) {
+      const auto sizes = call.weights[i].sizes();
+      // Empty: zeros.
+      weights.push_back(given.weights[i].numel() == 0 && call.weights[i].numel()
+                            ? given.weights[i]
+                            : *checked("the tangent of a weight", given.weights[i], call,
+                                       {sizes.begin(), sizes.end()}));
+    }
+  }
+
+  // Everything else is as in the primal call, which is filled already.
+  void fill(Common& a, const Common& primal, const CpuCall& call) {
+    a = primal;
+    const Problem& p = call.problem;
+    for (size_t t = 0; t < call.indices.offset.size(); t++)
+      x_offset.push_back(call.indices.offset[t] * p.input_size);
+    a.x = pointer(x), a.x_offset = x_offset.data(), a.x_row = p.input_size;
+    a.hx = pointer(hx), a.cx = pointer(cx);
+    size_t i = 0;
+    auto next = [&]() -> const void* {
+      const Tensor& t = weights[i++];
+      return t.numel() ? t.const_data_ptr() : nullptr;
+    };
+    for (int64_t k = 0; k < call.directions(); k++) {
+      Weights& w = weight_pointers.emplace_back();
+#define WEIGHT(kind, name, torch_name, present, rows, columns) \
+  if (present) w.name = next();
+#include "plan/weights.inc"
+#undef WEIGHT
+    }
+    a.weights = weight_pointers.data();
+  }
+
+ private:
+  static OptionalTensor checked(const char* name, const OptionalTensor& t, const CpuCall& call,
+                                const std::vector<int64_t>& sizes) {
+    if (!t) return t;
+    check_like(name, *t, call.like);
+    check_shape(name, *t, sizes);
+    return t->is_contiguous() ? t : torch::stable::contiguous(*t);
+  }
+};
+
+// What forward made, which is only read here. A reserve of no bytes still says that outputs are
+// held.
+char* reserve_of(const Tensor& reserve) {
+  static char nothing;
+  return reserve.numel() ? static_cast<char*>(const_cast<void*>(reserve.const_data_ptr()))
+                         : &nothing;
+}
+void* output_of(const Tensor& y) { return const_cast<void*>(y.const_data_ptr()); }
+
+}  // namespace
+
+ForwardTangentOutputs forward_tangent_cpu(const Inputs& in, const Config& config,
+                                          const Tangents& given, const Tensor& y,
+                                          const Tensor& reserve, bool save) {
+  ForwardTangent a{};
+  CpuCall call(in, config);
+  call.fill(a.primal);
+  TangentCall tangents(call, given);
+  tangents.fill(a.tangent, a.primal, call);
+  const Tensor none = call.empty({0}, call.type()), no_cells = call.empty({0}, call.compute());
+  const std::vector<bool> needs(3 + call.weights.size());
+  GradientTensors(call, {}, {y, reserve, none, no_cells}, {needs, 0});  // checks y and the reserve
+  auto [dy, dhn, dcn, dreserve, hs, cs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
+  if (call.padded_rows) torch::stable::zero_(dy);
+  if (call.batch == 0) return {dy, dhn, dcn, dreserve};
+  a.primal.y = output_of(y), a.primal.reserve = reserve_of(reserve);
+  a.tangent.y = dy.mutable_data_ptr(), a.tangent.hn = dhn.mutable_data_ptr();
+  if (traits(call.problem.cell).has_cell) a.tangent.cn = dcn.mutable_data_ptr();
+  a.tangent.reserve = save ? reserve_of(dreserve) : nullptr;
+  const CpuPlan plan = call.plan(a.primal, false, true);
+  run_forward_tangent({kernels_of(plan), plan, call.pool}, a);
+  return {dy, dhn, dcn, dreserve};
+}
+
+BackwardOutputs backward_tangent_cpu(const Inputs& in, const Config& config,
+                                     const OutputGradients& given, const OutputGradients& dgiven,
+                                     const Tangents& tangents_given, const SavedTangents& saved,
+                                     const Wanted& wanted) {
+  BackwardTangentStack a{};
+  CpuCall call(in, config);
+  call.fill(a.primal);
+  TangentCall tangents(call, tangents_given);
+  tangents.fill(a.tangent, a.primal, call);
+  const Tensor none = call.empty({0}, call.type()), no_cells = call.empty({0}, call.compute());
+  const std::vector<bool> nothing(wanted.needs.size());
+  const GradientTensors g(call, given, {saved.y, saved.reserve, none, no_cells}, {nothing, 0}),
+      d(call, dgiven, {saved.dy, saved.dreserve, none, no_cells}, wanted);
+  const std::vector<MemberTokens> members =
+      tokens_of_members(a.primal.seq, call.indices, a.primal.one_hot, d.members);
+  Tensor dx = d.x;
+  if (call.padded_rows) torch::stable::zero_(dx);
+  if (call.batch == 0) return d.in_type(call.type());
+  auto fill = [](BackwardStack& s, const Tensor& y, const Tensor& reserve,
+                 const GradientTensors& gradients) {
+    s.y = y.const_data_ptr(), s.reserve = reserve_of(reserve);
+    s.grad_y = pointer(gradients.y);
+    s.grad_hn = pointer(gradients.hn), s.grad_cn = pointer(gradients.cn);
+  };
+  fill(a.primal, saved.y, saved.reserve, g), fill(a.tangent, saved.dy, saved.dreserve, d);
+  if (d.need_x) a.tangent.dx = dx.mutable_data_ptr();
+  if (d.need_hx) a.tangent.dhx = d.hx.mutable_data_ptr();
+  if (d.need_cx) a.tangent.dcx = d.cx.mutable_data_ptr();
+  const std::vector<WeightGradients> dweights = gradient_pointers(call.problem, d, wanted.needs);
+  a.tangent.dweights = dweights.data(), a.tangent.lowest = d.lowest;
+  a.tangent.members = members.data(), a.tangent.member_count = d.members;
+  const CpuPlan plan = call.plan(a.primal, true, true);
+  run_backward_tangent({kernels_of(plan), plan, call.pool}, a);
+  return d.in_type(call.type());
+}
+
+}  // namespace fusedrnn

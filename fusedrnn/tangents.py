@@ -1,0 +1,310 @@
+"""Derivatives of the ops in one direction: two ops with kernels, and what autograd makes of them.
+
+With `direction` tangents v of x, hx, cx and the weights:
+
+    forward_tangent   F'(v): the tangents of y, hn, cn, and of what forward saves (if `save`)
+    backward_tangent  the tangents of backward's results, along v and tangents of its gradients u:
+                      B'(v, u) + B(du), where B(u) is backward
+
+So F' is forward's jvp, and both are backward's. They are its vjp too: backward is B(u), the
+gradient of <F, u>, so the gradient of <B(u), v> by u is F'(v), and by x, hx, cx and weights it is
+B'(v, u), the second derivative being symmetric. Likewise the vjp of F' is B and B'. Tangents of
+weights without one are empty tensors. What the kernels do not take (`has_kernels`), and derivatives
+of B', are left to derivatives.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as _C_functorch
+from torch.autograd import forward_ad
+
+from fusedrnn import derivatives, ops  # ops imports this module, and is used in functions only
+
+forward_tangent = torch.ops.fusedrnn.forward_tangent.default
+backward_tangent = torch.ops.fusedrnn.backward_tangent.default
+
+STATES = 3  # results of forward that have gradients here: y, hn, cn
+
+Tensors = tuple[Tensor | None, ...]
+
+
+def has_kernels(call: ops.Call) -> bool:
+    """Whether the kernels take the derivatives of a call."""
+    config, x, h_mask = ops.Config(*call.constants[1:]), call.tensors[0], call.tensors[7]
+    assert x is not None
+    return (
+        x.device.type == "cpu"
+        and not config.proj_size
+        and not config.zoneout_h
+        and not config.zoneout_c
+        and not config.all_states
+        and not config.layer_norm
+        and h_mask is None
+        and not any(t is not None and _C_functorch.is_legacy_batchedtensor(t) for t in call.tensors)
+    )
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Not new_empty, which torch.vmap would batch."""
+    return torch.empty(0, dtype=dtype, device=like.device)
+
+
+def direction_arguments(direction: Tensors, y: Tensor) -> tuple:
+    """The ops' arguments of tangents of Call.differentiable()."""
+    return (*direction[:3], [_empty(y, y.dtype) if t is None else t for t in direction[3:]])
+
+
+class TangentCall(NamedTuple):
+    """The arguments of either op; of forward_tangent without u, du and `needs`."""
+
+    u: Tensors
+    du: Tensors
+    direction: Tensors
+    made: tuple[Tensor, ...]  # y, reserve, and for backward_tangent the tangents of both
+    needs: list[bool]
+    members: int
+    call: ops.Call
+
+    @staticmethod
+    def of_forward(dx: Any, dhx: Any, dcx: Any, dweights: Any, *rest: Any) -> TangentCall:
+        none = (None,) * STATES
+        y, reserve, _, *call = rest
+        direction = (dx, dhx, dcx, *map(_given, dweights))
+        return TangentCall(none, none, direction, (y, reserve), [], 0, ops.Call.of(*call))
+
+    @staticmethod
+    def of_backward(*arguments: Any) -> TangentCall:
+        u, du, rest = arguments[:STATES], arguments[STATES : 2 * STATES], arguments[2 * STATES :]
+        dx, dhx, dcx, dweights, *others = rest
+        y, reserve, dy, dreserve, needs, members, *call = others
+        direction = (dx, dhx, dcx, *map(_given, dweights))
+        made = (y, reserve, dy, dreserve)
+        return TangentCall(u, du, direction, made, needs, members, ops.Call.of(*call))
+
+    def of_graph(self) -> Tensors:
+        """The tensors that the results are differentiated by."""
+        return (*self.u, *self.du, *self.direction, *self.call.differentiable())
+
+    def with_graph(self, tensors: Sequence[Any]) -> TangentCall:
+        """Others, or what is said of each, in their place."""
+        ends = STATES, 2 * STATES, 2 * STATES + len(self.direction)
+        u, du, v = (tuple(tensors[i:j]) for i, j in zip((0, *ends), ends, strict=False))
+        call = self.call.with_differentiable(tuple(tensors[ends[-1] :]))
+        return self._replace(u=u, du=du, direction=v, call=call)
+
+
+def _given(weight_tangent: Tensor) -> Tensor | None:
+    return weight_tangent if weight_tangent.numel() else None
+
+
+@torch.library.register_fake("fusedrnn::forward_tangent")
+def _fake_forward_tangent(*arguments: Any) -> tuple[Tensor, ...]:
+    y, reserve, save, *call = arguments[4:]
+    ops._check_devices(call[0], *arguments[:3], *arguments[3], y, reserve)
+    return ops._fake_forward(*call, save)[:4]
+
+
+@torch.library.register_fake("fusedrnn::backward_tangent")
+def _fake_backward_tangent(*arguments: Any) -> tuple:
+    given = TangentCall.of_backward(*arguments)
+    (y, reserve, *tangents), arguments = given.made, given.call.arguments()
+    ops._check_devices(y, *given.du, *given.direction, *tangents)
+    made = (y, reserve, *_no_states(y))
+    return ops._fake_backward(*given.u, None, None, *made, given.needs, given.members, *arguments)
+
+
+def _no_states(y: Tensor) -> tuple[Tensor, Tensor]:
+    """hs and cs of a call without all_states."""
+    return _empty(y, y.dtype), _empty(y, ops.compute_dtype(y.dtype))
+
+
+def derivative(
+    call: ops.Call, made: tuple[Tensor, Tensor], u: Tensors, v: Tensors, needs: list[bool]
+) -> tuple[Tensors, Tensors]:
+    """F'(v), and B'(v, u) of what is needed, in Call.differentiable()'s order."""
+    wanted = any(needs) and any(g is not None for g in u)
+    direction, arguments = direction_arguments(v, made[0]), call.arguments()
+    dy, dhn, dcn, dreserve = forward_tangent(*direction, *made, wanted, *arguments)
+    if not wanted:
+        return (dy, dhn, dcn), (None,) * len(needs)
+    dx, dhx, dcx, dweights = backward_tangent(
+        *u, *[None] * STATES, *direction, *made, dy, dreserve, needs, 0, *arguments
+    )
+    found = zip((dx, dhx, dcx, *dweights), needs, strict=True)
+    return (dy, dhn, dcn), tuple(g if n else None for g, n in found)
+
+
+# ---- forward mode of the ops ----
+
+
+def _primal(call: ops.Call) -> ops.Call:
+    return call.with_differentiable(
+        tuple(t if t is None else forward_ad.unpack_dual(t).primal for t in call.differentiable())
+    )
+
+
+def of_forward(call: ops.Call, made: tuple[Tensor, Tensor], direction: Tensors) -> tuple:
+    """The tangents of forward's results; `made`: y and the reserve."""
+    given = direction_arguments(direction, made[0])
+    dy, dhn, dcn, _ = forward_tangent(*given, *made, False, *_primal(call).arguments())
+    return dy, dhn, dcn, None, *_no_states(dy)  # not None, which torch refuses for what is empty
+
+
+def of_backward(
+    call: ops.Call,
+    made: tuple[Tensor, Tensor],
+    needs: list[bool],
+    members: int,
+    grads: Tensors,
+    dgrads: Tensors,
+    direction: Tensors,
+) -> Tensors:
+    """The tangents of backward's results."""
+    u = [g if g is None else forward_ad.unpack_dual(g).primal for g in grads[:STATES]]
+    arguments = _primal(call).arguments()
+    given = direction_arguments(direction, made[0])
+    dy, _, _, dreserve = forward_tangent(*given, *made, True, *arguments)
+    *states, dweights = backward_tangent(
+        *u, *dgrads[:STATES], *given, *made, dy, dreserve, needs, members, *arguments
+    )
+    return (*states, *dweights)
+
+
+# ---- autograd of the two ops ----
+
+
+def _keep(ctx: Any, given: TangentCall, made: tuple[Tensor, ...]) -> None:
+    """For `_kept`; tensors may be moved by hooks, so ctx itself holds none."""
+    nothing = given.with_graph([None] * len(given.of_graph()))
+    ctx.given = nothing._replace(
+        made=(), call=ops.Call((None,) * len(nothing.call.tensors), given.call.constants)
+    )
+    ctx.count = len(made)
+    ctx.save_for_backward(*made, *given.call.non_differentiable(), *given.of_graph())
+    ctx.set_materialize_grads(False)
+
+
+def _kept(ctx: Any) -> TangentCall:
+    made, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    others, of_graph = rest[: ops.NON_DIFFERENTIABLE], rest[ops.NON_DIFFERENTIABLE :]
+    call = ctx.given.call.with_non_differentiable(others)
+    return ctx.given._replace(made=made, call=call).with_graph(of_graph)
+
+
+class _ForwardTangent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Any, arguments: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
+        results = ops._below_function(forward_tangent, keys, arguments)
+        given = TangentCall.of_forward(*arguments)
+        _keep(ctx, given, given.made)
+        ctx.mark_non_differentiable(results[3])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        given, u = _kept(ctx), grads[:STATES]
+        y, reserve = given.made
+        needs = given.with_graph(ctx.needs_input_grad[2:])
+        of_direction: Any = list(needs.direction)
+        of_call: Any = list(needs.call.differentiable())
+        first: list[Any] = [None] * len(of_direction)
+        if any(of_direction):
+            made = (y, reserve, *_no_states(y))
+            arguments = given.call.arguments()
+            *states, dweights = ops.backward(*u, None, None, *made, of_direction, 0, *arguments)
+            first = [
+                g if n else None for g, n in zip((*states, *dweights), of_direction, strict=True)
+            ]
+        second: Tensors = (None,) * len(of_call)
+        if any(of_call):
+            _, second = derivative(given.call, (y, reserve), u, given.direction, of_call)
+        return (None, None, *given.u, *given.du, *first, *second)
+
+
+class _BackwardTangent(torch.autograd.Function):
+    """Its derivatives run in the plain implementation."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, arguments: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
+        *states, dweights = ops._below_function(backward_tangent, keys, arguments)
+        _keep(ctx, TangentCall.of_backward(*arguments), ())
+        return (*states, *dweights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        given, needs, create_graph = _kept(ctx), ctx.needs_input_grad[2:], torch.is_grad_enabled()
+        leaves: list[Any]
+        with torch.enable_grad():
+            leaves = [
+                derivatives.leaf_of(t) if t is not None and n else t
+                for t, n in zip(given.of_graph(), needs, strict=True)
+            ]
+            _, results = derivatives.plain_tangents(given.with_graph(leaves))
+        pairs = [
+            (r, g)
+            for r, g in zip(results, grads, strict=True)
+            if g is not None and r is not None and r.requires_grad
+        ]
+        wanted = [t for t, n in zip(leaves, needs, strict=True) if n]
+        found: Any = [None] * len(wanted)
+        if pairs:
+            found = torch.autograd.grad(
+                [r for r, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        rest = iter(found)
+        return (None, None, *(next(rest) if n else None for n in needs))
+
+
+def _plain(given: TangentCall) -> tuple[Tensors, Tensors]:
+    """The results of a call with tangents, with a graph only where one is asked for."""
+    found = derivatives.plain_tangents(given)
+    if ops._needs_graph(*given.of_graph()):
+        return found
+
+    def without_graph(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        primal, tangent = forward_ad.unpack_dual(t)
+        primal = primal.detach()
+        return primal if tangent is None else forward_ad.make_dual(primal, tangent.detach())
+
+    forward, backward = found
+    return tuple(map(without_graph, forward)), tuple(map(without_graph, backward))
+
+
+def _forward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
+    given = TangentCall.of_forward(*arguments)
+    tensors = given.of_graph()
+    if ops._has_tangent(*tensors):
+        (dy, dhn, dcn), _ = _plain(given)
+        return dy, dhn, dcn, given.made[1].new_empty((0, 0))
+    if not ops._needs_graph(*tensors):
+        return ops._below_autograd(forward_tangent, keys, arguments)
+    return ops._apply(_ForwardTangent, keys, arguments, *tensors)
+
+
+def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
+    given = TangentCall.of_backward(*arguments)
+    tensors = given.of_graph()
+    if ops._has_tangent(*tensors):
+        empty = given.made[0].new_empty(0)
+        dx, dhx, dcx, *dweights = (empty if g is None else g for g in _plain(given)[1])
+        return dx, dhx, dcx, dweights
+    if not ops._needs_graph(*tensors):
+        return ops._below_autograd(backward_tangent, keys, arguments)
+    dx, dhx, dcx, *dweights = ops._apply(_BackwardTangent, keys, arguments, *tensors)
+    return dx, dhx, dcx, dweights
+
+
+_library = torch.library.Library("fusedrnn", "IMPL")
+_library.impl("forward_tangent", _forward_tangent_autograd, "Autograd", with_keyset=True)
+_library.impl("backward_tangent", _backward_tangent_autograd, "Autograd", with_keyset=True)

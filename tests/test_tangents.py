@@ -1,0 +1,493 @@
+"""Forward mode and second derivatives in the kernels: the ops, and what autograd makes of them."""
+
+import pytest
+import torch
+from cases import make_pair, random_state
+from test_ops import arguments
+from torch import func
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from fusedrnn import derivatives, ops, reference, tangents
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
+
+CELLS = ["rnn", "relu", "gru", "lstm"]  # projections run in the plain implementation
+RESETS = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1]]).bool()
+
+
+@pytest.fixture
+def filled():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernels_only(monkeypatch):
+    """The plain implementation is not called."""
+    monkeypatch.setattr(reference, "forward", None)
+
+
+def close(found, expected, msg=None):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11, msg=msg)
+
+
+def given(call, some="all", seed=4):
+    """Tangents of what is differentiable, of y, hn, cn random gradients and tangents of these."""
+    torch.manual_seed(seed)
+    call = ops.Call.of(*call.values())
+
+    def like(t):
+        return None if t is None or not t.is_floating_point() else torch.randn_like(t)
+
+    direction = [like(t) for t in call.differentiable()]
+    if some == "half":
+        direction = [None if i % 2 else t for i, t in enumerate(direction)]
+    if some == "weights":
+        direction[:3] = [None] * 3
+    if some == "input":
+        direction[1:] = [None] * (len(direction) - 1)
+    results = ops.forward(*call.arguments(), True)
+    u, du = ([like(t) if t.numel() else None for t in results[:3]] for _ in range(2))
+    if some == "half":
+        u[0] = du[1] = None
+    return call, results[0], results[3], tuple(direction), tuple(u), tuple(du)
+
+
+def by_kernels(call, y, reserve, direction, u, du, members=0):
+    """F' and B' as `plain_tangents` returns them."""
+    v = tangents.direction_arguments(direction, y)
+    needs = [t is not None and t.is_floating_point() for t in call.differentiable()]
+    dy, dhn, dcn, dreserve = tangents.forward_tangent(*v, y, reserve, True, *call.arguments())
+    *states, dweights = tangents.backward_tangent(
+        *u, *du, *v, y, reserve, dy, dreserve, needs, members, *call.arguments()
+    )
+    found = zip((*states, *dweights), needs, strict=True)
+    return (dy, dhn, dcn), tuple(g if n else None for g, n in found)
+
+
+def by_reference(call, y, reserve, direction, u, du, members=0):
+    needs = [t is not None and t.is_floating_point() for t in call.differentiable()]
+    given = tangents.TangentCall(u, du, direction, (), needs, members, call)
+    return derivatives.plain_tangents(given)
+
+
+def check_equal(found, expected, rtol=1e-11, atol=1e-12):
+    for group, right in zip(found, expected, strict=True):
+        for a, b in zip(group, right, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b.detach(), rtol=rtol, atol=atol)
+
+
+CALLS = {
+    "padded": ({"kind": "padded", "mask": True}, "all"),
+    "lengths": ({"kind": "lengths", "mask": True}, "half"),
+    "packed": ({"kind": "packed", "mask": True}, "all"),
+    "no states, no bias": ({"kind": "padded", "states": False, "bias": False}, "input"),
+    "weights": ({"kind": "padded"}, "weights"),
+    "resets": ({"kind": "lengths"}, "all"),
+    "integers": ({"kind": "lengths"}, "all"),
+}
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_values(cell, name):
+    kwargs, some = CALLS[name]
+    call = arguments(cell, **kwargs)
+    if name == "resets":
+        call["resets"] = RESETS
+    if name == "integers":
+        call["x"] = torch.randint(2, call["x"].shape[:2])
+    del call["save"]
+    case = given(call, some)
+    check_equal(by_kernels(*case), by_reference(*case))
+    again = tangents.forward_tangent(
+        *tangents.direction_arguments(case[3], case[1]), *case[1:3], False, *case[0].arguments()
+    )
+    assert torch.equal(again[0], by_kernels(*case)[0][0])  # kept or not
+    assert again[3].shape[0] == 0
+
+
+def long_call(cell, T, B, width, hidden, dtype):
+    _, module = make_pair(cell, width, hidden, num_layers=2, bidirectional=True, dtype=dtype)
+    states = (*random_state(module, B), None)[:2]
+    x = torch.randn(T, B, width, dtype=dtype)
+    weights = [p.detach() for p in module.parameters()]
+    call = (x, *states, weights, *[None] * 7, 0.0, *module._config())
+    names = [f"argument {i}" for i in range(len(call))]
+    return dict(zip(names, call, strict=True))
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_odd_sizes_in_each_dtype(cell, dtype):
+    """More rows than a task has, more tokens than a chunk, vectors with an end.
+
+    The error may be twice that of the plain implementation in the same dtype, as everywhere; on
+    the CPU the plain one rounds each product of 16 bits, so there it is the more exact.
+    """
+    exact_call = long_call(cell, 6, 37, 5, 33, torch.float64)
+    weights = [w.to(dtype).double() for w in exact_call["argument 3"]]
+    exact_call |= {"argument 3": weights}
+    for i in range(3):
+        t = exact_call[f"argument {i}"]
+        exact_call[f"argument {i}"] = None if t is None else t.to(dtype).double()
+
+    def low(t):
+        if isinstance(t, (list, tuple)):
+            return type(t)(low(one) for one in t)
+        return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    call, _, _, direction, u, du = given(exact_call)
+    direction, u, du = (low(low(group)) for group in (direction, u, du))
+    wide = [tuple(None if t is None else t.double() for t in g) for g in (direction, u, du)]
+    exact = by_reference(call, None, None, *wide)
+    made = ops.Call(low(call.tensors), call.constants)
+    y, _, _, reserve, *_ = ops.forward(*made.arguments(), True)
+    found = by_kernels(made, y, reserve, direction, u, du)
+    if dtype == torch.float64:
+        return check_equal(found, exact, atol=1e-11)
+    plain = by_reference(made, None, None, direction, u, du)
+    eps = torch.finfo(dtype).eps
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        for a, b, r in zip(ours, theirs, right, strict=True):
+            if r is None or not r.numel():
+                continue
+            assert a.dtype == dtype
+            error, peer, size = (
+                t.detach().double().square().mean().sqrt() for t in (a - r, b - r, r)
+            )
+            if cell == "relu" and dtype != torch.float32:
+                assert error < 0.1 * size  # rounding moves sums across 0
+            else:
+                assert error <= 2 * peer + eps / 2 * size
+    return None
+
+
+def backward_call(case, members):
+    """The arguments of backward_tangent; the input needs no gradient."""
+    call, y, reserve, direction, u, du = case
+    v = tangents.direction_arguments(direction, y)
+    with torch.no_grad():
+        dy, _, _, dreserve = tangents.forward_tangent(*v, y, reserve, True, *call.arguments())
+    needs = [False, *(t is not None for t in call.differentiable()[1:])]
+    return (*u, *du, *v, y, reserve, dy, dreserve, needs, members, *call.arguments())
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_opcheck(cell):
+    call = arguments(cell, kind="packed", mask=True)
+    del call["save"]
+    call, y, reserve, direction, *_ = case = given(call, "half")
+    v = tangents.direction_arguments(direction, y)
+    for save in (False, True):
+        arguments_ = (*v, y, reserve, save, *call.arguments())
+        torch.library.opcheck(tangents.forward_tangent, arguments_)
+    torch.library.opcheck(tangents.backward_tangent, backward_call(case, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["lstm"])
+def test_opcheck_with_gradients(cell):
+    """Traces the plain implementation, whose derivatives are a graph of a thousand nodes."""
+    call = arguments(cell, grad=True)
+    del call["save"]
+    call, y, reserve, direction, u, du = given(call)
+    v = tangents.direction_arguments(direction, y)
+    made = (y.detach(), reserve)
+    torch.library.opcheck(tangents.forward_tangent, (*v, *made, True, *call.arguments()))
+    u = tuple(g if g is None else g.requires_grad_() for g in u)
+    case = (call, *made, direction, u, du)
+    torch.library.opcheck(tangents.backward_tangent, backward_call(case, 2))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_members(cell):
+    """Weight gradients of each member's rows, by kernels and by the plain implementation."""
+    call = arguments(cell, kind="packed")
+    del call["save"]
+    call["batch_sizes"] = torch.tensor([4, 2])
+    call["x"] = call["x"][:6]
+    case = given(call)
+    check_equal(by_kernels(*case, members=2), ((*by_kernels(*case)[0],), by_reference(*case, 2)[1]))
+
+
+def test_threads_change_no_bit(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_THREADS", "all")
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            call = long_call("lstm", 5, 7, 3, 17, torch.float32)
+            found.append(by_kernels(*given(call)))
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        for group, right in zip(found[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(group, right, strict=True))
+
+
+def smooth(module, x, *states):
+    hx = (states if module.mode == "LSTM" else states[0]) if states else None
+    y, state = module(x, hx)
+    h = state[0] if module.mode == "LSTM" else state
+    return y.sin().sum() + h.square().sum()
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x, v: func.jvp(f, (x,), (v,)),
+    "jacfwd": lambda f, x, v: func.jacfwd(f)(x),
+    "hessian": lambda f, x, v: func.hessian(f)(x),
+    "jvp of grad": lambda f, x, v: func.jvp(func.grad(f), (x,), (v,)),
+    "grad of jvp": lambda f, x, v: func.grad(lambda x: func.jvp(f, (x,), (v,))[1])(x),
+    "jacrev of jacrev": lambda f, x, v: func.jacrev(func.jacrev(f))(x),
+    "vmap of hvp": lambda f, x, v: func.vmap(lambda x, v: func.jvp(func.grad(f), (x,), (v,))[1])(
+        torch.stack([x, v]), torch.stack([v, x])
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_transforms_run_in_kernels(cell, transform, monkeypatch):
+    """Of a module whose parameters require gradients, as they do in training."""
+    plain, fused = make_pair(cell, 2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, v = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    if transform == "vmap of hvp":  # which torch.nn's layers refuse
+        both = ((x, v), (v, x))
+        expected = torch.stack(
+            [func.jvp(func.grad(lambda x: smooth(plain, x)), (a,), (b,))[1] for a, b in both]
+        )
+    else:
+        expected = TRANSFORMS[transform](lambda x: smooth(plain, x), x, v)
+    monkeypatch.setattr(reference, "forward", None)
+    close(TRANSFORMS[transform](lambda x: smooth(fused, x), x, v), expected)
+
+
+def test_linearize_runs_in_kernels(monkeypatch):
+    """Which torch has for parameters that require no gradient."""
+    plain, fused = make_pair("lstm", 2, 3, num_layers=2, dtype=torch.float64)
+    x, v = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    expected = func.jvp(lambda x: smooth(plain, x), (x,), (v,))
+    monkeypatch.setattr(reference, "forward", None)
+    value, tangent = func.linearize(lambda x: smooth(fused.requires_grad_(False), x), x)
+    close((value, tangent(v)), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_transforms_by_weights_run_in_kernels(cell, monkeypatch):
+    plain, fused = make_pair(cell, 2, 3, dtype=torch.float64)
+    x, results = torch.randn(4, 2, 2, dtype=torch.float64), []
+    for module in (plain, fused):
+        weight = {"weight_hh_l0": module.weight_hh_l0.detach()}
+
+        def loss(weight, module=module):
+            return func.functional_call(module, weight, (x,))[0].sin().sum()
+
+        direction = {"weight_hh_l0": torch.ones_like(weight["weight_hh_l0"])}
+        results.append(
+            (
+                func.hessian(loss)(weight)["weight_hh_l0"]["weight_hh_l0"],
+                func.jvp(func.grad(loss), (weight,), (direction,))[1]["weight_hh_l0"],
+            )
+        )
+        monkeypatch.setattr(reference, "forward", None)
+    close(results[1], results[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_dual_numbers_run_in_kernels(cell, order, monkeypatch):
+    """Also where a gradient is taken of them, while the level stands."""
+    plain, fused = make_pair(cell, 2, 3, num_layers=2, dtype=torch.float64)
+    x, v = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    found = []
+    for module in (plain, fused):
+        with forward_ad.dual_level():
+            given = x.clone().requires_grad_(order == "reverse")
+            dual = forward_ad.make_dual(given, v)
+            value = smooth(module, dual)
+            if order == "reverse":
+                (value,) = torch.autograd.grad(value, dual)
+            found.append(forward_ad.unpack_dual(value).tangent.detach())
+        monkeypatch.setattr(reference, "forward", None)
+    close(found[1], found[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_penalties_run_in_kernels(cell, monkeypatch):
+    plain, fused = make_pair(cell, 2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, found = torch.randn(4, 2, 2, dtype=torch.float64), []
+    states = random_state(plain, 2)
+    for module in (plain, fused):
+        leaves = [t.clone().requires_grad_() for t in (x, *states)]
+        first = torch.autograd.grad(smooth(module, *leaves), leaves, create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        found.append([t.grad for t in (*leaves, *module.parameters())])
+        monkeypatch.setattr(reference, "forward", None)
+    close(found[1], found[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_the_tangents(cell):
+    """F' by kernels and further by kernels and the plain implementation."""
+    call = arguments(cell)
+    del call["save"]
+    call, _, _, direction, *_ = given(call)
+
+    def tangent(*tensors):
+        inner = call.with_differentiable(tensors[: len(direction)])
+        y, _, _, reserve, *_ = ops.forward(*inner.arguments(), True)
+        v = tangents.direction_arguments(tensors[len(direction) :], y)
+        results = tangents.forward_tangent(*v, y.detach(), reserve, False, *inner.arguments())
+        return results[: 3 if cell == "lstm" else 2]
+
+    leaves = [
+        None if t is None else t.clone().requires_grad_()
+        for t in (*call.differentiable(), *direction)
+    ]
+    leaves = [t for t in leaves if t is not None]
+    absent = [i for i, t in enumerate((*call.differentiable(), *direction)) if t is None]
+
+    def of_given(*tensors):
+        rest = iter(tensors)
+        count = 2 * len(direction)
+        return tangent(*(None if i in absent else next(rest) for i in range(count)))
+
+    assert gradcheck(of_given, leaves, fast_mode=True, check_forward_ad=cell == "gru")
+    assert gradgradcheck(of_given, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_over_forward(cell):
+    plain, fused = make_pair(cell, 2, 3, dtype=torch.float64)
+    x, v = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    found = [
+        func.jvp(lambda x, m=m: func.jvp(lambda x: smooth(m, x), (x,), (v,))[1], (x,), (v,))[1]
+        for m in (plain, fused)
+    ]
+    close(found[1], found[0])
+    cubes = [
+        func.jacfwd(lambda x, m=m: func.jvp(func.grad(lambda x: smooth(m, x)), (x,), (v,))[1])(x)
+        for m in (plain, fused)
+    ]
+    close(cubes[1], cubes[0])
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_outputs_may_be_written_between_the_derivatives():
+    _, fused = make_pair("lstm", 2, 3)
+    found = []
+    for written in (False, True):
+        x = torch.linspace(-1, 1, 16).view(4, 2, 2).requires_grad_()
+        y, _ = fused(x)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        if written:
+            with torch.no_grad():
+                y.mul_(2)
+        found.append(torch.autograd.grad(dx.square().sum(), list(fused.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_batched_second_gradients():
+    """is_grads_batched, which only the plain implementation knows."""
+    plain, fused = make_pair("gru", 2, 3, dtype=torch.float64)
+    found = []
+    for module in (plain, fused):
+        x = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 2, 2).requires_grad_()
+        (dx,) = torch.autograd.grad(module(x)[0].sin().sum(), x, create_graph=True)
+        forms = torch.eye(16, dtype=torch.float64).view(16, *x.shape)
+        found.append(torch.autograd.grad(dx, x, forms, is_grads_batched=True)[0])
+    close(found[1], found[0])
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    """torch.autograd.grad of the input of a layer in training computes no weight gradients."""
+    seen = []
+    run = ops._gradients
+    monkeypatch.setattr(ops, "_gradients", lambda *a: seen.append(a[3]) or run(*a))
+    _, fused = make_pair("gru", 3, 40)
+    x = torch.randn(60, 2, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(fused(x)[0].sum(), x)
+    fused(x)[0].sum().backward()
+    assert torch.equal(x.grad, dx)
+    (dw,) = torch.autograd.grad(fused(x * 1)[0].sum(), fused.weight_ih_l0)
+    assert torch.equal(dw, fused.weight_ih_l0.grad)
+    weights = [True] * 4
+    assert seen == [
+        [True, False, False, *[False] * 4],
+        [True, False, False, *weights],
+        [False, False, False, True, False, False, False],
+    ]
+
+
+OPTIONS = {
+    "projection": {"proj_size": 2},
+    "zoneout": {"zoneout": 0.3},
+    "recurrent dropout": {"recurrent_dropout": 0.3},
+    "layer normalisation": {"layer_norm": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_has_no_kernel_is_refused_by_the_op(option):
+    import fusedrnn
+
+    layer = fusedrnn.LSTM(2, 3, **OPTIONS[option])
+    x = torch.randn(4, 2, 2)
+    seen = []
+    layer._run = lambda call, more: seen.append(call) or fusedrnn.LSTM._run(layer, call, more)
+    tangent = func.jvp(lambda x: layer(x)[0], (x,), (torch.ones_like(x),))[1]
+    assert tangent.any()
+    call = ops.Call.of(*seen[0])
+    assert not tangents.has_kernels(call)
+    tensors = [t if t is None else func.vmap(lambda t: t)(t[None])[0] for t in call.tensors]
+    call = ops.Call(tuple(t if t is None else t.detach() for t in tensors), call.constants)
+    y, _, _, reserve, *_ = ops.forward(
+        *call._replace(tensors=(x, *call.tensors[1:])).arguments(), True
+    )
+    none = tangents.direction_arguments((None,) * len(call.differentiable()), y)
+    with pytest.raises(RuntimeError, match="have no kernel"):
+        tangents.forward_tangent(
+            *none, y, reserve, True, *call._replace(tensors=(x, *call.tensors[1:])).arguments()
+        )
+
+
+def test_wrong_arguments():
+    call = arguments("lstm")
+    del call["save"]
+    call, y, reserve, direction, u, du = given(call)
+    v = tangents.direction_arguments(direction, y)
+
+    def run(*changed, **kwargs):
+        return tangents.forward_tangent(*changed, y, reserve, True, *call.arguments())
+
+    with pytest.raises(RuntimeError, match="expected the tangent of the input of shape"):
+        run(v[0][:-1], *v[1:])
+    with pytest.raises(RuntimeError, match="the tangent of hx has another dtype"):
+        run(v[0], v[1].float(), *v[2:])
+    with pytest.raises(RuntimeError, match="expected the tangent of a weight of shape"):
+        run(*v[:3], [v[3][1], *v[3][1:]])
+    with pytest.raises(RuntimeError, match="tangents of weights, got 1"):
+        run(*v[:3], v[3][:1])
+    dy, _, _, dreserve = run(*v)
+    with pytest.raises(RuntimeError, match="expected the reserve of shape"):
+        tangents.backward_tangent(
+            *u,
+            *du,
+            *v,
+            y,
+            reserve,
+            dy,
+            dreserve[:-1],
+            [True] * len(direction),
+            0,
+            *call.arguments(),
+        )
