@@ -193,6 +193,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
+NO_OTHERS = (None,) * NON_DIFFERENTIABLE
 BATCH_SIZES = 3  # among Call.tensors
 ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
 
@@ -259,11 +260,15 @@ class BackwardCall(NamedTuple):
         return BackwardCall(grads, made, needs, members, Call.of(*call))
 
 
+# What calling an op calls, half a microsecond sooner.
+_RAW = {op: getattr(op, "_op", op) for op in (forward, infer, backward, infer_quantized)}
+
+
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
     """`keys`: the dispatcher's key set, None where the dispatcher did not call."""
     with torch._C._AutoDispatchBelowAutograd():
         if keys is None:
-            return op(*arguments)
+            return _RAW[op](*arguments)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
@@ -292,12 +297,15 @@ def _version_of(y: Tensor) -> Tensor:
 
 
 class _Forward(torch.autograd.Function):
-    # Each input or output tensor of a node costs a microsecond: `others` is one tuple, and y, hn
-    # and cn are the only outputs unless the dispatcher (`keys`) or all_states requires more.
+    # Each input or output tensor of a node costs a microsecond: `others` is one tuple, or None if a
+    # call has none of them, and y, hn and cn are the only outputs unless the dispatcher (`keys`) or
+    # all_states requires more. So do a few lines of Python, which kernels evict from the caches.
     @staticmethod
-    def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple | None, *of_graph: Any
+    ):
         x, hx, cx, *weights = of_graph
-        arguments = (x, hx, cx, weights, *others, *constants, save)
+        arguments = (x, hx, cx, weights, *(others or NO_OTHERS), *constants, save)
         results = _below_function(forward, keys, arguments)
         y, _, _, reserve, *states = results
         plain = keys is None and not constants[ALL_STATES]  # then hs and cs are empty
@@ -307,14 +315,12 @@ class _Forward(torch.autograd.Function):
         # torch.func's transforms cannot be given other data: there the output is a copy.
         if torch._C._are_functorch_transforms_active():
             with torch.enable_grad():
-                ctx.output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
+                output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
         else:
-            ctx.output, kept_y = _version_of(y), y.data
-        ctx.version = ctx.output._version
-        ctx.states = states if plain else ()
+            output, kept_y = _version_of(y), y.data
         kept = () if plain else states
-        ctx.save_for_backward(kept_y, reserve, *kept, x, hx, cx, *others, *weights)
-        ctx.constants, ctx.save = constants, save
+        ctx.save_for_backward(kept_y, reserve, *kept, *(others or ()), *of_graph)
+        ctx.rest = output, output._version, constants, save, others is None, plain and states
         if plain:
             return results[:3]
         ctx.mark_non_differentiable(reserve)
@@ -322,35 +328,51 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        y, reserve, *saved = ctx.saved_tensors
-        saved = (*ctx.states, *saved)
-        hs, cs, tensors = saved[0], saved[1], saved[2:]
-        grads = (*grads[:3], *(grads[4:] or (None, None)))
-        needs = list(ctx.needs_input_grad[4:])
-        call = Call(tensors, ctx.constants)
-        if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
-            # is_grads_batched, for which no batching rule can be registered
-            return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
-        try:
-            *states, dweights = _gradients(ctx, call, grads, needs, (y, reserve, hs, cs))
-        except RuntimeError as error:
-            if NOTHING_RUNS not in str(error):
-                raise
-            return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
-        found = zip((*states, *dweights), needs, strict=True)
-        return (*[None] * 4, *(g if n else None for g, n in found))
+        output, version, constants, saved, no_others, states = ctx.rest
+        y, reserve, *tensors = ctx.saved_tensors
+        if states:
+            hs, cs = states
+            grads = (*grads, None, None)
+        else:
+            hs, cs, *tensors = tensors
+            grads = (*grads[:3], *grads[4:])
+        others = NO_OTHERS
+        if not no_others:
+            others, tensors = tensors[:NON_DIFFERENTIABLE], tensors[NON_DIFFERENTIABLE:]
+        x, hx, cx, *weights = tensors
+        call = (x, hx, cx, weights, *others, *constants)
+        needs = ctx.needs_input_grad[4:]
+        found: Any = None
+        # is_grads_batched, for which no batching rule can be registered, runs the reference.
+        if not _are_legacy_batched(grads):
+            try:
+                if not saved or output._version != version:
+                    with torch.no_grad():
+                        y, _, _, reserve, hs, cs = forward(*call, True)
+                arguments = (*grads, y, reserve, hs, cs, needs, 0, *call)
+                if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors, *others)):
+                    found = backward(*arguments)
+                else:
+                    found = _below_autograd(backward, None, arguments)
+            except RuntimeError as error:
+                if NOTHING_RUNS not in str(error):
+                    raise
+        if found is None:
+            return (*_NO_GRADS, *derivatives.plain_gradients(Call.of(*call), list(needs), grads))
+        dx, dhx, dcx, dweights = found
+        if not all(needs):  # then they are empty
+            dx, dhx, dcx, *dweights = [
+                g if need else None
+                for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True)
+            ]
+        return (*_NO_GRADS, dx, dhx, dcx, *dweights)
 
 
-def _gradients(ctx: Any, call: Call, grads: tuple, needs: list[bool], made: tuple) -> tuple:
-    """What the backward op returns; `made` is what forward made."""
-    if not ctx.save or ctx.output._version != ctx.version:
-        with torch.no_grad():
-            y, _, _, *kept = forward(*call.arguments(), True)
-        made = (y, *kept)
-    arguments = (*grads, *made, needs, 0, *call.arguments())
-    if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *call.tensors)):
-        return backward(*arguments)
-    return _below_autograd(backward, None, arguments)
+_NO_GRADS = (None,) * 4  # of keys, save, constants and others
+
+
+def _are_legacy_batched(grads: tuple[Tensor | None, ...]) -> bool:
+    return any([g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads])
 
 
 # Function.apply without its search for tensors of finished torch.func transforms: 2 us.

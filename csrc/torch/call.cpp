@@ -178,7 +178,9 @@ ForwardOutputs Call::outputs(Save save) const {
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
   Tensor reserve, hs = reserve, cs = reserve, cn = reserve;
   if (save != Save::kNothing) {
-    reserve = make_reserve(like, save == Save::kReserve ? tokens : 0, reserve_row);
+    const int64_t rows = save == Save::kReserve ? tokens : 0;
+    reserve = rows * reserve_row ? make_reserve(like, rows, reserve_row)
+                                 : empty({rows, reserve_row}, ScalarType::Byte);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
   if (traits(p.cell).has_cell)

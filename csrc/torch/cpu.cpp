@@ -4,6 +4,7 @@
 
 #include "cpu/run/run.h"
 #include "cpu/run/sequence.h"
+#include "cpu/run/taken_core.h"
 #include "torch/call.h"
 
 namespace fusedrnn {
@@ -15,9 +16,13 @@ const uint8_t* bytes_of(const OptionalTensor& t) { return static_cast<const uint
 ThreadPool torch_threads() {
   return {torch::stable::get_num_threads(),
           [](int64_t count, void (*share)(int64_t, void*), void* context) {
+            LoopClock clock;
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              const LoopClock::Time start = LoopClock::now();
               for (int64_t i = begin; i < end; i++) share(i, context);
+              clock.share_took(LoopClock::now() - start);
             });
+            clock.loop_ended();
           }};
 }
 
@@ -52,10 +57,18 @@ struct CpuCall : Call {
   CpuPlan plan(const Common& a, bool backward) const {
     CpuMachine machine = this_machine(pool.threads);
     const int64_t longest = batch ? a.seq.length[a.seq.order[0]] : 0;
-    return plan_cpu_here(problem,
-                         {backward, steps, batch, tokens, longest, resets.has_value(),
-                          regularisers.h_mask.has_value()},
-                         &machine);
+    const CpuRequest request{backward,
+                             steps,
+                             batch,
+                             tokens,
+                             longest,
+                             resets.has_value(),
+                             regularisers.h_mask.has_value()};
+    const CpuPlan plan = plan_cpu_here(problem, request, &machine);
+    const bool meet = plan.threads > 1 && (plan.unpacked || plan.members > 1);  // at every step
+    if (!meet || machine.all_threads || !is_core_taken()) return plan;
+    machine.threads = 1;
+    return plan_cpu_here(problem, request, &machine);
   }
 
   // Backward only reads them.

@@ -183,6 +183,26 @@ FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, cons
   }
 }
 
+// dst [M, N] of a few tokens without packing, whose number is that of the indices. Rows of dst are
+// written one after the other, as fast as memory takes them.
+template <class C, class LeftRow, class Row, int... I>
+void outer_products_of_few(int64_t M, int64_t N, LeftRow left_row, Row row, C* dst, Indices<I...>) {
+  constexpr int w = Lanes<C>::kWidth;
+  const decltype(left_row(0)) a[] = {left_row(I)...};
+  const decltype(row(0)) b[] = {row(I)...};
+  for (int64_t m = 0; m < M; m++, dst += N) {
+    const Vec<C> factor[] = {broadcast<C>(to_compute(a[I][m]))...};
+    auto step = [&](int64_t n, int64_t lanes) __attribute__((always_inline)) {
+      Vec<C> sum{};
+      ((sum += factor[I] * b[I](n, lanes)), ...);
+      store(dst + n, sum, lanes);
+    };
+    int64_t n = 0;
+    for (; n + w <= N; n += w) step(n, w);
+    if (n < N) step(n, N - n);
+  }
+}
+
 // Adds up `tokens` products: left_row(k) points to the M values of a of the k-th token.
 // each_right(f) calls f(N, row, dst) for every b, where row(k) returns the TokenRow of the k-th
 // token's N values. `scratch` has Outer::scratch_bytes.
@@ -190,6 +210,15 @@ template <class X, class LeftRow, class EachRight>
 void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, EachRight each_right) {
   using C = Compute<X>;
   using O = Outer<X>;
+  if constexpr (kDepth<X> == 1 && kPlanes<X> == 1) {  // operands are numbers
+    auto few = [&](auto tokens) {
+      each_right([&](int64_t N, auto row, C* dst) {
+        outer_products_of_few(M, N, left_row, row, dst, tokens);
+      });
+    };
+    if (tokens == 1) return few(FirstIndices<1>{});
+    if (tokens == 2) return few(FirstIndices<2>{});
+  }
   int64_t columns = 0;
   each_right([&](int64_t N, auto, C*) { columns += N; });
   // Sums of kLong tokens, which are added to dst when they are complete.
