@@ -51,8 +51,8 @@ def over_batched(function: Callable[..., tuple], tensors: tuple[Any, ...]) -> tu
 
     def wrapped(t: Tensor) -> Tensor:
         t = t.unflatten(0, shape)
-        for level in reversed(sizes):
-            t = torch._add_batch_dim(t, 0, level)
+        for i, level in enumerate(sizes):  # torch wants them in this order
+            t = torch._add_batch_dim(t, len(sizes) - 1 - i, level)
         return t
 
     return tuple(wrapped(t) for t in found)

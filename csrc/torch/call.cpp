@@ -189,7 +189,8 @@ ForwardOutputs Call::outputs(Save save) const {
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
   Tensor reserve, hs = reserve, cs = reserve, cn = reserve;
   if (save != Save::kNothing) {
-    reserve = make_reserve(like, save == Save::kReserve ? tokens : 0, reserve_row);
+    const int64_t rows = save == Save::kReserve ? tokens : 0;
+    reserve = make_pooled(like, {rows, reserve_row}, ScalarType::Byte);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
   if (traits(p.cell).has_cell)
@@ -262,7 +263,9 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
     const auto of_weight = call.weights[i].sizes();
     std::vector<int64_t> sizes{of_weight.begin() + stacked(call.weights), of_weight.end()};
     if (wanted.members || stacked(call.weights)) sizes.insert(sizes.begin(), members);
-    weights.push_back(result(needs[3 + i], sizes));
+    // Of many members they are large, and live as long as what becomes of them.
+    weights.push_back(members > 1 && needs[3 + i] ? make_pooled(call.like, sizes, call.compute())
+                                                  : result(needs[3 + i], sizes));
     if (call.tokens == 0) torch::stable::zero_(weights.back());
     if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
   }
