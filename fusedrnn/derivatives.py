@@ -127,6 +127,7 @@ def of_members(
         return second_derivatives(grads_out, call, needs, grad_grads, create_graph)
     dims = (*call.result_row_dims(), *call.row_dims())
     of_weights = len(call.differentiable()) - 3
+    stacked = len(call.tensors[-1]) if call.stacked else 0  # type: ignore[arg-type]
     grad_dims = (*call.row_dims()[:3], *[None] * of_weights)
 
     def of(m: int, t: Tensor | None, dim: int | None) -> Tensor | None:
@@ -144,6 +145,9 @@ def of_members(
         with torch.enable_grad():
             given = [of(m, t, d) for t, d in zip(sources, dims, strict=True)]
         tensors = tuple(given[len(grads_out) :])
+        if stacked:
+            own_weights = tuple(w[m % stacked] for w in tensors[-of_weights:])  # type: ignore[index]
+            tensors = (*tensors[:-of_weights], *own_weights)
         if call.batch_sizes is not None:
             tensors = (*tensors[:3], call.batch_sizes // members, *tensors[4:])
         own = [of(m, gg, d) for gg, d in zip(grad_grads, grad_dims, strict=True)]
@@ -157,8 +161,13 @@ def of_members(
                 create_graph,
             )
         )
-    found = zip(*parts, strict=True)
-    return tuple(_joined(of_all, dim) for of_all, dim in zip(found, dims, strict=True))
+    found = list(zip(*parts, strict=True))
+    grads = [_joined(of_all, dim) for of_all, dim in zip(found, dims, strict=True)]
+    for i in range(len(found) - of_weights, len(found)):
+        if stacked and grads[i] is not None:
+            each: Any = [_joined(found[i][m::stacked], None) for m in range(stacked)]
+            grads[i] = torch.stack(each)
+    return tuple(grads)
 
 
 def _joined(parts: tuple[Tensor | None, ...], dim: int | None) -> Tensor | None:

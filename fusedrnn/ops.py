@@ -10,7 +10,9 @@ units, P = proj_size or H, L layers:
                  (T, B), (tokens,), which stand for one-hot vectors as wide as the first w_ih
     hx, cx       (L * D, B, P), (L * D, B, H) or None for zeros; cx of an LSTM only
     weights      torch.nn's, per layer and direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]; with
-                 layer_norm then gain_ih, gain_hh (as the biases), an LSTM's gain_c, shift_c (H,)
+                 layer_norm then gain_ih, gain_hh (as the biases), an LSTM's gain_c, shift_c (H,);
+                 or all with a leading dimension, the weights of an ensemble, whose size divides B:
+                 row b has weights b % ensemble
     batch_sizes  int64 (T,), of a PackedSequence
     lengths      integers (B,) in [0, T]: steps of each row of padded input
     mask         uint8 (L - 1, tokens, D * P), the dropout between layers: 1 keeps
@@ -30,11 +32,13 @@ infer returns y, hn, and cn of an LSTM, else None.
 float32, with batch_sizes or lengths, the input's width and the format of the weights.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
 the others are empty. `members` is 0, or a number that divides B: then row b belongs to member
-b % members, and the gradients of weights (members, ...) are sums over each member's rows.
+b % members, and the gradients of weights (members, ...) are sums over each member's rows. Of an
+ensemble `members` is 0 or a multiple of its size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +47,7 @@ from torch._C import _functorch as _C_functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fusedrnn import _C, derivatives, reference
+from fusedrnn import _C, batched_gradients, derivatives, reference
 
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
@@ -97,6 +101,21 @@ def tokens_shape(x: Tensor) -> torch.Size:
     return x.shape[:-1] if x.is_floating_point() else x.shape
 
 
+def reserve_rows(config: Config, dtype: torch.dtype) -> list[int]:
+    """The arrays of a reserve, one after the other: bytes of each that a token has."""
+    return _C.reserve_rows(
+        mode=config.mode,
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_size=config.hidden_size,
+        proj_size=config.proj_size,
+        num_layers=config.num_layers,
+        bidirectional=config.bidirectional,
+        zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
+        all_states=config.all_states,
+        layer_norm=config.layer_norm,
+    )
+
+
 @torch.library.register_fake("fusedrnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
     x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout, *rest
@@ -115,17 +134,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     y = like.new_empty((*shape, config.directions * config.out_size))
     hn = like.new_empty((states, batch, config.out_size))
     cn = like.new_empty((states, batch, config.hidden_size) if config.mode == "LSTM" else (0,))
-    row = _C.reserve_bytes(
-        mode=config.mode,
-        dtype=str(like.dtype).removeprefix("torch."),
-        hidden_size=config.hidden_size,
-        proj_size=config.proj_size,
-        num_layers=config.num_layers,
-        bidirectional=config.bidirectional,
-        zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
-        all_states=config.all_states,
-        layer_norm=config.layer_norm,
-    )
+    row = sum(reserve_rows(config, like.dtype))
     reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
     return y, hn, cn, reserve, *_fake_states(y, config)
 
@@ -149,6 +158,11 @@ def _fake_infer_quantized(x, hx, cx, weights, batch_sizes, lengths, *stack):  # 
     )
     y, hn, cn, *_ = _fake_forward(x, hx, cx, weights, *rest)
     return y, hn, cn if stack[0] == "LSTM" else None
+
+
+def are_stacked(weights: Sequence[Tensor]) -> bool:
+    """Whether they are those of an ensemble."""
+    return weights[0].dim() == 3
 
 
 def _fake_states(y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -179,8 +193,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
         batch = torch.library.get_ctx().new_dynamic_size() if packed else x.shape[1]
         hidden = y.new_empty((config.num_layers * config.directions, batch, config.out_size))
     lead = (members,) if members else ()
+    stacked = are_stacked(weights)
     of_weights = [
-        y.new_empty((*lead, *w.shape) if needed else (0,))
+        y.new_empty((*lead, *w.shape[1 if members and stacked else 0 :]) if needed else (0,))
         for w, needed in zip(weights, needs[3:], strict=True)
     ]
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), of_weights
@@ -195,6 +210,7 @@ RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
 NO_OTHERS = (None,) * NON_DIFFERENTIABLE
 BATCH_SIZES = 3  # among Call.tensors
+FIRST_WEIGHT = 3 + NON_DIFFERENTIABLE  # among Call.tensors
 ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
 
 
@@ -223,6 +239,11 @@ class Call(NamedTuple):
     @property
     def batch_sizes(self) -> Tensor | None:
         return self.tensors[BATCH_SIZES]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weights are those of an ensemble."""
+        return self.tensors[FIRST_WEIGHT].dim() == 3  # type: ignore[union-attr]
 
     def row_dims(self) -> tuple[int | None, ...]:
         """Of each tensor the dimension of rows or tokens: (T, B, ...), packed (tokens, ...)."""
@@ -342,22 +363,20 @@ class _Forward(torch.autograd.Function):
         x, hx, cx, *weights = tensors
         call = (x, hx, cx, weights, *others, *constants)
         needs = ctx.needs_input_grad[4:]
-        found: Any = None
-        # is_grads_batched, for which no batching rule can be registered, runs the reference.
-        if not _are_legacy_batched(grads):
-            try:
-                if not saved or output._version != version:
-                    with torch.no_grad():
-                        y, _, _, reserve, hs, cs = forward(*call, True)
-                arguments = (*grads, y, reserve, hs, cs, needs, 0, *call)
-                if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors, *others)):
-                    found = backward(*arguments)
-                else:
-                    found = _below_autograd(backward, None, arguments)
-            except RuntimeError as error:
-                if NOTHING_RUNS not in str(error):
-                    raise
-        if found is None:
+        try:
+            if not saved or output._version != version:
+                with torch.no_grad():
+                    y, _, _, reserve, hs, cs = forward(*call, True)
+            rest = (y, reserve, hs, cs, needs, 0, *call)
+            if batched_gradients.are_batched(grads):
+                found = _batched_backward(grads, rest)
+            elif torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors, *others)):
+                found = backward(*grads, *rest)
+            else:
+                found = _below_autograd(backward, None, (*grads, *rest))
+        except RuntimeError as error:
+            if NOTHING_RUNS not in str(error):
+                raise
             return (*_NO_GRADS, *derivatives.plain_gradients(Call.of(*call), list(needs), grads))
         dx, dhx, dcx, dweights = found
         if not all(needs):  # then they are empty
@@ -371,8 +390,15 @@ class _Forward(torch.autograd.Function):
 _NO_GRADS = (None,) * 4  # of keys, save, constants and others
 
 
-def _are_legacy_batched(grads: tuple[Tensor | None, ...]) -> bool:
-    return any([g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads])
+def _batched_backward(grads: tuple, rest: tuple) -> tuple:
+    """The backward op for the members of is_grads_batched."""
+
+    def of_member(*of_outputs: Any) -> tuple:
+        *states, dweights = backward(*of_outputs, *rest)
+        return (*states, *dweights)
+
+    dx, dhx, dcx, *dweights = batched_gradients.over_batched(of_member, grads)
+    return dx, dhx, dcx, dweights
 
 
 # Function.apply without its search for tensors of finished torch.func transforms: 2 us.

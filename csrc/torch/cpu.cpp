@@ -1,5 +1,6 @@
 // The ops on CPU tensors: checks, allocates, fills what the kernels read, asks for a plan and runs
 // it.
+#include <algorithm>
 #include <string>
 
 #include "cpu/run/run.h"
@@ -34,7 +35,7 @@ struct CpuCall : Call {
   std::vector<Weights> weight_pointers;
   bool padded_rows = false;  // some tokens do not exist: what lies there must be zeroed
 
-  CpuCall(const Inputs& in, const Config& config) : Call(in, config) {
+  CpuCall(const Inputs& in, const Config& config) : Call(in, config, Weighted::kStackedToo) {
     FUSEDRNN_EXPECT(x.is_cpu(), "fusedrnn: expected CPU tensors");
   }
 
@@ -48,22 +49,27 @@ struct CpuCall : Call {
                                      pointer(r.h_mask),
                                      {bytes_of(r.zone_h), r.zoneout_h},
                                      {bytes_of(r.zone_c), r.zoneout_c}};
-    weight_pointers.reserve(directions());
-    for (int64_t i = 0; i < directions(); i++)
-      weight_pointers.push_back(weights_of(i / problem.num_directions, i % problem.num_directions));
+    weight_pointers.reserve(ensemble * directions());
+    for (int64_t which = 0; which < ensemble; which++)
+      for (int64_t i = 0; i < directions(); i++)
+        weight_pointers.push_back(
+            weights_of(i / problem.num_directions, i % problem.num_directions, which));
     a.weights = weight_pointers.data();
   }
 
   CpuPlan plan(const Common& a, bool backward) const {
     CpuMachine machine = this_machine(pool.threads);
-    const int64_t longest = batch ? a.seq.length[a.seq.order[0]] : 0;
+    int64_t longest = 0;
+    for (int64_t which = 0; batch && which < ensemble; which++)
+      longest = std::max(longest, a.seq.length[a.seq.order[which * (batch / ensemble)]]);
     const CpuRequest request{backward,
                              steps,
                              batch,
                              tokens,
                              longest,
                              resets.has_value(),
-                             regularisers.h_mask.has_value()};
+                             regularisers.h_mask.has_value(),
+                             ensemble};
     const CpuPlan plan = plan_cpu_here(problem, request, &machine);
     const bool meet = plan.threads > 1 && (plan.unpacked || plan.members > 1);  // at every step
     if (!meet || machine.all_threads || !is_core_taken()) return plan;
@@ -88,6 +94,7 @@ struct CpuCall : Call {
       index_padded(s, indices, checked_lengths());
     else
       index_padded(s, indices);
+    order_by_weights(s, indices, ensemble);
     a.x = x.const_data_ptr(), a.x_row = x.stride(packed() ? 0 : 1);
     x_offset.resize(indices.offset.size());
     for (size_t t = 0; t < x_offset.size(); t++)
