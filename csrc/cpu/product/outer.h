@@ -194,7 +194,7 @@ void outer_products_of_few(int64_t M, int64_t N, LeftRow left_row, Row row, C* d
     const Vec<C> factor[] = {broadcast<C>(to_compute(a[I][m]))...};
     auto step = [&](int64_t n, int64_t lanes) __attribute__((always_inline)) {
       Vec<C> sum{};
-      ((sum += factor[I] * b[I](n, lanes)), ...);
+      ((sum += factor[I] * b[I].load_from(n, lanes)), ...);
       store(dst + n, sum, lanes);
     };
     int64_t n = 0;
