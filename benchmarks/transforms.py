@@ -13,12 +13,13 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import fusedrnn
 from benchmarks import machine, measure, report
@@ -74,11 +75,13 @@ def joined(members: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(each) for each in zip(*members, strict=True)]
 
 
-def twins(dtype: torch.dtype, seed: int = 0) -> tuple[nn.LSTM, nn.LSTM, nn.LSTM]:
+def twins(
+    dtype: torch.dtype, seed: int = 0, sizes: tuple[int, int] = (64, 128)
+) -> tuple[nn.LSTM, nn.LSTM, nn.LSTM]:
     """torch.nn's layer, fusedrnn's and the plain implementation with the same weights."""
     torch.manual_seed(seed)
-    layer = nn.LSTM(64, 128).to(dtype)
-    found = [kind(64, 128).to(dtype) for kind in (fusedrnn.LSTM, Plain)]
+    layer = nn.LSTM(*sizes).to(dtype)
+    found = [kind(*sizes).to(dtype) for kind in (fusedrnn.LSTM, Plain)]
     for other in found:
         other.load_state_dict(layer.state_dict())
     return layer, found[0], found[1]
@@ -164,6 +167,55 @@ def cells(dtype: torch.dtype) -> dict[str, Call]:
     }
 
 
+SIZES = 28, 256  # of the second derivatives: the book's LSTM, 35 steps of 32
+
+
+def named(calls: list[Call]) -> dict[str, Call]:
+    return dict(zip(("torch.nn", "plain PyTorch", "fusedrnn"), calls, strict=True))
+
+
+def training_forward(dtype: torch.dtype) -> dict[str, Call]:
+    layer, fused, plain = twins(dtype, sizes=SIZES)
+    x = torch.randn(35, 32, SIZES[0]).to(dtype)
+    return named([partial(lambda m: [m(x)[0]], m) for m in (layer, plain, fused)])
+
+
+def directional(dtype: torch.dtype) -> dict[str, Call]:
+    """jvp by input and weights; torch.nn's LSTM has none in float32: two reverse passes give it."""
+    layer, fused, plain = twins(dtype, sizes=SIZES)
+    x, v = torch.randn(2, 35, 32, SIZES[0]).to(dtype)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    along = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def forward_mode(module: nn.Module) -> Call:
+        def of(p: Any, x: Tensor) -> Tensor:
+            return functional_call(module, p, (x,))[0]
+
+        return lambda: [jvp(of, (parameters, x), (along, v))[1]]
+
+    def twice_reverse() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), *layer.parameters()]
+        y = layer(leaves[0])[0]
+        form = torch.zeros_like(y, requires_grad=True)
+        first = torch.autograd.grad(y, leaves, form, create_graph=True)
+        return list(torch.autograd.grad(first, form, [v, *along.values()]))
+
+    return named([twice_reverse, forward_mode(plain), forward_mode(fused)])
+
+
+def gradient_penalty(dtype: torch.dtype) -> dict[str, Call]:
+    layer, fused, plain = twins(dtype, sizes=SIZES)
+    x = torch.randn(35, 32, SIZES[0]).to(dtype)
+
+    def penalise(module: nn.Module) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(module(leaf)[0].sum(), leaf, create_graph=True)
+        penalty = (dx.norm(dim=(0, 2)) - 1).square().sum()
+        return list(torch.autograd.grad(penalty, [leaf, *module.parameters()]))
+
+    return named([partial(penalise, m) for m in (layer, plain, fused)])
+
+
 JOBS = (
     Job("gradients of each sample", "LSTM 64->128, T=50, 32 samples", per_sample),
     Job(
@@ -177,6 +229,9 @@ JOBS = (
         lambda dtype: ensemble(dtype, True),
     ),
     Job("cell", "LSTMCell 64->128, 32 inputs", cells),
+    Job("forward in training", "LSTM 28->256, T=35, B=32", training_forward),
+    Job("forward mode", "the same, by input and weights", directional),
+    Job("gradient penalty", "the same", gradient_penalty),
 )
 
 

@@ -4,7 +4,7 @@ from fusedrnn.cuda import Spec
 
 LIBRARY: str  # its path
 
-def reserve_bytes(
+def reserve_rows(
     *,
     mode: str,
     dtype: str,
@@ -15,7 +15,7 @@ def reserve_bytes(
     zoneout: bool,
     all_states: bool,
     layer_norm: bool,
-) -> int: ...
+) -> list[int]: ...
 def cpu_variants() -> list[tuple[str, bool]]: ...
 def cpu_variant() -> str: ...
 def cpu_plan(

@@ -1,144 +1,238 @@
 """The batching rules of the ops: what torch.vmap makes of them.
 
-Members that share their weights are folded into the batch, and the op runs once: row b of member m
-becomes row b * members + m. So a tensor of rows or tokens has its members right behind these, for
-padded and packed input alike, and nested rules fold again. The gradients of shared weights are sums
-over each member's rows, by the argument `members` of the backward op. Where weights differ, the op
-runs once for each member.
+Members are folded into the batch, and the op runs once. Row b of member m becomes row
+b * members + m, so a tensor of rows or tokens has its members right behind these, for padded and
+packed input alike, and nested rules fold again. Weights that differ between members are stacked:
+row b has weights b % ensemble, so members that share weights which an inner rule has stacked come
+before those. Gradients of weights are sums over each member's rows, by the argument `members` of
+the backward op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from fusedrnn import ops
 
 # The batched dimension of each argument, None where it has none; a list of those of `weights`.
 Dims = Any
+Batched = tuple[Tensor, int | None]
 
 
-def _fold(t: Any, dim: int | None, row: int, members: int) -> Any:
-    """Puts the members into dimension `row`, that of rows or tokens in one member's tensor."""
-    if t is None:
-        return None
-    if dim is None:
-        sizes = [-1] * (row + 1) + [members] + [-1] * (t.dim() - row - 1)
-        t = t.unsqueeze(row + 1).expand(sizes)
-    else:
-        t = t.movedim(dim, row + 1)
-    return t.flatten(row, row + 1)
+class _Fold:
+    """Folds the members of a call and what belongs to it. `dims`: of call.tensors."""
+
+    def __init__(self, call: ops.Call, dims: Dims, members: int) -> None:
+        self._given, self._dims, self.members = call, dims, members
+        of_weights = dims[ops.FIRST_WEIGHT :]
+        self.differ = any(d is not None for d in of_weights)
+        w_ih: Any = call.tensors[ops.FIRST_WEIGHT]
+        shape = list(w_ih.shape)
+        if of_weights[0] is not None:
+            del shape[of_weights[0]]
+        # How many weights an inner rule has stacked, 0 if it has not; the rows behind members.
+        self.stacked = shape[0] if len(shape) == 3 else 0
+        self.inner = 1 if self.differ else max(self.stacked, 1)
+
+    def call(self) -> ops.Call:
+        given, dims = self._given, self._dims
+        tensors = [
+            t if row is None else self.rows(t, dim, row)
+            for t, dim, row in zip(given.tensors, dims, given.row_dims(), strict=True)
+        ]
+        if given.batch_sizes is not None:
+            tensors[ops.BATCH_SIZES] = given.batch_sizes * self.members
+        if self.differ:
+            first = ops.FIRST_WEIGHT
+            tensors[first:] = map(self._weight, tensors[first:], dims[first:])
+        return given._replace(tensors=tuple(tensors))
+
+    def rows(self, t: Any, dim: int | None, row: int) -> Any:
+        """Puts the members into dimension `row`, that of rows or tokens in one member's tensor."""
+        if t is None:
+            return None
+        t = self._with_members(t, dim, row)
+        t = t.unflatten(row + 1, (t.shape[row + 1] // self.inner, self.inner))
+        return t.movedim(row, row + 1).flatten(row, row + 2)
+
+    def _with_members(self, t: Tensor, dim: int | None, at: int) -> Tensor:
+        if dim is not None:
+            return t.movedim(dim, at)
+        return t.unsqueeze(at).expand(*t.shape[:at], self.members, *t.shape[at:])
+
+    def _weight(self, t: Any, dim: int | None) -> Tensor:
+        if self.stacked:
+            return self._with_members(t, dim, 1).flatten(0, 1)
+        return self._with_members(t, dim, 0)
+
+    def unfolded(self, t: Tensor, row: int) -> Batched:
+        """The inverse of `rows`: a tensor and the dimension of its members."""
+        if t.dim() == 1:  # left out of the results
+            return t, None
+        rows = t.shape[row] // (self.members * self.inner)
+        t = t.unflatten(row, (rows, self.members, self.inner))
+        if self.inner == 1:
+            return t.squeeze(row + 2), row + 1
+        return t.movedim(row + 1, 0).flatten(row + 1, row + 2), 0
+
+    def groups(self, members: int) -> int:
+        """The argument `members` of backward, which was `members` of one member's call."""
+        return (members or max(self.stacked, 1)) * self.members
+
+    def gradient(self, t: Tensor, needed: bool, members: int) -> Batched:
+        """The gradient of a weight of one member's call, which had `members`."""
+        if not needed:
+            return t, None
+        each = t.shape[0] // self.members
+        t = t.unflatten(0, (each // self.inner, self.members, self.inner)).movedim(1, 0)
+        lead = (each,) if members or self.stacked else ()
+        return t.reshape(self.members, *lead, *t.shape[3:]), 0
+
+    def repeated(self, made: tuple, rows: tuple, config: ops.Config) -> tuple:
+        """What forward made for one member, for each of them."""
+        y, reserve, hs, cs = made
+        sections = ops.reserve_rows(config, y.dtype)
+        parts = reserve.flatten().split([len(reserve) * width for width in sections])
+        repeated = [
+            self.rows(part.view(-1, width), None, 0).flatten()
+            for part, width in zip(parts, sections, strict=True)
+            if width
+        ]
+        count = len(reserve) * self.members
+        reserve = torch.cat([*repeated, reserve.new_empty(0)]).view(count, reserve.shape[1])
+        states = [
+            t if t.dim() == 1 else self.rows(t, None, row)
+            for t, row in ((y, rows[0]), (hs, rows[3]), (cs, rows[4]))
+        ]
+        return states[0], reserve, *states[1:]
 
 
-def _unfold(t: Tensor, row: int, members: int) -> tuple[Tensor, int | None]:
-    """The inverse: a tensor and the dimension of its members; what is empty has none."""
-    if t.dim() == 1:  # left out of the results
-        return t, None
-    return t.unflatten(row, (t.shape[row] // members, members)), row + 1
+def _is_batched(t: Tensor) -> bool:
+    """At any level of torch.func."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    return False
 
 
-def _fold_call(call: ops.Call, dims: Dims, members: int) -> ops.Call:
-    """`dims`: of call.tensors."""
-    tensors = [
-        t if row is None else _fold(t, dim, row, members)
-        for t, dim, row in zip(call.tensors, dims, call.row_dims(), strict=True)
-    ]
-    if call.batch_sizes is not None:
-        tensors[ops.BATCH_SIZES] = call.batch_sizes * members
-    return call._replace(tensors=tuple(tensors))
-
-
-def _has_members(dims: Dims) -> bool:
-    """Whether weights differ between members; `dims`: of Call.tensors."""
-    return any(d is not None for d in dims[3 + ops.NON_DIFFERENTIABLE :])
-
-
-def _each(op: Callable, members: int, dims: Dims, arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """Runs `op` for every member, and stacks the results."""
-
-    def of(member: int, t: Any, dim: Any) -> Any:
-        if isinstance(t, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [of(member, one, d) for one, d in zip(t, dim, strict=True)]
-        return t if dim is None else t.select(dim, member)
-
-    results = [op(*map(of, [m] * len(dims), arguments, dims)) for m in range(members)]
-
-    def stacked(parts: tuple) -> tuple[Any, Any]:
-        if parts[0] is None:
-            return None, None
-        if isinstance(parts[0], Tensor):
-            return torch.stack(parts), 0
-        pairs = [stacked(each) for each in zip(*parts, strict=True)]
-        return [t for t, _ in pairs], [d for _, d in pairs]
-
-    pairs = [stacked(each) for each in zip(*results, strict=True)]
+def _transposed(pairs: list[Batched]) -> tuple[tuple, tuple]:
     return tuple(t for t, _ in pairs), tuple(d for _, d in pairs)
 
 
 def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    members, save = info.batch_size, arguments[-1]
-    call, dims = ops.Call.of(*arguments[:-1]), ops.Call.of(*in_dims[:-1]).tensors
-    if _has_members(dims):
-        return _each(ops.forward, members, in_dims, arguments)
-    folded = _fold_call(call, dims, members)
-    y, hn, cn, reserve, hs, cs = ops.forward(*folded.arguments(), save)
+    call, save = ops.Call.of(*arguments[:-1]), arguments[-1]
+    fold = _Fold(call, ops.Call.of(*in_dims[:-1]).tensors, info.batch_size)
+    results = ops.forward(*fold.call().arguments(), save)
     of_y, of_hn, of_cn, of_hs, of_cs = call.result_row_dims()
     rows = (of_y, of_hn, of_cn, 0, of_hs, of_cs)
-    pairs = [
-        _unfold(t, row, members) for t, row in zip((y, hn, cn, reserve, hs, cs), rows, strict=True)
-    ]
-    return tuple(t for t, _ in pairs), tuple(d for _, d in pairs)
+    return _transposed([fold.unfolded(t, row) for t, row in zip(results, rows, strict=True)])
 
 
 def _infer(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    call = ops.plain_call(*arguments, save=False)
-    dims = (*in_dims[:4], *[None] * (len(call) - 4))
-    (y, hn, cn, *_), (of_y, of_hn, of_cn, *_) = _forward(info, dims, *call)
-    if arguments[4] != "LSTM":
-        cn = of_cn = None
-    return (y, hn, cn), (of_y, of_hn, of_cn)
+    call = ops.Call.of(*ops.plain_call(*arguments, save=False)[:-1])
+    dims = (*in_dims[:4], *[None] * (len(call.arguments()) - 4))
+    fold = _Fold(call, ops.Call.of(*dims).tensors, info.batch_size)
+    results = ops.infer(*fold.call().arguments()[:4], *arguments[4:])
+    rows = call.result_row_dims()[:3]
+    pairs: Any = [
+        (None, None) if t is None else fold.unfolded(t, row)
+        for t, row in zip(results, rows, strict=True)
+    ]
+    return _transposed(pairs)
 
 
 def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
     given = ops.BackwardCall.of(*arguments)
     dims: Any = ops.BackwardCall.of(*in_dims)
-    members, call = info.batch_size, given.call
-    if _has_members(dims.call.tensors):
-        return _each(ops.backward, members, in_dims, arguments)
-    folded, rows = _fold_call(call, dims.call.tensors, members).arguments(), call.result_row_dims()
-    grads = [
-        _fold(g, d, row, members) for g, d, row in zip(given.grads, dims.grads, rows, strict=True)
-    ]
-    if dims.made[1] is None:
-        # Only gradients are batched: forward ran on one member's rows, and so is its reserve.
-        y, _, _, reserve, hs, cs = ops.forward(*folded, True)
-        made = [y, reserve, hs, cs]
-    else:
+    call, rows = given.call, given.call.result_row_dims()
+    fold = _Fold(call, dims.call.tensors, info.batch_size)
+    folded = fold.call()
+    grads = [fold.rows(*each) for each in zip(given.grads, dims.grads, rows, strict=True)]
+    if any(d is not None for d in dims.made):
         of_made = zip(given.made, dims.made, (rows[0], 0, rows[3], rows[4]), strict=True)
-        # The results of several calls, stacked, lie otherwise than the op makes them.
-        made = [t if d is None else _fold(t, d, row, members).contiguous() for t, d, row in of_made]
-    groups = max(given.members, 1) * members
-    *states, dweights = ops.backward(*grads, *made, given.needs, groups, *folded)
-    pairs = [_unfold(t, row, members) for t, row in zip(states, (rows[0], 1, 1), strict=True)]
-
-    def of_members(gradient: Tensor, needed: bool) -> tuple[Tensor, int | None]:
-        if not needed:
-            return gradient, None
-        if not given.members:
-            return gradient, 0
-        return gradient.unflatten(0, (given.members, members)), 1
-
-    weights = [of_members(g, n) for g, n in zip(dweights, given.needs[3:], strict=True)]
-    return (
-        (*(t for t, _ in pairs), [t for t, _ in weights]),
-        (*(d for _, d in pairs), [d for _, d in weights]),
+        made = tuple(t if d is None else fold.rows(t, d, row).contiguous() for t, d, row in of_made)
+    elif _is_batched(given.made[1]) or fold.stacked:
+        # A reserve does not have the members of an outer rule apart, nor always those of stacked
+        # weights.
+        y, _, _, *kept = ops.forward(*folded.arguments(), True)
+        made = (y, *kept)
+    else:
+        # Only gradients are batched.
+        made = fold.repeated(given.made, rows, ops.Config(*call.constants[1:]))
+    groups = fold.groups(given.members)
+    *states, dweights = ops.backward(*grads, *made, given.needs, groups, *folded.arguments())
+    found, of_found = _transposed(
+        [fold.unfolded(t, row) for t, row in zip(states, (rows[0], 1, 1), strict=True)]
     )
+    needs = given.needs[3:]
+    weights, of_weights = _transposed(
+        [fold.gradient(g, n, given.members) for g, n in zip(dweights, needs, strict=True)]
+    )
+    return (*found, list(weights)), (*of_found, list(of_weights))
+
+
+def _each_tensor(function: Any, values: Any, others: Any) -> Any:
+    """function(tensor, other) of tensors in (lists of) values; anything else stays."""
+    if isinstance(values, Tensor):
+        return function(values, others)
+    if isinstance(values, (list, tuple)) and values and isinstance(values[0], Tensor):
+        each = others if isinstance(others, list) else [others] * len(values)
+        return [_each_tensor(function, v, o) for v, o in zip(values, each, strict=True)]
+    return values
+
+
+def _dims_of(values: Any, level: int) -> Any:
+    def of(t: Tensor, level: int) -> int | None:
+        return _functorch.maybe_get_bdim(t) if _functorch.maybe_get_level(t) == level else None
+
+    found = _each_tensor(of, values, level)
+    return found if values is not found else None
+
+
+class _Info(NamedTuple):
+    batch_size: int
+
+
+def _at_level(op: Any, rule: Any) -> Any:
+    """The op's kernel for batched tensors.
+
+    torch.library.register_vmap's own takes each call's arguments through pytrees, a fifth of a
+    millisecond, in which the kernels run an ensemble of small layers.
+    """
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+
+        def unwrapped(t: Tensor, _: Any) -> Tensor:
+            return _functorch._unwrap_batched(t, level)[0]
+
+        def wrapped(t: Tensor, dim: int | None) -> Tensor:
+            return t if dim is None else _functorch._add_batch_dim(t, dim, level)
+
+        dims = tuple(_dims_of(a, level) for a in arguments)
+        given = [_each_tensor(unwrapped, a, None) for a in arguments]
+        excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            if not any(d is not None for d in torch.utils._pytree.tree_leaves(dims)):
+                return op(*arguments)
+            results, of_results = rule(_Info(interpreter.batch_size()), dims, *given)
+        pairs = zip(results, of_results, strict=True)
+        return tuple(_each_tensor(wrapped, t, dim) for t, dim in pairs)
+
+    return kernel
+
+
+_library = torch.library.Library("fusedrnn", "IMPL")
 
 
 def register() -> None:
-    torch.library.register_vmap("fusedrnn::forward", _forward)
-    torch.library.register_vmap("fusedrnn::infer", _infer)
-    torch.library.register_vmap("fusedrnn::backward", _backward)
+    for op, rule in ((ops.forward, _forward), (ops.infer, _infer), (ops.backward, _backward)):
+        name = op.name().removesuffix(".default")
+        _library.impl(name, _at_level(op, rule), "FuncTorchBatched", with_keyset=True)

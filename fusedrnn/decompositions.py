@@ -121,7 +121,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         cn, cs = y.new_empty(0) if c is None else c, y.new_empty(0)
     else:
         loop = reference.each_step if _constant_steps(call) else _scan
-        y, hn, cn, hs, cs = reference.forward(*call.arguments(), loop=loop)  # type: ignore[misc]
+        y, hn, cn, hs, cs = reference.forward(*call.arguments(), loop=loop)
     if packed is not None:
         y, hs, cs = map(packed.packed, (y, hs, cs))
     # Only backward reads it, which computes it again.

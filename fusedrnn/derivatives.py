@@ -145,6 +145,7 @@ def of_members(
         return second_derivatives(grads_out, call, needs, grad_grads, create_graph)
     dims = (*call.result_row_dims(), *call.row_dims())
     of_weights = len(call.differentiable()) - 3
+    stacked = len(call.tensors[-1]) if call.stacked else 0  # type: ignore[arg-type]
     grad_dims = (*call.row_dims()[:3], *[None] * of_weights)
 
     def of(m: int, t: Tensor | None, dim: int | None) -> Tensor | None:
@@ -159,7 +160,10 @@ def of_members(
     for m in range(members):
         with torch.enable_grad():
             given = [of(m, t, d) for t, d in zip(sources, dims, strict=True)]
-        here = _with_rows(call, given[len(grads_out) :], members)
+        tensors = given[len(grads_out) :]
+        if stacked:
+            tensors[-of_weights:] = [w[m % stacked] for w in tensors[-of_weights:]]  # type: ignore[index]
+        here = _with_rows(call, tensors, members)
         own = [of(m, gg, d) for gg, d in zip(grad_grads, grad_dims, strict=True)]
         own[3:] = [None if gg is None else gg[m] for gg in own[3:]]
         parts.append(
@@ -171,8 +175,13 @@ def of_members(
                 create_graph,
             )
         )
-    found = zip(*parts, strict=True)
-    return tuple(_joined(of_all, dim) for of_all, dim in zip(found, dims, strict=True))
+    found = list(zip(*parts, strict=True))
+    grads = [_joined(of_all, dim) for of_all, dim in zip(found, dims, strict=True)]
+    for i in range(len(found) - of_weights, len(found)):
+        if stacked and grads[i] is not None:
+            each: Any = [_joined(found[i][m::stacked], None) for m in range(stacked)]
+            grads[i] = torch.stack(each)
+    return tuple(grads)
 
 
 def _rows_of(t: Tensor | None, dim: int | None, member: int, members: int) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import checks, ops, support
+from fusedrnn.drop_in import PUBLIC
 from fusedrnn.layer import LayerBase
 
 # What calling torch.ops.fusedrnn.infer calls, a quarter of a microsecond sooner.
@@ -24,8 +25,7 @@ def _call(
     """y, hn and an LSTM's cn; `stack`: the first fields of Config."""
     if graph:
         constants = (0.0, *stack, *ops.NO_OPTIONS)
-        nothing = (None,) * ops.NON_DIFFERENTIABLE
-        return ops.apply_forward(None, save, constants, nothing, x, hx, cx, *weights)
+        return ops.apply_forward(None, save, constants, None, x, hx, cx, *weights)
     with torch._C._AutoDispatchBelowAutograd():
         return _infer(x, hx, cx, weights, *stack)
 
@@ -38,7 +38,7 @@ def run(layer: LayerBase, input: Any, hx: Any) -> Any:
     """
     if (
         type(input) is not Tensor
-        or not layer._is_public()  # a subclass may check otherwise
+        or type(layer).__module__ != PUBLIC  # a subclass may check otherwise
         # The first is the usual case of the second, without its call.
         or not (
             (input.is_cpu and input.dtype in support.KERNEL_DTYPES)
@@ -47,7 +47,6 @@ def run(layer: LayerBase, input: Any, hx: Any) -> Any:
         or (layer.training and layer.dropout)
         or layer.only_ours()
         or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
     ):
         return None
     lstm = layer.mode == "LSTM"

@@ -22,6 +22,11 @@ def _layers(weights: list[Tensor], config: ops.Config) -> list[list[Tensor]]:
     return [weights[i : i + each] for i in range(0, len(weights), each)]
 
 
+def _size(matrix: Tensor) -> int:
+    """Of an ensemble's, that of one, which each token is multiplied with."""
+    return matrix.shape[-2] * matrix.shape[-1]
+
+
 def _tokens(x: Tensor) -> int:
     return ops.tokens_shape(x).numel()
 
@@ -77,9 +82,9 @@ def _products(x: Tensor, weights: list[Tensor], config: ops.Config) -> int:
     flops = 0
     for i, (w_ih, w_hh, *more) in enumerate(_layers(weights, config)):
         gathers = i < config.directions and not x.is_floating_point()
-        flops += (0 if gathers else w_ih.numel()) + w_hh.numel()
+        flops += (0 if gathers else _size(w_ih)) + _size(w_hh)
         if config.proj_size:
-            flops += more[2 if config.bias else 0].numel()
+            flops += _size(more[2 if config.bias else 0])
     return 2 * _tokens(x) * flops
 
 
@@ -99,12 +104,12 @@ def backward(*arguments: Any, out_val: Any = None) -> int:
             continue
         gathers = layer == 0 and not x.is_floating_point()
         inputs = bool(need[0]) and not gathers, layer > first or (layer == 0 and need_x)
-        flops += sum(inputs) * tokens * w_ih.numel()
+        flops += sum(inputs) * tokens * _size(w_ih)
         steps = tokens if need_hx else tokens - batch
-        flops += (need[1] * tokens + steps) * w_hh.numel()
+        flops += (need[1] * tokens + steps) * _size(w_hh)
         if config.proj_size:
             which = 2 if config.bias else 0
-            flops += (1 + need[2 + which]) * tokens * more[which].numel()
+            flops += (1 + need[2 + which]) * tokens * _size(more[which])
     return 2 * flops
 
 

@@ -248,7 +248,7 @@ class LSTM(TwoStates, nn.LSTM):
 
 
 class RNNCell(OneStateCell, nn.RNNCell):
-    """One step of one RNN layer: `torch.nn.RNNCell`, whose code it runs.
+    """One step of one RNN layer: `torch.nn.RNNCell`, whose operator it runs.
 
     h' = f(W_ih x + b_ih + W_hh h + b_hh), f = tanh or relu. Called with x (B, input_size) or
     (input_size,) and h (B, hidden_size) or (hidden_size,), zeros by default; returns h'.
@@ -272,7 +272,7 @@ class RNNCell(OneStateCell, nn.RNNCell):
 
 
 class GRUCell(OneStateCell, nn.GRUCell):
-    """One step of one GRU layer: `torch.nn.GRUCell`, whose code it runs.
+    """One step of one GRU layer: `torch.nn.GRUCell`, whose operator it runs.
 
     The formula is that of `GRU`. Called with x (B, input_size) or (input_size,) and h
     (B, hidden_size) or (hidden_size,), zeros by default; returns h'.
@@ -295,7 +295,7 @@ class GRUCell(OneStateCell, nn.GRUCell):
 
 
 class LSTMCell(TwoStatesCell, nn.LSTMCell):
-    """One step of one LSTM layer: `torch.nn.LSTMCell`, whose code it runs.
+    """One step of one LSTM layer: `torch.nn.LSTMCell`, whose operator it runs.
 
     The formula is that of `LSTM`. Called with x (B, input_size) or (input_size,) and (h, c), each
     (B, hidden_size) or (hidden_size,), zeros by default; returns (h', c').

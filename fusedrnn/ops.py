@@ -10,7 +10,9 @@ units, P = proj_size or H, L layers:
                  (T, B), (tokens,), which stand for one-hot vectors as wide as the first w_ih
     hx, cx       (L * D, B, P), (L * D, B, H) or None for zeros; cx of an LSTM only
     weights      torch.nn's, per layer and direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]; with
-                 layer_norm then gain_ih, gain_hh (as the biases), an LSTM's gain_c, shift_c (H,)
+                 layer_norm then gain_ih, gain_hh (as the biases), an LSTM's gain_c, shift_c (H,);
+                 or all with a leading dimension, the weights of an ensemble, whose size divides B:
+                 row b has weights b % ensemble
     batch_sizes  int64 (T,), of a PackedSequence
     lengths      integers (B,) in [0, T]: steps of each row of padded input
     mask         uint8 (L - 1, tokens, D * P), the dropout between layers: 1 keeps
@@ -30,13 +32,14 @@ infer returns y, hn, and cn of an LSTM, else None.
 float32, with batch_sizes or lengths, the input's width and the format of the weights.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
 the others are empty. `members` is 0, or a number that divides B: then row b belongs to member
-b % members, and the gradients of weights (members, ...) are sums over each member's rows.
+b % members, and the gradients of weights (members, ...) are sums over each member's rows. Of an
+ensemble `members` is 0 or a multiple of its size.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +48,7 @@ from torch._C import _functorch as _C_functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fusedrnn import _C, derivatives, reference, tangents
+from fusedrnn import _C, batched_gradients, derivatives, reference, tangents
 
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
@@ -99,6 +102,21 @@ def tokens_shape(x: Tensor) -> torch.Size:
     return x.shape[:-1] if x.is_floating_point() else x.shape
 
 
+def reserve_rows(config: Config, dtype: torch.dtype) -> list[int]:
+    """The arrays of a reserve, one after the other: bytes of each that a token has."""
+    return _C.reserve_rows(
+        mode=config.mode,
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_size=config.hidden_size,
+        proj_size=config.proj_size,
+        num_layers=config.num_layers,
+        bidirectional=config.bidirectional,
+        zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
+        all_states=config.all_states,
+        layer_norm=config.layer_norm,
+    )
+
+
 @torch.library.register_fake("fusedrnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
     x, hx, cx, weights, batch_sizes, lengths, mask, resets, h_mask, zone_h, zone_c, dropout, *rest
@@ -117,17 +135,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     y = like.new_empty((*shape, config.directions * config.out_size))
     hn = like.new_empty((states, batch, config.out_size))
     cn = like.new_empty((states, batch, config.hidden_size) if config.mode == "LSTM" else (0,))
-    row = _C.reserve_bytes(
-        mode=config.mode,
-        dtype=str(like.dtype).removeprefix("torch."),
-        hidden_size=config.hidden_size,
-        proj_size=config.proj_size,
-        num_layers=config.num_layers,
-        bidirectional=config.bidirectional,
-        zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
-        all_states=config.all_states,
-        layer_norm=config.layer_norm,
-    )
+    row = sum(reserve_rows(config, like.dtype))
     reserve = like.new_empty((tokens if save else 0, row), dtype=torch.uint8)
     return y, hn, cn, reserve, *_fake_states(y, config)
 
@@ -151,6 +159,11 @@ def _fake_infer_quantized(x, hx, cx, weights, batch_sizes, lengths, *stack):  # 
     )
     y, hn, cn, *_ = _fake_forward(x, hx, cx, weights, *rest)
     return y, hn, cn if stack[0] == "LSTM" else None
+
+
+def are_stacked(weights: Sequence[Tensor]) -> bool:
+    """Whether they are those of an ensemble."""
+    return weights[0].dim() == 3
 
 
 def _fake_states(y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -181,8 +194,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
         batch = torch.library.get_ctx().new_dynamic_size() if packed else x.shape[1]
         hidden = y.new_empty((config.num_layers * config.directions, batch, config.out_size))
     lead = (members,) if members else ()
+    stacked = are_stacked(weights)
     of_weights = [
-        y.new_empty((*lead, *w.shape) if needed else (0,))
+        y.new_empty((*lead, *w.shape[1 if members and stacked else 0 :]) if needed else (0,))
         for w, needed in zip(weights, needs[3:], strict=True)
     ]
     return like(x, needs[0]), like(hidden, needs[1]), like(cx, needs[2]), of_weights
@@ -197,7 +211,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 LARGE = 1 << 12
 RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
+NO_OTHERS = (None,) * NON_DIFFERENTIABLE
 BATCH_SIZES = 3  # among Call.tensors
+FIRST_WEIGHT = 3 + NON_DIFFERENTIABLE  # among Call.tensors
 ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
 
 
@@ -228,12 +244,17 @@ class Call(NamedTuple):
         return self._replace(tensors=(*tensors[:3], *others, *tensors[3:]))
 
     def with_non_differentiable(self, others: tuple) -> Call:
-        weights = self.tensors[3 + NON_DIFFERENTIABLE :]
+        weights = self.tensors[FIRST_WEIGHT:]
         return self._replace(tensors=(*self.tensors[:3], *others, *weights))
 
     @property
     def batch_sizes(self) -> Tensor | None:
         return self.tensors[BATCH_SIZES]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weights are those of an ensemble."""
+        return self.tensors[FIRST_WEIGHT].dim() == 3  # type: ignore[union-attr]
 
     def row_dims(self) -> tuple[int | None, ...]:
         """Of each tensor the dimension of rows or tokens: (T, B, ...), packed (tokens, ...)."""
@@ -271,11 +292,15 @@ class BackwardCall(NamedTuple):
         return BackwardCall(grads, made, needs, members, Call.of(*call))
 
 
+# What calling an op calls, half a microsecond sooner.
+_RAW = {op: getattr(op, "_op", op) for op in (forward, infer, backward, infer_quantized)}
+
+
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
     """`keys`: the dispatcher's key set, None where the dispatcher did not call."""
     with torch._C._AutoDispatchBelowAutograd():
         if keys is None:
-            return op(*arguments)
+            return _RAW.get(op, op)(*arguments)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
@@ -311,13 +336,17 @@ def _version_of(y: Tensor) -> Tensor:
 
 
 class _Forward(torch.autograd.Function):
-    # Each input or output tensor of a node costs a microsecond: `others` is one tuple, and y, hn
-    # and cn are the only outputs unless the dispatcher (`keys`) or all_states requires more.
+    # Each input or output tensor of a node costs a microsecond: `others` is one tuple, or None if a
+    # call has none of them, and y, hn and cn are the only outputs unless the dispatcher (`keys`) or
+    # all_states requires more. So do a few lines of Python, which kernels evict from the caches.
     @staticmethod
-    def forward(ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple | None, *of_graph: Any
+    ):
         x, hx, cx, *weights = of_graph
-        save = save or in_forward_mode()
-        arguments = (x, hx, cx, weights, *others, *constants, save)
+        dual = in_forward_mode()
+        save = save or dual
+        arguments = (x, hx, cx, weights, *(others or NO_OTHERS), *constants, save)
         results = _below_function(forward, keys, arguments)
         y, _, _, reserve, *states = results
         plain = keys is None and not constants[ALL_STATES]  # then hs and cs are empty
@@ -327,19 +356,14 @@ class _Forward(torch.autograd.Function):
         # torch.func's transforms cannot be given other data: there the output is a copy.
         if torch._C._are_functorch_transforms_active():
             with _derivatives_on():
-                ctx.output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
+                output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
         else:
-            ctx.output, kept_y = _version_of(y), y.data
-        ctx.version = ctx.output._version
-        ctx.states = states if plain else ()
+            output, kept_y = _version_of(y), y.data
         kept = () if plain else states
-        ctx.save_for_backward(kept_y, reserve, *kept, x, hx, cx, *others, *weights)
-        ctx.constants, ctx.save = constants, save
-        if in_forward_mode():
-            ctx.for_jvp = (
-                Call((*of_graph[:3], *others, *of_graph[3:]), constants),
-                (kept_y, reserve),
-            )
+        ctx.save_for_backward(kept_y, reserve, *kept, *(others or ()), *of_graph)
+        ctx.rest = output, output._version, constants, save, others is None, plain and states
+        if dual:
+            ctx.for_jvp = Call.of(*arguments[:-1]), (kept_y, reserve)
         if plain:
             return results[:3]
         ctx.mark_non_differentiable(reserve)
@@ -354,37 +378,58 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        y, reserve, *saved = ctx.saved_tensors
-        saved = (*ctx.states, *saved)
-        hs, cs, tensors = saved[0], saved[1], saved[2:]
-        grads = (*grads[:3], *(grads[4:] or (None, None)))
-        needs = list(ctx.needs_input_grad[4:])
-        call = Call(tensors, ctx.constants)
+        output, version, constants, saved, no_others, states = ctx.rest
+        y, reserve, *tensors = ctx.saved_tensors
+        if states:
+            hs, cs = states
+            grads = (*grads, None, None)
+        else:
+            hs, cs, *tensors = tensors
+            grads = (*grads[:3], *grads[4:])
+        others = NO_OTHERS
+        if not no_others:
+            others, tensors = tensors[:NON_DIFFERENTIABLE], tensors[NON_DIFFERENTIABLE:]
+        x, hx, cx, *weights = tensors
+        call = (x, hx, cx, weights, *others, *constants)
+        needs = ctx.needs_input_grad[4:]
         if y.numel() >= LARGE:
-            needs = derivatives.asked_for(ctx, needs, call.differentiable())
-        if any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grads):
-            # is_grads_batched, for which no batching rule can be registered
-            return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
+            needs = derivatives.asked_for(ctx, needs, (x, hx, cx, *weights))
         try:
-            *states, dweights = _gradients(ctx, call, grads, needs, (y, reserve, hs, cs))
+            if not saved or output._version != version:
+                with torch.no_grad():
+                    y, _, _, reserve, hs, cs = forward(*call, True)
+            rest = (y, reserve, hs, cs, needs, 0, *call)
+            if batched_gradients.are_batched(grads):
+                found = _batched_backward(grads, rest)
+            elif torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors, *others)):
+                found = backward(*grads, *rest)
+            else:
+                found = _below_autograd(backward, None, (*grads, *rest))
         except RuntimeError as error:
             if NOTHING_RUNS not in str(error):
                 raise
-            return (*[None] * 4, *derivatives.plain_gradients(call, needs, grads))
-        found = zip((*states, *dweights), needs, strict=True)
-        return (*[None] * 4, *(g if n else None for g, n in found))
+            return (*_NO_GRADS, *derivatives.plain_gradients(Call.of(*call), list(needs), grads))
+        dx, dhx, dcx, dweights = found
+        if not all(needs):  # then they are empty
+            dx, dhx, dcx, *dweights = [
+                g if need else None
+                for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True)
+            ]
+        return (*_NO_GRADS, dx, dhx, dcx, *dweights)
 
 
-def _gradients(ctx: Any, call: Call, grads: tuple, needs: list[bool], made: tuple) -> tuple:
-    """What the backward op returns; `made` is what forward made."""
-    if not ctx.save or ctx.output._version != ctx.version:
-        with torch.no_grad():
-            y, _, _, *kept = forward(*call.arguments(), True)
-        made = (y, *kept)
-    arguments = (*grads, *made, needs, 0, *call.arguments())
-    if torch.is_grad_enabled() or not can_skip_dispatch((*grads, *call.tensors)):
-        return backward(*arguments)
-    return _below_autograd(backward, None, arguments)
+_NO_GRADS = (None,) * 4  # of keys, save, constants and others
+
+
+def _batched_backward(grads: tuple, rest: tuple) -> tuple:
+    """The backward op for the members of is_grads_batched."""
+
+    def of_member(*of_outputs: Any) -> tuple:
+        *states, dweights = backward(*of_outputs, *rest)
+        return (*states, *dweights)
+
+    dx, dhx, dcx, *dweights = batched_gradients.over_batched(of_member, grads)
+    return dx, dhx, dcx, dweights
 
 
 # Function.apply without its search for tensors of finished torch.func transforms: 2 us.
@@ -431,8 +476,7 @@ class _Backward(torch.autograd.Function):
         call = Call(saved[RESULTS:], ctx.constants)
         # No kernel takes tangents of weights that each member has, nor torch's older kind of vmap.
         of_weights = ctx.members and any(g is not None for g in grad_grads[3:])
-        legacy = any(g is not None and _C_functorch.is_legacy_batchedtensor(g) for g in grad_grads)
-        if kept and not of_weights and not legacy:
+        if kept and not of_weights and not batched_gradients.are_batched(grad_grads):
             return (None,) * 5 + _second(ctx, call, kept, saved[:RESULTS], grad_grads)
         grads = derivatives.of_members(
             ctx.members, saved[:RESULTS], call, ctx.needs, grad_grads, torch.is_grad_enabled()

@@ -1,15 +1,15 @@
 """The stack in plain PyTorch, step by step: slow, simple, differentiable any number of times.
 
-It is what the kernels are tested against, and what their second derivatives are taken through.
+It is what the kernels are tested against, and what derivatives that they lack are taken through.
 Formulas are those of torch.nn.RNN, GRU and LSTM; csrc/cells states the same for the kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -277,6 +277,37 @@ def check_batch_sizes(rows: list[int], tokens: int) -> None:
         raise RuntimeError(f"fusedrnn: batch_sizes add up to {sum(rows)}, not to {tokens} tokens")
 
 
+def _of_ensembles(of_one: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The same function for stacked weights too: one after the other, each with its own rows."""
+
+    @wraps(of_one)
+    def of_all(*arguments: Any, **loop: Any) -> tuple:
+        x, hx, cx, weights, batch_sizes, *rest = arguments
+        if weights[0].dim() != 3:
+            return of_one(*arguments, **loop)
+        ensemble, tokens = len(weights[0]), int(batch_sizes is None)
+        sizes = None if batch_sizes is None else batch_sizes // ensemble
+
+        def rows(t: Any, dim: int, m: int) -> Any:
+            return t if t is None else t[(slice(None),) * dim + (slice(m, None, ensemble),)]
+
+        def joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+            if parts[0].dim() == 1:  # nothing
+                return parts[0]
+            return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
+
+        found = []
+        for m in range(ensemble):
+            masks = [rows(t, d, m) for t, d in zip(rest, (0, 1, tokens, 1, 1, 1), strict=False)]
+            own = rows(x, tokens, m), rows(hx, 1, m), rows(cx, 1, m), [w[m] for w in weights]
+            found.append(of_one(*own, sizes, *masks, *rest[len(masks) :], **loop))
+        dims = tokens, 1, 1, tokens + 1, tokens + 1
+        return tuple(joined(p, d) for p, d in zip(zip(*found, strict=True), dims, strict=True))
+
+    return of_all
+
+
+@_of_ensembles
 def forward(
     x: Tensor,
     hx: Tensor | None,

@@ -1,19 +1,31 @@
-"""What the single-step cells share: torch.nn's code, and plain PyTorch under torch.func."""
+"""What the single-step cells share: torch.nn's operators, and plain PyTorch under torch.func."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
 from torch.nn.functional import linear
 
 from fusedrnn.drop_in import DropIn
 from fusedrnn.reference import STEPS
 
+# By the name of the class, for RNNCell by its nonlinearity.
+_OPERATORS: dict[str, Any] = {
+    "tanh": _VF.rnn_tanh_cell,
+    "relu": _VF.rnn_relu_cell,
+    "GRUCell": _VF.gru_cell,
+    "LSTMCell": _VF.lstm_cell,
+}
+
+
+def _is_batch(state: Any) -> bool:
+    return isinstance(state, Tensor) and state.dim() == 2
+
 
 class SingleStep(DropIn):
-    """A cell: torch.nn's own code under our name.
+    """A cell: torch.nn's operators under our name.
 
     torch.nn's operators write gates in place, which torch.func.vmap does not take. Under torch.func
     the step is made of operators that it takes.
@@ -30,11 +42,39 @@ class SingleStep(DropIn):
     def forward(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self._is_leaf(input):
-            return self._record(input, hx)
         if torch._C._are_functorch_transforms_active():
             return self._transformed(input, hx)
+        if type(input) is Tensor:
+            found = self._plain(input, hx)
+            if found is not None:
+                return found
+        elif self._is_leaf(input):
+            return self._record(input, hx)
         return super().forward(input, hx)
+
+    def _plain(self, input: Tensor, hx: Any) -> Any:
+        """torch.nn's operator for a batch in eager mode; None of other calls.
+
+        What torch.nn's forward does, sooner: it finds weights by Module.__getattr__.
+        """
+        name = type(self).__name__
+        operator = _OPERATORS.get(self.nonlinearity if name == "RNNCell" else name)
+        if operator is None or input.dim() != 2 or torch.compiler.is_compiling():
+            return None
+        found = self._parameters
+        try:
+            weights = found["weight_ih"], found["weight_hh"], found["bias_ih"], found["bias_hh"]
+        except KeyError:  # parametrized
+            return None
+        lstm = name == "LSTMCell"
+        if hx is None:
+            zeros = torch.zeros(
+                input.size(0), self.hidden_size, dtype=input.dtype, device=input.device
+            )
+            hx = (zeros, zeros) if lstm else zeros
+        elif not (_is_batch(hx[0]) and _is_batch(hx[1]) if lstm else _is_batch(hx)):
+            return None
+        return operator(input, hx, *weights)
 
     def _transformed(self, input: Tensor, hx: Any) -> Any:
         name, lstm = self._get_name(), self._get_name() == "LSTMCell"

@@ -1,100 +1,145 @@
-"""The batching rules of tangents.py's ops, as batching.py's: members are folded into the batch."""
+"""The batching rules of tangents.py's ops, as batching.py's: members are folded into the batch.
+
+Where weights, or their tangents, differ between members, the op runs once for each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedrnn import ops, tangents
-from fusedrnn.batching import Dims, _each, _fold, _fold_call, _has_members, _unfold
+from fusedrnn import batching, ops, tangents
+from fusedrnn.batching import Dims
+
+_DIRECTION = 4  # arguments: tangents of x, hx, cx and the weights
+_CALL = 4 + ops.NON_DIFFERENTIABLE + 1 + len(ops.Config._fields)  # arguments of ops.Call.of
 
 
-class _Folding:
-    """Of all members' calls into one, where weights, and tangents of these, are shared."""
+def _each(op: Callable, members: int, dims: Dims, arguments: Any, made: int) -> tuple[Any, Any]:
+    """Runs `op` for every member, and stacks the results. y and the reserve are at `made`."""
 
-    def __init__(self, members: int, call: ops.Call, dims: Dims) -> None:
-        self.members = members
-        self.results = call.result_row_dims()[:3]
-        self.states = call.row_dims()[:3]
-        self.call = _fold_call(call, dims, members)
+    def of(m: int, t: Any, dim: Any) -> Any:
+        if isinstance(dim, list):
+            return [of(m, one, d) for one, d in zip(t, dim, strict=True)]
+        return t if dim is None else t.select(dim, m)
 
-    def rows(self, tensors: Any, dims: Dims, rows: Any) -> list[Tensor | None]:
-        each = zip(tensors, dims, rows, strict=True)
-        return [_fold(t, dim, row, self.members) for t, dim, row in each]
+    def result(m: int) -> Any:
+        own = [of(m, t, dim) for t, dim in zip(arguments, dims, strict=True)]
+        if dims[made + 1] is not None:
+            # No part of the reserve that forward made of all members is that of one.
+            own[made], _, _, own[made + 1], *_ = ops.forward(*own[-_CALL:], True)
+        return op(*own)
 
-    def made(self, tensors: Any, dims: Dims) -> list[Any]:
-        """y and the reserve, or their tangents, as the ops lay them out; `dims`: not None."""
-        return [
-            t.contiguous() for t in self.rows(tensors, dims, (self.results[0], 0)) if t is not None
-        ]
+    results = [result(m) for m in range(members)]
 
-    def of_forward(self, tensors: Any, dims: Dims) -> list[Tensor]:
-        """y and the reserve of the folded call."""
-        if None not in dims:
-            return self.made(tensors, dims)
-        # A reserve of one member's rows is no part of that of all rows.
-        y, _, _, reserve, *_ = ops.forward(*self.call.arguments(), True)
-        return [y, reserve]
+    def stacked(parts: tuple) -> Any:
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts)
+        return [stacked(each) for each in zip(*parts, strict=True)]
 
-    def unfolded(self, results: Any, rows: Any) -> tuple[list, list]:
-        pairs = [_unfold(t, row, self.members) for t, row in zip(results, rows, strict=True)]
+    found = tuple(stacked(each) for each in zip(*results, strict=True))
+    return found, tuple([0] * len(t) if isinstance(t, list) else 0 for t in found)
+
+
+class _Fold(batching._Fold):
+    """Folds `arguments` of a call, of which `dims` says what is batched."""
+
+    def __init__(self, arguments: Any, dims: Dims, members: int) -> None:
+        call = ops.Call.of(*arguments)
+        super().__init__(call, ops.Call.of(*dims).tensors, members)
+        self.of_results, self.of_states = call.result_row_dims()[:3], call.row_dims()[:3]
+        self.config, self.folded = ops.Config(*call.constants[1:]), self.call()
+
+    def all_rows(self, tensors: Any, dims: Dims, rows: Any) -> list[Tensor | None]:
+        return [self.rows(*each) for each in zip(tensors, dims, rows, strict=True)]
+
+    def direction(self, arguments: Any, dims: Dims) -> tuple:
+        *states, dweights = arguments
+        return (*self.all_rows(states, dims[:3], self.of_states), dweights)
+
+    def made(self, tensors: Any, dims: Dims) -> tuple[Tensor, Tensor] | None:
+        """y and the reserve as the op lays them out, or their tangents; None where an outer rule's
+        members are not apart in them.
+        """
+        y, reserve = tensors
+        if dims[0] is not None and dims[1] is not None:
+            y = self.rows(y, dims[0], self.of_results[0])
+            reserve = self.rows(reserve, dims[1], 0)
+            return y.contiguous(), reserve.contiguous()
+        if batching._is_batched(reserve) or dims[0] is not None or dims[1] is not None:
+            return None
+        none = y.new_empty(0)
+        repeated = self.repeated(
+            (y, reserve, none, none), (self.of_results[0], *[0] * 4), self.config
+        )
+        return repeated[0], repeated[1]
+
+    def of_forward(self, tensors: Any, dims: Dims) -> tuple[Tensor, Tensor]:
+        made = self.made(tensors, dims)
+        if made is None:
+            y, _, _, reserve, *_ = ops.forward(*self.folded.arguments(), True)
+            return y, reserve
+        return made
+
+    def unfolded_all(self, results: Any, rows: Any) -> tuple[list, list]:
+        pairs = [self.unfolded(t, row) for t, row in zip(results, rows, strict=True)]
         return [t for t, _ in pairs], [d for _, d in pairs]
 
 
-def _forward_tangent(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    members = info.batch_size
-    (*states, dweights, y, reserve, save), call = arguments[:7], ops.Call.of(*arguments[7:])
-    (*state_dims, weight_dims, of_y, of_reserve, _) = in_dims[:7]
-    dims = ops.Call.of(*in_dims[7:]).tensors
-    if _has_members(dims) or any(d is not None for d in weight_dims):
-        return _each(tangents.forward_tangent, members, in_dims, arguments)
-    fold = _Folding(members, call, dims)
+def _weights_differ(call_dims: Dims, direction_dims: Dims) -> bool:
+    of_weights = ops.Call.of(*call_dims).tensors[ops.FIRST_WEIGHT :]
+    return any(d is not None for d in (*of_weights, *(direction_dims[3] or ())))
+
+
+def _forward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
+    members, first = info.batch_size, _DIRECTION + 3  # after the direction y, reserve, save
+    if _weights_differ(dims[first:], dims[:_DIRECTION]):
+        return _each(tangents.forward_tangent, members, dims, arguments, _DIRECTION)
+    fold = _Fold(arguments[first:], dims[first:], members)
+    made, of_made = arguments[_DIRECTION : first - 1], dims[_DIRECTION : first - 1]
     results = tangents.forward_tangent(
-        *fold.rows(states, state_dims, fold.states),
-        dweights,
-        *fold.of_forward((y, reserve), (of_y, of_reserve)),
-        save,
-        *fold.call.arguments(),
+        *fold.direction(arguments[:_DIRECTION], dims),
+        *fold.of_forward(made, of_made),
+        arguments[first - 1],
+        *fold.folded.arguments(),
     )
-    found, of_found = fold.unfolded(results, (*fold.results, 0))
+    found, of_found = fold.unfolded_all(results, (*fold.of_results, 0))
     return tuple(found), tuple(of_found)
 
 
-def _backward_tangent(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
+def _backward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
     members, grads = info.batch_size, 2 * tangents.STATES
-    (*states, dweights), made = arguments[grads : grads + 4], arguments[grads + 4 : grads + 8]
-    needs, before = arguments[grads + 8 : grads + 10]
-    call, dims = ops.Call.of(*arguments[grads + 10 :]), ops.Call.of(*in_dims[grads + 10 :]).tensors
-    (*state_dims, weight_dims), made_dims = in_dims[grads : grads + 4], in_dims[grads + 4 :]
-    if _has_members(dims) or any(d is not None for d in weight_dims):
-        return _each(tangents.backward_tangent, members, in_dims, arguments)
-    fold = _Folding(members, call, dims)
-    direction = (*fold.rows(states, state_dims, fold.states), dweights)
-    values, call_arguments = fold.of_forward(made[:2], made_dims[:2]), fold.call.arguments()
-    if None in made_dims[2:4]:
-        dy, _, _, dreserve = tangents.forward_tangent(*direction, *values, True, *call_arguments)
-    else:
-        dy, dreserve = fold.made(made[2:], made_dims[2:4])
-    *gradients, of_weights = tangents.backward_tangent(
-        *fold.rows(arguments[:grads], in_dims[:grads], 2 * fold.results),
-        *direction,
-        *values,
-        dy,
-        dreserve,
-        needs,
-        max(before, 1) * members,
-        *call_arguments,
+    made = grads + _DIRECTION  # y, reserve, and the tangents of both
+    needs, before = arguments[made + 4 : made + 6]
+    first = made + 6
+    if _weights_differ(dims[first:], dims[grads:made]):
+        return _each(tangents.backward_tangent, members, dims, arguments, made)
+    fold = _Fold(arguments[first:], dims[first:], members)
+    call = fold.folded.arguments()
+    direction = fold.direction(arguments[grads:made], dims[grads:made])
+    values = fold.of_forward(arguments[made : made + 2], dims[made : made + 2])
+    of_values = fold.made(arguments[made + 2 : made + 4], dims[made + 2 : made + 4])
+    if of_values is None:
+        dy, _, _, dreserve = tangents.forward_tangent(*direction, *values, True, *call)
+        of_values = dy, dreserve
+    given = fold.all_rows(arguments[:grads], dims[:grads], 2 * fold.of_results)
+    *states, dweights = tangents.backward_tangent(
+        *given, *direction, *values, *of_values, needs, fold.groups(before), *call
     )
-    found, of_found = fold.unfolded(gradients, fold.states)
-    weights, of_each = [], []
-    for gradient, needed in zip(of_weights, needs[3:], strict=True):
-        weights.append(gradient.unflatten(0, (before, members)) if needed and before else gradient)
-        of_each.append((1 if before else 0) if needed else None)
-    return (*found, weights), (*of_found, of_each)
+    found, of_found = fold.unfolded_all(states, fold.of_states)
+    pairs = [fold.gradient(g, n, before) for g, n in zip(dweights, needs[3:], strict=True)]
+    return (*found, [g for g, _ in pairs]), (*of_found, [d for _, d in pairs])
 
 
 def register() -> None:
-    torch.library.register_vmap("fusedrnn::forward_tangent", _forward_tangent)
-    torch.library.register_vmap("fusedrnn::backward_tangent", _backward_tangent)
+    rules = (
+        (tangents.forward_tangent, _forward_tangent),
+        (tangents.backward_tangent, _backward_tangent),
+    )
+    for op, rule in rules:
+        name = op.name().removesuffix(".default")
+        kernel = batching._at_level(op, rule)
+        batching._library.impl(name, kernel, "FuncTorchBatched", with_keyset=True)

@@ -20,10 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as _C_functorch
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from fusedrnn import derivatives, ops  # ops imports this module, and is used in functions only
+from fusedrnn import (
+    batched_gradients,
+    derivatives,
+    ops,
+)  # ops imports this module, and is used in functions only
 
 forward_tangent = torch.ops.fusedrnn.forward_tangent.default
 backward_tangent = torch.ops.fusedrnn.backward_tangent.default
@@ -45,7 +50,28 @@ def has_kernels(call: ops.Call) -> bool:
         and not config.all_states
         and not config.layer_norm
         and h_mask is None
-        and not any(t is not None and _C_functorch.is_legacy_batchedtensor(t) for t in call.tensors)
+        and not call.stacked
+        and not batched_gradients.are_batched(call.tensors)
+    )
+
+
+def take_transformed(call: ops.Call) -> bool:
+    """has_kernels of a call in forward mode under torch.func, at every level of it.
+
+    Weights that a vmap inside of a jvp batches arrive stacked there.
+    """
+    key = torch._C._functorch.TransformType.Jvp
+    jvps = [i.level() for i in retrieve_all_functorch_interpreters() if i.key() == key]
+
+    def batched_inside(t: Any) -> bool:
+        while _functorch.is_functorch_wrapped_tensor(t):
+            if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) > min(jvps):
+                return True
+            t = _functorch.get_unwrapped(t)
+        return False
+
+    return has_kernels(call) and not (
+        jvps and any(map(batched_inside, call.tensors[ops.FIRST_WEIGHT :]))
     )
 
 

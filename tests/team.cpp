@@ -1,4 +1,4 @@
-// Teams of threads as csrc/cpu/run/tasks.h uses them, for ThreadSanitizer.
+// Teams of threads as csrc/cpu/run/tasks.h uses them, for ThreadSanitizer, and the clock of loops.
 #include "cpu/run/team.h"
 
 #include <chrono>
@@ -6,6 +6,8 @@
 #include <cstring>
 #include <thread>
 #include <vector>
+
+#include "cpu/run/taken_core.h"
 
 namespace {
 
@@ -54,7 +56,32 @@ long run(int64_t calls, int64_t places, int64_t all, int64_t patience) {
   return work.wrong ? -1 : work.began;
 }
 
+// Whether a core counts as taken after a loop in which one thread takes `share` for its share and
+// another `loop`.
+bool taken_after(std::chrono::microseconds share, std::chrono::microseconds loop) {
+  fusedrnn::LoopClock clock;
+  std::thread other([&] {
+    std::this_thread::sleep_for(loop);
+    clock.share_took(loop);
+  });
+  clock.share_took(share);
+  other.join();
+  clock.loop_ended();
+  return fusedrnn::is_core_taken();
+}
+
 bool passes(const char* what) {
+  using std::chrono::microseconds, std::chrono::milliseconds;
+  if (!std::strcmp(what, "long shares")) return !taken_after(milliseconds(60), milliseconds(80));
+  if (!std::strcmp(what, "taken")) {  // for fifty times as long as the loop waited
+    if (fusedrnn::is_core_taken() || !taken_after(microseconds(20), milliseconds(4))) return false;
+    std::this_thread::sleep_for(milliseconds(1100));
+    return !fusedrnn::is_core_taken();
+  }
+  if (!std::strcmp(what, "short wait")) {
+    fusedrnn::LoopClock::note(microseconds(20), microseconds(300));
+    return !fusedrnn::is_core_taken();
+  }
   if (!std::strcmp(what, "all")) {
     for (int64_t n : {1, 2, 3, 7, 16})
       if (run(n, 1, n, kLong) != n) return false;

@@ -264,6 +264,67 @@ def test_only_gradients_are_batched(cell):
         close(b, a)
 
 
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("kind", ["padded", "packed", "all states", "zoneout", "normalised"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm-proj"])
+def test_batched_gradients(cell, kind):
+    """One backward, which repeats what forward has saved."""
+    module = make(cell)
+    options = {"zoneout": 0.3} if kind == "zoneout" else {}
+    if kind == "normalised" and cell != "rnn":
+        options = {"layer_norm": True}
+    module = type(module)(3, 4, num_layers=2, bidirectional=True, dropout=0.5, **options).double()
+    x = torch.randn(8, 3).double() if kind == "packed" else torch.randn(4, 3, 3).double()
+    x.requires_grad_()
+    given = PackedSequence(x, torch.tensor([3, 2, 2, 1])) if kind == "packed" else x
+    hx = states_of(module, 1)
+    hx = tuple(h[0] for h in hx) if type(hx) is tuple else hx[0]
+    outputs = module(given, hx, return_all=kind == "all states")
+    outputs = [t for t in flat(outputs) if t.requires_grad]
+    grads = [torch.randn(3, *t.shape, dtype=torch.float64) for t in outputs]
+    wanted = [x, *module.parameters()]
+    found = torch.autograd.grad(outputs, wanted, grads, is_grads_batched=True, retain_graph=True)
+    for m in range(3):
+        own = [g[m] for g in grads]
+        expected = torch.autograd.grad(outputs, wanted, own, retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            close(a[m], b)
+
+
+def test_batched_gradients_are_differentiable():
+    """And the older vmap nests: its levels are folded one after the other."""
+    from torch._vmap_internals import _vmap
+
+    module = make("lstm", num_layers=1)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = module(x)
+    forms = torch.randn(2, 4, *y.shape, dtype=torch.float64)
+
+    def pull(form, graph):
+        return torch.autograd.grad(y, x, form, retain_graph=True, create_graph=graph)[0]
+
+    nested = _vmap(_vmap(lambda form: pull(form, False)))(forms)
+    first = torch.autograd.grad(
+        y, x, forms[0], is_grads_batched=True, create_graph=True, retain_graph=True
+    )[0]
+    (second,) = torch.autograd.grad(first.sin().sum(), x, retain_graph=True)
+    each = torch.stack([pull(form, True) for form in forms[0]])
+    close(first, each)
+    close(second, torch.autograd.grad(each.sin().sum(), x, retain_graph=True)[0])
+    for i in range(2):
+        for j in range(4):
+            close(nested[i, j], pull(forms[i, j], False))
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_only_gradients_are_batched_inside_of_batches():
+    """A reserve of an outer rule cannot be repeated: forward runs again."""
+    module, x = make("gru"), torch.randn(3, 4, 2, 3, dtype=torch.float64)
+    found = vmap(jacrev(lambda x: module(x)[0]))(x)
+    for m in range(3):
+        close(found[m], torch.autograd.functional.jacobian(lambda x: module(x)[0], x[m]))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_reverse_over_reverse(cell):
     """Of losses of each sample too, whose gradients of weights are sums over a sample's rows."""

@@ -116,6 +116,37 @@ def test_a_plan_covers_the_batch(machine, dtype, hidden, layers, batch, steps, t
     assert members == 1 or few or members**2 * 2**12 <= 3 * hidden * hidden
 
 
+@pytest.mark.parametrize(
+    ("members", "threads", "of_each", "tasks", "rows"),
+    [
+        (8, 2, 32, 8, 32),  # a thread takes whole members
+        (2, 8, 32, 8, 8),  # four threads share the rows of each
+        (3, 2, 5, 3, 5),
+        (4, 1, 100, 16, 25),  # no more rows than states stay in L2
+    ],
+)
+def test_rows_of_an_ensemble(members, threads, of_each, tasks, rows):
+    """Each member is planned as it is alone, with its share of the threads."""
+    machine, problem = make_machine(threads=threads), make_problem("GRU", 64, 256)
+    request = make_request(35, members * of_each, ensemble=members)
+    plan = bindings.plan_cpu(problem, request, machine)
+    assert (plan.threads, plan.tasks, plan.rows_per_task) == (threads, tasks, rows)
+    share = make_machine(threads=max(1, threads // members))
+    alone = bindings.plan_cpu(problem, make_request(35, of_each), share)
+    assert (alone.variant, alone.tasks * members) == (plan.variant, tasks)
+    said = bindings.describe_cpu(plan, problem, request, machine)
+    assert f"{members * of_each} batch rows of {members} members in {tasks} tasks" in said
+
+
+def test_small_members_share_the_work_that_wakes_threads():
+    problem, machine = make_problem("RNN_TANH", 8, 16), make_machine(threads=4)
+    used = {n: bindings.plan_cpu(problem, make_request(35, n, ensemble=n), machine).threads
+            for n in (1, 64, 256)}  # fmt: skip
+    assert used == {1: 1, 64: 1, 256: 4}
+    steps = bindings.plan_cpu(make_problem("GRU", 64, 256), make_request(1, 8, ensemble=8), machine)
+    assert (steps.unpacked, steps.threads) == (True, 4)
+
+
 # Which calls read weights unpacked: an LSTM of 256 units has 2 MB of weights, of 512 units 8 MB.
 @pytest.mark.parametrize(
     ("hidden", "steps", "batch", "more", "expected"),

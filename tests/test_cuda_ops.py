@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import test_batching
+import test_ensembles
 import test_numbers
 import test_one_hot
 import test_ops
@@ -144,6 +145,25 @@ def test_members(cell, kind):
         *_, expected = ops.backward(*test_batching.of_rows(full, m, 2).values())
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a[m], b)
+
+
+@pytest.mark.usefixtures("filled", "stepwise")
+def test_rows_of_the_input_may_lie_apart():
+    """Every other row of a tensor, with lengths, whose gradients of weights read it."""
+    full = test_ops.backward_arguments(cell="gru", kind="lengths")
+    apart = full["x"].repeat_interleave(2, 1)[:, ::2]
+    *states, dweights = ops.backward(*full.values())
+    *again, others = ops.backward(*(full | {"x": apart}).values())
+    for a, b in zip((*states, *dweights), (*again, *others), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("filled", "stepwise")
+@pytest.mark.parametrize("call", test_ensembles.SHARED)
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_stacked_weights(cell, call):
+    """One after the other inside the op, whatever the backend."""
+    test_ensembles.check_ops(cell, test_ensembles.SHARED[call], test_ops.CALLS[call])
 
 
 @pytest.mark.usefixtures("filled")

@@ -531,14 +531,14 @@ def test_the_error_of_a_hook_on_saved_tensors():
 )
 def test_functions_of_the_binary_take_named_arguments(positional, named, message):
     with pytest.raises(TypeError, match=message):
-        fusedrnn._C.reserve_bytes(*positional, **named)
+        fusedrnn._C.reserve_rows(*positional, **named)
 
 
 def test_names_that_the_binary_does_not_know():
     config = {"hidden_size": 5, "proj_size": 0, "num_layers": 1, "bidirectional": False}
     config |= {"zoneout": False, "all_states": False, "layer_norm": False}
-    assert fusedrnn._C.reserve_bytes(mode="LSTM", dtype="float32", **config) > 0
+    assert fusedrnn._C.reserve_rows(mode="LSTM", dtype="float32", **config)
     with pytest.raises(RuntimeError, match="int8"):
-        fusedrnn._C.reserve_bytes(mode="LSTM", dtype="int8", **config)
+        fusedrnn._C.reserve_rows(mode="LSTM", dtype="int8", **config)
     with pytest.raises(RuntimeError, match="LSTN"):
-        fusedrnn._C.reserve_bytes(mode="LSTN", dtype="float32", **config)
+        fusedrnn._C.reserve_rows(mode="LSTN", dtype="float32", **config)

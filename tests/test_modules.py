@@ -448,6 +448,25 @@ def test_single_step_cells(name, bias):
             assert_same_numbers(*reversed(grads))
 
 
+@pytest.mark.parametrize("name", SINGLE_STEPS)
+def test_single_step_cells_find_their_weights(name):
+    """Parametrized, in another order than they were made in, or replaced by plain tensors."""
+    plain, x = getattr(nn, name)(3, 5), torch.randn(2, 3)
+    fused = fusedrnn.swap(copy.deepcopy(plain)).model
+    for cell in (plain, fused):
+        parametrizations.weight_norm(cell, "weight_ih")
+    assert_same_numbers(fused(x), plain(x))
+    for cell in (plain, fused):
+        parametrize.remove_parametrizations(cell, "weight_ih")
+    assert next(iter(fused._parameters)) != "weight_ih"
+    assert_same_numbers(fused(x), plain(x))
+    for cell in (plain, fused):
+        bias = cell.bias_hh.detach() + 1
+        del cell.bias_hh
+        cell.bias_hh = bias
+    assert_same_numbers(fused(x), plain(x))
+
+
 def test_relu_cell():
     plain = nn.RNNCell(3, 4, nonlinearity="relu")
     fused = fusedrnn.RNNCell(3, 4, nonlinearity="relu")

@@ -14,7 +14,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 
-SOURCES = [ROOT / "tests/team.cpp", ROOT / "csrc/cpu/run/team.cpp"]
+SOURCES = [
+    ROOT / "tests/team.cpp",
+    *(ROOT / f"csrc/cpu/run/{n}.cpp" for n in ("team", "taken_core")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,12 @@ def program(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("what", ["all", "some", "serial", "absent", "late", "grouped"])
 def test_meeting(program, what):
     """Under ThreadSanitizer; each returns 0 if every member saw what the others had written."""
+    subprocess.run([program, what], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("what", ["taken", "long shares", "short wait"])
+def test_a_core_that_is_taken(program, what):
+    """A thread works alone for a while after a wait as long as a turn of the scheduler."""
     subprocess.run([program, what], check=True, timeout=120)
 
 

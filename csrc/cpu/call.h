@@ -119,11 +119,11 @@ struct BackwardTangent {
 // One step of a layer and direction without packed weights (pass/forward_unpacked.h), for the first
 // `rows` rows in Sequence::order.
 struct UnpackedStep {
-  int64_t layer, dir, t, rows;
-  bool descending;       // the order of units
-  void *h_prev, *h, *c;  // compute type [batch, hidden], rows in Sequence::order
-  // The products of W_hh where unpacked_recurrent computes them, [vectors of units][gates][batch]
-  // whole vectors; null: the step does.
+  int64_t layer, dir, t, rows, all_rows;  // all_rows: at any time
+  bool descending;                        // the order of units
+  void *h_prev, *h, *c;  // compute type [all_rows, hidden], rows in Sequence::order
+  // The products of W_hh where unpacked_recurrent computes them, [vectors of
+  // units][gates][all_rows] whole vectors; null: the step does.
   void* recurrent;
 };
 

@@ -162,7 +162,7 @@ void unpacked_begin_of(const Forward& a, const UnpackedStep& step) {
   with_dtype(a.problem.dtype, [&](auto s) {
     using S = decltype(s);
     using C = Compute<S>;
-    read_states<S>(a, step.layer, step.dir, 0, a.seq.batch, static_cast<C*>(step.h_prev),
+    read_states<S>(a, step.layer, step.dir, 0, step.all_rows, static_cast<C*>(step.h_prev),
                    a.problem.hidden_size, static_cast<C*>(step.c));
   });
 }
@@ -182,7 +182,7 @@ void unpacked_end_of(const Forward& a, const UnpackedStep& step) {
   with_dtype(a.problem.dtype, [&](auto s) {
     using S = decltype(s);
     using C = Compute<S>;
-    write_states<S>(a, step.layer, step.dir, 0, a.seq.batch, static_cast<const C*>(step.h_prev),
+    write_states<S>(a, step.layer, step.dir, 0, step.all_rows, static_cast<const C*>(step.h_prev),
                     a.problem.hidden_size, static_cast<const C*>(step.c));
   });
 }

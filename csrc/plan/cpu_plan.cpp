@@ -110,7 +110,7 @@ int64_t unpacked_threads(const Problem& p, const CpuCosts& costs, const CpuReque
                      !p.all_states && !p.layer_norm &&
                      (r.backward || (!r.resets && !r.recurrent_dropout));
   if (!plain || r.tokens > most_tokens) return 0;
-  return std::max<int64_t>(1, std::min(weights / kBytesOfThread, m.threads));
+  return std::max<int64_t>(1, std::min(r.ensemble * weights / kBytesOfThread, m.threads));
 }
 
 // With few rows a step takes about as long with W_hh unpacked, and packing it as long as some
@@ -152,7 +152,8 @@ int64_t threads_for(const Problem& p, const CpuRequest& r, const CpuMachine& m) 
   for (int64_t layer = 0; layer < p.num_layers; layer++)
     per_token +=
         p.num_directions * p.gate_rows() * (p.product_input(layer) + p.out_size() + kWorkOfGate);
-  return std::min(m.threads, std::max<int64_t>(1, r.tokens * per_token / kWorkOfThread));
+  return std::min(m.threads,
+                  std::max<int64_t>(1, r.ensemble * r.tokens * per_token / kWorkOfThread));
 }
 
 // Rows of a task at most: as many as keep their states and gates in L2. More of them share what a
@@ -186,26 +187,30 @@ int64_t members_for(const Problem& p, const CpuCosts& costs, const CpuRequest& r
          std::max({int64_t(1), threads * kL2Bytes / 2 / weights, divide_up(r.batch, most_rows)});
 }
 
-// Each thread, or team, has a share of the batch. One of more rows than a task may have is cut into
+// Each thread, or team, has a share of the batch, or its share of the weights of an ensemble has
+// one of their rows. A share of more rows than a task may have is cut into
 // equal tasks, and none has fewer rows than the kernels multiply at once.
 void divide_rows(const Problem& p, const CpuCosts& costs, const CpuRequest& r, const CpuMachine& m,
                  CpuPlan* plan) {
   plan->threads = threads_for(p, r, m);
-  plan->rows_per_task = 1, plan->tasks = 0, plan->members = 1;
+  plan->rows_per_task = 1, plan->tasks = 0, plan->members = 1, plan->ensemble = r.ensemble;
   if (r.batch == 0) return;
+  const int64_t threads = std::max<int64_t>(1, plan->threads / r.ensemble);
   const int64_t most = most_rows(p, costs, r.backward, plan->pass.product);
-  plan->members = members_for(p, costs, r, plan->threads, m.all_threads, most);
+  plan->members = members_for(p, costs, r, threads, m.all_threads, most);
   const int64_t least =
       m.all_threads || plan->members > 1 ? 1 : std::min(r.batch, costs.least_rows);
-  const int64_t share = std::max(divide_up(r.batch, plan->threads / plan->members), least);
+  const int64_t share = std::max(divide_up(r.batch, threads / plan->members), least);
   plan->rows_per_task = divide_up(share, divide_up(share, most));
-  plan->tasks = divide_up(r.batch, plan->rows_per_task);
+  plan->tasks = r.ensemble * divide_up(r.batch, plan->rows_per_task);
 }
 
 }  // namespace
 
-CpuPlan plan_cpu(const Problem& p, const CpuRequest& r, const CpuMachine& m) {
+CpuPlan plan_cpu(const Problem& p, const CpuRequest& all, const CpuMachine& m) {
   CpuPlan plan{};
+  CpuRequest r = all;  // of each weights of an ensemble
+  r.batch /= r.ensemble, r.tokens /= r.ensemble;
   if (p.stored == Stored::kPlain)
     plan.variant = choose_variant(p, r, m);
   else
@@ -238,7 +243,8 @@ std::string count(int64_t n, const char* noun) {
 }
 
 std::string rows_in_words(const CpuPlan& plan, const CpuRequest& r) {
-  std::string text = count(r.batch, "batch row") + " in " + count(plan.tasks, "task") +
+  const std::string of = r.ensemble > 1 ? " of " + count(r.ensemble, "member") : "";
+  std::string text = count(r.batch, "batch row") + of + " in " + count(plan.tasks, "task") +
                      " of up to " + count(plan.rows_per_task, "row") + ", each through all " +
                      (r.backward ? "steps of a layer" : "layers and steps") + " by ";
   if (plan.members == 1) return text + "one thread";
@@ -291,7 +297,9 @@ std::string describe(const CpuPlan& plan, const Problem& p, const CpuRequest& r,
   const bool by_units = plan.unpacked && !r.backward;
   std::string text = std::string(variant.name) + ", " + std::to_string(plan.threads) + " of " +
                      count(m.threads, "thread") + ": ";
-  text += by_units ? "hidden units divided among threads" : rows_in_words(plan, r);
+  text += !by_units        ? rows_in_words(plan, r)
+          : r.ensemble > 1 ? count(r.ensemble, "member") + " divided among threads"
+                           : "hidden units divided among threads";
   text += weights_in_words(plan, r.backward) + (by_units ? "" : idle_in_words(plan, m));
   return text + products_in_words(plan, p, variant.costs[int(p.dtype)]);
 }

@@ -31,19 +31,29 @@ struct CpuRequest {
   int64_t longest;  // steps of the longest row
   bool resets, recurrent_dropout;
   bool tangent = false;  // the derivative of the pass in one direction
+  // Weights that differ: each has its own rows, as many as the others. What is said of the batch
+  // and its tokens is said of all.
+  int64_t ensemble = 1;
 };
 
 struct CpuPlan {
   int variant;      // of CpuMachine::variants
   int64_t threads;  // that the call uses
   // All weights are read unpacked: of few tokens packing them takes longer than multiplying.
-  // Forward then divides hidden units among threads, all else rows of the batch.
+  // Forward then divides hidden units among threads, or whole weights of an ensemble; all else
+  // rows of the batch.
   bool unpacked;
   bool recurrent_first;  // then: the products of all initial states come before the first step
   CpuPass pass;          // what the kernels are told
   // Forward in general, and backward: a task takes so many rows of the batch through all layers
-  // and steps. Its members, a team of threads if more than one, divide the hidden units.
+  // and steps. Its members, a team of threads if more than one, divide the hidden units. No task
+  // has rows of two weights of an ensemble, all of which have as many tasks.
   int64_t rows_per_task, tasks, members;
+  int64_t ensemble;
+
+  // Whether a thread packs the weights of a member and computes all its rows, and has threads
+  // enough to wait for none.
+  bool by_weights() const { return ensemble > 1 && ensemble >= threads && tasks == ensemble; }
 };
 
 CpuPlan plan_cpu(const Problem&, const CpuRequest&, const CpuMachine&);

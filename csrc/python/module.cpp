@@ -69,11 +69,23 @@ Problem problem_of(const NamedArguments& a) {
   return p;
 }
 
-PyObject* reserve_bytes(const NamedArguments& a) {
+PyObject* reserve_rows(const NamedArguments& a) {
   Problem p = problem_of(a);
   p.zoneout = a.flag("zoneout"), p.all_states = a.flag("all_states");
   p.layer_norm = a.flag("layer_norm");
-  return PyLong_FromLongLong(Reserve(p).bytes_per_token());
+  const Reserve reserve(p);
+  PyObject* list = PyList_New(0);
+  auto add = [&](int64_t count, int64_t row) {
+    for (int64_t i = 0; list && i < count; i++) {
+      PyObject* number = PyLong_FromLongLong(row);
+      if (!number || PyList_Append(list, number) < 0) Py_CLEAR(list);
+      Py_XDECREF(number);
+    }
+  };
+  const int64_t stack = reserve.layers * reserve.directions;
+  add(stack, reserve.cell_row), add(stack, reserve.scales_row), add(stack, reserve.slots_row);
+  add(reserve.layers - 1, reserve.output_row);
+  return list;
 }
 
 DeviceSpec device_of(const NamedArguments& a) {
@@ -208,7 +220,9 @@ PyObject* cuda_archs(PyObject*, PyObject*) { return PyUnicode_FromString(library
 
 // fusedrnn/_C.pyi has their arguments and results.
 PyMethodDef methods[] = {
-    by_name<reserve_bytes>("reserve_bytes", "bytes per token that forward leaves for backward"),
+    by_name<reserve_rows>(
+        "reserve_rows",
+        "the arrays that forward leaves for backward, in order: bytes of each per token"),
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},

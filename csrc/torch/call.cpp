@@ -36,10 +36,11 @@ std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
   return std::vector<int64_t>(values, values + host.numel());
 }
 
-Call::Call(const Inputs& in, const Config& config)
+Call::Call(const Inputs& in, const Config& config, Weighted weighted)
     : x(in.x),
       like(typed(in.x, in.weights, stored_of(config.stored))),
-      problem(problem_of(config, in.regularisers, in.x, like, in.weights)) {
+      problem(problem_of(config, in.regularisers, in.x, like, in.weights)),
+      ensemble(stacked(in.weights) ? in.weights[0].size(0) : 1) {
   const Problem& p = problem;
   const bool one_hot = p.one_hot;
   if (one_hot) {
@@ -64,6 +65,11 @@ Call::Call(const Inputs& in, const Config& config)
       lengths = in.lengths;
     }
   }
+
+  FUSEDRNN_EXPECT(!stacked(in.weights) || weighted == Weighted::kStackedToo,
+                  "fusedrnn: this op takes no stacked weights");
+  FUSEDRNN_EXPECT(ensemble > 0 && batch % ensemble == 0, "fusedrnn: expected weights of an ",
+                  "ensemble that divides ", batch, " rows, got ", ensemble);
 
   hx = as_contiguous(in.hx), cx = as_contiguous(in.cx), resets = as_contiguous(in.resets);
   if (hx) check_like("hx", *hx, like), check_shape("hx", *hx, {directions(), batch, p.out_size()});
@@ -142,12 +148,17 @@ std::vector<int64_t> Call::cs_sizes() const {
   return sizes;
 }
 
-Weights Call::weights_of(int64_t layer, int64_t dir) const {
+Weights Call::weights_of(int64_t layer, int64_t dir, int64_t which) const {
   const Problem& p = problem;
   auto next = weights.begin() + p.weight_index(layer, dir, WeightKind(0));
   Weights w{};
+  auto take = [&] {
+    const Tensor& t = *next++;
+    const char* const all = static_cast<const char*>(t.const_data_ptr());
+    return all + which * (t.numel() / ensemble) * bytes(p.dtype);
+  };
 #define WEIGHT(kind, name, torch_name, present, rows, columns) \
-  if (present) w.name = next++->const_data_ptr();
+  if (present) w.name = take();
 #include "plan/weights.inc"
 #undef WEIGHT
   return w;
@@ -178,7 +189,9 @@ ForwardOutputs Call::outputs(Save save) const {
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
   Tensor reserve, hs = reserve, cs = reserve, cn = reserve;
   if (save != Save::kNothing) {
-    reserve = make_reserve(like, save == Save::kReserve ? tokens : 0, reserve_row);
+    const int64_t rows = save == Save::kReserve ? tokens : 0;
+    reserve = rows * reserve_row ? make_pooled(like, {rows, reserve_row}, ScalarType::Byte)
+                                 : empty({rows, reserve_row}, ScalarType::Byte);
     hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
   if (traits(p.cell).has_cell)
@@ -195,7 +208,7 @@ ForwardOutputs Call::outputs(Save save) const {
 
 GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
                                  const SavedForBackward& saved, const Wanted& wanted)
-    : members(std::max<int64_t>(wanted.members, 1)) {
+    : members(wanted.members ? wanted.members : call.ensemble) {
   const std::vector<bool>& needs = wanted.needs;
   const Problem& p = call.problem;
   const bool has_cell = traits(p.cell).has_cell;
@@ -207,6 +220,8 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   FUSEDRNN_EXPECT(wanted.members >= 0 && call.batch % members == 0,
                   "fusedrnn: expected members that divide ", call.batch, " rows, got ",
                   wanted.members);
+  FUSEDRNN_EXPECT(members % call.ensemble == 0, "fusedrnn: expected members of each of ",
+                  call.ensemble, " weights, got ", wanted.members);
   auto check_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                          ScalarType type) {
     check_shape(name, t, sizes);
@@ -247,9 +262,11 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   const int64_t layer_weights = p.num_directions * p.weights_per_direction();
   for (size_t i = 0; i < call.weights.size(); i++) {
     const auto of_weight = call.weights[i].sizes();
-    std::vector<int64_t> sizes{of_weight.begin(), of_weight.end()};
-    if (wanted.members) sizes.insert(sizes.begin(), members);
-    weights.push_back(result(needs[3 + i], sizes));
+    std::vector<int64_t> sizes{of_weight.begin() + stacked(call.weights), of_weight.end()};
+    if (wanted.members || stacked(call.weights)) sizes.insert(sizes.begin(), members);
+    // Of many members they are large, and live as long as what becomes of them.
+    weights.push_back(members > 1 && needs[3 + i] ? make_pooled(call.like, sizes, call.compute())
+                                                  : result(needs[3 + i], sizes));
     if (call.tokens == 0) torch::stable::zero_(weights.back());
     if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
   }

@@ -12,11 +12,14 @@ struct Call {
   Problem problem;
   OptionalTensor hx, cx, lengths, resets;
   RegulariserTensors regularisers;
-  std::vector<Tensor> weights;
+  std::vector<Tensor> weights;  // [ensemble, ...] where they are stacked
   int64_t steps, batch, tokens;
+  int64_t ensemble;  // weights that differ; row b of the batch has weights b % ensemble
   std::vector<int64_t> batch_sizes;  // of packed input: rows at each step
 
-  Call(const Inputs&, const Config&);
+  // A backend that does not say that it takes stacked weights gets none.
+  enum class Weighted { kAlike, kStackedToo };
+  Call(const Inputs&, const Config&, Weighted = Weighted::kAlike);
 
   bool packed() const { return !batch_sizes.empty(); }
   int64_t directions() const { return problem.num_layers * problem.num_directions; }
@@ -25,7 +28,7 @@ struct Call {
   ScalarType compute() const { return compute_type(problem.dtype); }
   std::vector<int64_t> token_sizes(int64_t width) const;
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType) const;
-  Weights weights_of(int64_t layer, int64_t dir) const;
+  Weights weights_of(int64_t layer, int64_t dir, int64_t which = 0) const;  // of the ensemble's
   // What dropout multiplies with where it keeps a value.
   double mask_scale() const {
     return regularisers.dropout < 1 ? 1 / (1 - regularisers.dropout) : 0;
@@ -46,7 +49,7 @@ struct GradientTensors {
   OptionalTensor y, hn, cn, hs, cs;  // given
   Tensor x, hx, cx;                  // to be written; empty where not wanted
   std::vector<Tensor> weights;       // with a leading dimension where there are members
-  int64_t members;                   // at least 1
+  int64_t members;                   // at least 1, a multiple of the ensemble
   bool need_x, need_hx, need_cx;
   // The lowest layer that anything asked for depends on; below it nothing is done.
   int64_t lowest;

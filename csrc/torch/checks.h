@@ -125,11 +125,12 @@ inline void read_input(Problem& p, const Tensor& x, const Tensor& like, int64_t 
     FUSEDRNN_EXPECT(x.dim() == 1 || x.dim() == 2,
                     "fusedrnn: expected integer input of 1 (packed) or 2 dimensions, got ",
                     x.dim());
-    FUSEDRNN_EXPECT(like.dim() == 2 || p.stored != Stored::kPlain,
-                    "fusedrnn: expected weight_ih of 2 dimensions, got ", like.dim());
+    FUSEDRNN_EXPECT(like.dim() == 2 || like.dim() == 3 || p.stored != Stored::kPlain,
+                    "fusedrnn: expected weight_ih of 2 dimensions, or 3 of an ensemble, got ",
+                    like.dim());
     FUSEDRNN_EXPECT(x.device() == like.device(),
                     "fusedrnn: the weights are on another device than the input");
-    p.input_size = p.stored == Stored::kPlain ? like.size(1) : input_size;
+    p.input_size = p.stored == Stored::kPlain ? like.size(like.dim() - 1) : input_size;
   } else {
     FUSEDRNN_EXPECT(x.dim() == 2 || x.dim() == 3,
                     "fusedrnn: expected input of 2 (packed) or 3 dimensions, got ", x.dim());
@@ -151,9 +152,17 @@ inline ScalarType stored_type(Stored stored, ScalarType plain) {
                                        : plain;
 }
 
+// Whether all weights have a leading dimension, that of an ensemble.
+inline bool stacked(const std::vector<Tensor>& weights) {
+  return !weights.empty() && weights[0].dim() == 3;
+}
+
 // All weights, per layer and direction in the order of plan/weights.inc.
 inline void check_weights(const Problem& p, const std::vector<Tensor>& weights,
                           const Tensor& like) {
+  const int64_t ensemble = stacked(weights) ? weights[0].size(0) : 0;  // 0: not stacked
+  FUSEDRNN_EXPECT(!ensemble || p.stored == Stored::kPlain,
+                  "fusedrnn: quantized weights cannot be stacked");
   const size_t each = p.weights_per_direction();
   const int64_t directions = checked_product(p.num_layers, p.num_directions);
   FUSEDRNN_EXPECT(int64_t(weights.size()) == checked_product(directions, each),
@@ -169,10 +178,10 @@ inline void check_weights(const Problem& p, const std::vector<Tensor>& weights,
     } else {
       check_like(name, weights[i], like);
     }
-    if (columns >= 0)
-      check_shape(name, weights[i++], {rows, columns});
-    else
-      check_shape(name, weights[i++], {rows});
+    std::vector<int64_t> sizes{rows};
+    if (columns >= 0) sizes.push_back(columns);
+    if (stacked(weights)) sizes.insert(sizes.begin(), ensemble);
+    check_shape(name, weights[i++], sizes);
   };
   for (int64_t layer = 0; layer < p.num_layers; layer++)
     for (int64_t dir = 0; dir < p.num_directions; dir++) {

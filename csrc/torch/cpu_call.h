@@ -1,7 +1,10 @@
 // A call on CPU tensors, as what the kernels read.
 #pragma once
+#include <algorithm>
+
 #include "cpu/run/run.h"
 #include "cpu/run/sequence.h"
+#include "cpu/run/taken_core.h"
 #include "torch/call.h"
 
 namespace fusedrnn {
@@ -14,9 +17,13 @@ inline const uint8_t* bytes_of(const OptionalTensor& t) {
 inline ThreadPool torch_threads() {
   return {torch::stable::get_num_threads(),
           [](int64_t count, void (*share)(int64_t, void*), void* context) {
+            LoopClock clock;
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              const LoopClock::Time start = LoopClock::now();
               for (int64_t i = begin; i < end; i++) share(i, context);
+              clock.share_took(LoopClock::now() - start);
             });
+            clock.loop_ended();
           }};
 }
 
@@ -28,7 +35,8 @@ struct CpuCall : Call {
   std::vector<Weights> weight_pointers;
   bool padded_rows = false;  // some tokens do not exist: what lies there must be zeroed
 
-  CpuCall(const Inputs& in, const Config& config) : Call(in, config) {
+  CpuCall(const Inputs& in, const Config& config, Weighted weighted = Weighted::kStackedToo)
+      : Call(in, config, weighted) {
     FUSEDRNN_EXPECT(x.is_cpu(), "fusedrnn: expected CPU tensors");
   }
 
@@ -42,19 +50,33 @@ struct CpuCall : Call {
                                      pointer(r.h_mask),
                                      {bytes_of(r.zone_h), r.zoneout_h},
                                      {bytes_of(r.zone_c), r.zoneout_c}};
-    weight_pointers.reserve(directions());
-    for (int64_t i = 0; i < directions(); i++)
-      weight_pointers.push_back(weights_of(i / problem.num_directions, i % problem.num_directions));
+    weight_pointers.reserve(ensemble * directions());
+    for (int64_t which = 0; which < ensemble; which++)
+      for (int64_t i = 0; i < directions(); i++)
+        weight_pointers.push_back(
+            weights_of(i / problem.num_directions, i % problem.num_directions, which));
     a.weights = weight_pointers.data();
   }
 
   CpuPlan plan(const Common& a, bool backward, bool tangent = false) const {
     CpuMachine machine = this_machine(pool.threads);
-    const int64_t longest = batch ? a.seq.length[a.seq.order[0]] : 0;
-    return plan_cpu_here(problem,
-                         {backward, steps, batch, tokens, longest, resets.has_value(),
-                          regularisers.h_mask.has_value(), tangent},
-                         &machine);
+    int64_t longest = 0;
+    for (int64_t which = 0; batch && which < ensemble; which++)
+      longest = std::max(longest, a.seq.length[a.seq.order[which * (batch / ensemble)]]);
+    const CpuRequest request{backward,
+                             steps,
+                             batch,
+                             tokens,
+                             longest,
+                             resets.has_value(),
+                             regularisers.h_mask.has_value(),
+                             tangent,
+                             ensemble};
+    const CpuPlan plan = plan_cpu_here(problem, request, &machine);
+    const bool meet = plan.threads > 1 && (plan.unpacked || plan.members > 1);  // at every step
+    if (!meet || machine.all_threads || !is_core_taken()) return plan;
+    machine.threads = 1;
+    return plan_cpu_here(problem, request, &machine);
   }
 
   // Backward only reads them.
@@ -74,6 +96,7 @@ struct CpuCall : Call {
       index_padded(s, indices, checked_lengths());
     else
       index_padded(s, indices);
+    order_by_weights(s, indices, ensemble);
     a.x = x.const_data_ptr(), a.x_row = x.stride(packed() ? 0 : 1);
     x_offset.resize(indices.offset.size());
     for (size_t t = 0; t < x_offset.size(); t++)

@@ -84,7 +84,7 @@ ForwardTangentOutputs forward_tangent_cpu(const Inputs& in, const Config& config
                                           const Tangents& given, const Tensor& y,
                                           const Tensor& reserve, bool save) {
   ForwardTangent a{};
-  CpuCall call(in, config);
+  CpuCall call(in, config, Call::Weighted::kAlike);
   call.fill(a.primal);
   TangentCall tangents(call, given);
   tangents.fill(a.tangent, a.primal, call);
@@ -108,7 +108,7 @@ BackwardOutputs backward_tangent_cpu(const Inputs& in, const Config& config,
                                      const Tangents& tangents_given, const SavedTangents& saved,
                                      const Wanted& wanted) {
   BackwardTangentStack a{};
-  CpuCall call(in, config);
+  CpuCall call(in, config, Call::Weighted::kAlike);
   call.fill(a.primal);
   TangentCall tangents(call, tangents_given);
   tangents.fill(a.tangent, a.primal, call);

@@ -8,6 +8,7 @@
 
 #include "cuda/elementwise.h"
 #include "cuda/persistent/layers.h"
+#include "torch/ensemble.h"
 
 namespace fusedrnn {
 namespace {
@@ -371,11 +372,13 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
 
 // What a call has written before a launch is refused is its own, new, and written again.
 ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
+  if (stacked(in.weights)) return forward_each(in, config, save, forward_cuda);
   return until_accepted([&] { return run_forward(in, config, save); });
 }
 
 BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
                               const SavedForBackward& saved, const Wanted& wanted) {
+  if (stacked(in.weights)) return backward_each(in, config, given, saved, wanted, backward_cuda);
   return until_accepted([&] { return run_backward(in, config, given, saved, wanted); });
 }
 

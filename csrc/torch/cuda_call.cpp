@@ -165,9 +165,10 @@ const uint8_t* CudaCall::mask_of(int64_t layer) const {
 
 Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const {
   const int64_t width = problem.layer_input(layer);
-  const Tensor in = layer ? *below : torch::stable::reshape(x, {tokens, width});
+  Tensor in = layer ? *below : torch::stable::reshape(x, {tokens, width});
   const uint8_t* keep = mask_of(layer);
   if (!keep && !(exact && layer == 0 && lengths)) return in;
+  in = torch::stable::contiguous(in);  // rows of x may lie apart
   const Tensor out = empty({tokens, width}, type());
   check(fusedrnn::layer_input({problem.dtype, tokens_, in.const_data_ptr(), keep, mask_scale(),
                                width, out.mutable_data_ptr()},

@@ -19,25 +19,30 @@ constexpr int64_t kLeastPooled = 1 << 20;  // bytes; less has few pages
 
 }  // namespace
 
-Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row) {
-  const int64_t bytes = checked_product(rows, row);
+Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  constexpr size_t kMostDims = 3;
+  FUSEDRNN_EXPECT(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");
+  int64_t bytes = type == ScalarType::Byte ? 1 : compute_bytes(dtype_of(type)), strides[kMostDims];
+  const int64_t size = bytes;
+  for (size_t i = sizes.size(); i-- > 0; bytes = checked_product(bytes, sizes[i]))
+    strides[i] = bytes / size;
   // Through the dispatcher: what is never written of it torch fills where it is told to.
   if (!torch_from_blob || !like.is_cpu() || bytes < kLeastPooled)
-    return torch::stable::new_empty(like, {rows, row}, ScalarType::Byte);
+    return torch::stable::new_empty(like, sizes, type);
   auto block = std::make_unique<ScratchPool::Block>(take_shared(bytes));
   if (poison_scratch()) std::memset(block->data, 0xFF, bytes);
-  const int64_t sizes[] = {rows, row}, strides[] = {row, 1};
   AtenTensorHandle made;
   const AOTITorchError error = torch_from_blob(
-      block->data, 2, sizes, strides, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1,
-      &made, aoti_torch_layout_strided(), nullptr, 0,
+      block->data, sizes.size(), sizes.data(), strides, 0,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), -1, &made, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) {
         const std::unique_ptr<ScratchPool::Block> owned(static_cast<ScratchPool::Block*>(context));
         give_shared(*owned);
       },
       block.get());
   block.release();  // even then: who knows whether the deleter ran
-  FUSEDRNN_EXPECT_TORCH(error, "make a tensor of a reserve's memory");
+  FUSEDRNN_EXPECT_TORCH(error, "make a tensor of pooled memory");
   return Tensor(made);
 }
 

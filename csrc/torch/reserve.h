@@ -1,12 +1,12 @@
-// The buffer that forward leaves for backward.
+// Memory for large results, which every call would have to ask the system for.
 #pragma once
 #include "torch/checks.h"
 
 namespace fusedrnn {
 
-// A reserve: bytes (rows, row) beside `like`. One of a megabyte and more on the CPU lies in a pool
-// of the process, where torch (from 2.11 on) takes it: it may die in
+// A tensor beside `like`, unwritten, of bytes or of a compute type. One of a megabyte and more on
+// the CPU lies in a pool of the process, where torch (from 2.11 on) takes it: it may die in
 // another thread than it was made in.
-Tensor make_reserve(const Tensor& like, int64_t rows, int64_t row);
+Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType);
 
 }  // namespace fusedrnn

@@ -73,7 +73,7 @@ void bind_request(py::module_& m) {
   using T = CpuRequest;
   auto type = structure<T>(m, "CpuRequest");
   fields(type, NAMED(backward), NAMED(steps), NAMED(batch), NAMED(tokens), NAMED(longest),
-         NAMED(resets), NAMED(recurrent_dropout), NAMED(tangent));
+         NAMED(resets), NAMED(recurrent_dropout), NAMED(tangent), NAMED(ensemble));
 }
 
 void bind_pass(py::module_& m) {
@@ -93,7 +93,7 @@ void bind_plan(py::module_& m) {
   using T = CpuPlan;
   auto type = structure<T>(m, "CpuPlan");
   fields(type, NAMED(variant), NAMED(threads), NAMED(unpacked), NAMED(recurrent_first),
-         NAMED(rows_per_task), NAMED(tasks), NAMED(members));
+         NAMED(rows_per_task), NAMED(tasks), NAMED(members), NAMED(ensemble));
   type.def_readwrite("pass_", &T::pass);  // `pass` is a keyword of Python
 }
 

@@ -35,7 +35,16 @@ OP = (
     "csrc/cpu/run/scratch.cpp",
     *(
         f"csrc/torch/{name}.cpp"
-        for name in ("call", "cuda", "cuda_call", "cuda_standing", "host", "reserve", "switches")
+        for name in (
+            "call",
+            "cuda",
+            "cuda_call",
+            "cuda_standing",
+            "ensemble",
+            "host",
+            "reserve",
+            "switches",
+        )
     ),
     "csrc/python/host.cpp",
 )

@@ -29,13 +29,12 @@ struct ForwardBuffers {
   ForwardRow<S>* step;     // the rows of a step
 
   ForwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& own)
-      : ld_input(operands<X>(max(p.product_input(0), p.num_directions * p.out_size())) +
-                 kRowPad<X>),
+      : ld_input(row_stride<X>(max(p.product_input(0), p.num_directions * p.out_size()))),
         ld_gates(p.cell_traits().slots * Panels<C>::padded(p.hidden_size) + kRowPad<C>),
         ld_h(p.out_size() + kRowPad<C>),
         ld_hidden(p.hidden_size + kRowPad<C>),
-        ld_operand(operands<X>(p.out_size()) + kRowPad<X>),
-        ld_projected(operands<X>(p.hidden_size) + kRowPad<X>) {
+        ld_operand(row_stride<X>(p.out_size())),
+        ld_projected(row_stride<X>(p.hidden_size)) {
     const int64_t tokens = max(rows, kChunkTokens<X>);
     input = own.take<X>((tokens + kSpareRows<X>)*ld_input);
     gates = own.take<C>(tokens * ld_gates);

@@ -102,7 +102,7 @@ class UnpackedPass {
   // The place of a vector in step.recurrent.
   FUSEDRNN_INLINE C* recurrent(int64_t j, int k, int64_t row) const {
     return static_cast<C*>(step.recurrent) +
-           ((j / kWidth * kGates + k) * call.seq.batch + row) * kWidth;
+           ((j / kWidth * kGates + k) * step.all_rows + row) * kWidth;
   }
 
   FUSEDRNN_INLINE void add_bias(Vec<C> (&s)[Cell::kSlots], int k, int64_t j, int64_t n) const {

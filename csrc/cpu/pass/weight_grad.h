@@ -114,28 +114,20 @@ class WeightGradTask {
     if (!dst) return;
     const C* const hidden = static_cast<const C*>(call.hidden) + dir * seq.tokens * H;
     const C* const dproj = static_cast<const C*>(call.dproj) + dir * seq.tokens * P + tile.begin;
-    auto row = [&](int64_t k) {
-      return [values = hidden + token(k) * H](int64_t n, int64_t lanes) {
-        return load(values + n, lanes);
-      };
-    };
+    auto row = [&](int64_t k) { return TokenRow<C>{hidden + token(k) * H, nullptr, nullptr, 0}; };
     outer_products<X>(
         seq.valid, tile.columns, [&](int64_t k) { return dproj + token(k) * P; }, scratch,
         [&](auto product) { product(H, row, dst + tile.begin * H); });
   }
 
-  // The row of the layer's input that belongs to the k-th token: a function that loads from it.
-  FUSEDRNN_INLINE auto input_row(int64_t k) const {
+  // The row of the layer's input that belongs to the k-th token.
+  FUSEDRNN_INLINE TokenRow<S> input_row(int64_t k) const {
     const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
     const uint8_t* const mask = input.mask ? input.mask + seq.token(t, b) * input.width : nullptr;
-    return [values = input.row(t, b), mask, scale = input.scale](int64_t n, int64_t lanes) {
-      Vec<C> v = load(values + n, lanes);
-      for (int i = 0; mask && i < Lanes<C>::kWidth && i < lanes; i++) v[i] *= mask[n + i] * scale;
-      return v;
-    };
+    return {input.row(t, b), mask, nullptr, input.scale};
   }
   // The same of h_{t-1}, after recurrent dropout.
-  FUSEDRNN_INLINE auto state_row(int64_t k) const {
+  FUSEDRNN_INLINE TokenRow<S> state_row(int64_t k) const {
     const int64_t t = seq.valid_step[k], b = seq.valid_row[k];
     const int64_t state = ((call.layer * D + dir) * seq.batch + b) * P;
     const S* values = nullptr;
@@ -147,10 +139,7 @@ class WeightGradTask {
       values = static_cast<const S*>(call.hx) + state;
     }
     const C* const mask = call.h_mask ? static_cast<const C*>(call.h_mask) + state : nullptr;
-    return [values, mask](int64_t n, int64_t lanes) {
-      const Vec<C> v = values ? load(values + n, lanes) : Vec<C>{};
-      return mask ? v * load(mask + n, lanes) : v;
-    };
+    return {values, nullptr, mask, 0};
   }
 
   void matrices() const {

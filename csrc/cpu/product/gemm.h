@@ -16,6 +16,14 @@ constexpr int kCacheLine = 64;
 // Padding of a row of A: rows whose length is a power of two would share cache sets.
 template <class X>
 constexpr int64_t kRowPad = 16 * kPlanes<X>;
+// From one row of A with K values to the next, in operands. Where tiles load 16 rows at a time, a
+// plane is an odd number of cache lines.
+template <class X>
+constexpr int64_t row_stride(int64_t K) {
+  const int64_t filled = operands<X>(K);
+  const bool odd = kTiled<X> && kDepth<X> == 2 && filled / kRowPad<X> % 2;
+  return filled + (odd ? 2 : 1) * kRowPad<X>;
+}
 
 // Sums of R rows and V vectors, in chains: narrow panels leave registers free, which sum every
 // second (fourth) operand. That hides the latency of additions and halves the rounding error.

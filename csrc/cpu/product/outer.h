@@ -45,6 +45,28 @@ struct Outer {
   }
 };
 
+// A row of a right factor: values, times the two masks that are not null.
+template <class S>
+struct TokenRow {
+  using C = Compute<S>;
+  const S* values;  // null: zeros
+  const uint8_t* dropped;
+  const C* factors;
+  C scale;  // of `dropped`
+
+  FUSEDRNN_INLINE Vec<C> load_from(int64_t n, int64_t lanes) const {
+    Vec<C> v = values ? load(values + n, lanes) : Vec<C>{};
+    for (int i = 0; dropped && i < Lanes<C>::kWidth && i < lanes; i++)
+      v[i] *= dropped[n + i] * scale;
+    return factors ? v * load(factors + n, lanes) : v;
+  }
+  FUSEDRNN_INLINE void prefetch(int64_t n, int64_t count) const {
+    const char* const first = reinterpret_cast<const char*>(values + n);
+    for (int64_t i = 0; values && i < count * int64_t(sizeof(S)); i += kCacheLine)
+      __builtin_prefetch(first + i);
+  }
+};
+
 // Packs the left factor of some tokens, M values each: token(k) points to those of the k-th. The
 // result is a block of rows after the other, [k][rows of the block], as `multiply` takes them.
 template <class X, class Token>
@@ -72,19 +94,28 @@ void pack_left(X* dst, int64_t M, int64_t tokens, Token token) {
   }
 }
 
-// Packs it for tiles: M rows of `ld` operands.
+// Packs it for tiles: M rows of `ld` operands. A group of tokens is prefetched while the one before
+// it is packed.
 template <class X, class Token>
 void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token) {
   using C = Compute<X>;
-  constexpr int w = Lanes<X>::kWidth;
-  for (int64_t k = 0; k < operands<X>(tokens) / kPlanes<X>; k += w) {
-    decltype(token(0)) values_of[w * kDepth<X>];
-    for (int i = 0; i < w * kDepth<X>; i++) {
-      const int64_t which = k * kDepth<X> + i;
-      values_of[i] = which < tokens ? token(which) : nullptr;
+  constexpr int w = Lanes<X>::kWidth, kGroup = w * kDepth<X>;
+  const int64_t groups = operands<X>(tokens) / kPlanes<X> / w;
+  decltype(token(0)) pointers[2][kGroup];
+  auto point = [&](int64_t group) {
+    for (int i = 0; i < kGroup; i++) {
+      const int64_t which = group * kGroup + i;
+      pointers[group % 2][i] = which < tokens ? token(which) : nullptr;
     }
+  };
+  point(0);
+  for (int64_t group = 0; group < groups; group++) {
+    point(group + 1);
+    const auto *const now = pointers[group % 2], *const next = pointers[(group + 1) % 2];
     for (int64_t m = 0; m < M; m += w) {
-      auto values = [&](int i) { return values_of[i] ? load(values_of[i] + m, M - m) : Vec<C>{}; };
+      if (m * sizeof(*next[0]) % kCacheLine == 0)
+        for (int i = 0; i < kGroup; i++) __builtin_prefetch(next[i] + m);
+      auto values = [&](int i) { return now[i] ? load(now[i] + m, M - m) : Vec<C>{}; };
       Vec<X> block[kPlanes<X>][w];
       transpose_block<X>(
           block,
@@ -94,26 +125,30 @@ void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token)
           FirstIndices<w>{});
       for (int p = 0; p < kPlanes<X>; p++)
         for (int64_t i = 0; i < w && m + i < M; i++)
-          store(dst + (m + i) * ld + p * (ld / kPlanes<X>)+k, block[p][i]);
+          store(dst + (m + i) * ld + p * (ld / kPlanes<X>)+group * w, block[p][i]);
     }
   }
 }
 
-// Packs the right factor: `cols` columns; row(k) returns a function that loads them from the k-th
-// token.
+// Packs the right factor: `cols` columns from n0 on of rows[k], the k-th token's. Later rows are
+// prefetched.
 template <class X, class Row>
-void pack_right(X* dst, int64_t cols, int64_t tokens, Row row) {
+void pack_right(X* dst, int64_t n0, int64_t cols, int64_t tokens, const Row* rows) {
   using P = Panels<X>;
   using C = Compute<X>;
+  constexpr int64_t kAhead = 16;
   const int64_t K = operands<X>(tokens);
   for (int64_t k = 0; k < K / kPlanes<X>; k++) {
     const int64_t first = k * kDepth<X>, second = first + kDepth<X> - 1;
-    const auto row1 = row(min(first, tokens - 1)), row2 = row(min(second, tokens - 1));
+    const Row row1 = rows[min(first, tokens - 1)], row2 = rows[min(second, tokens - 1)];
+    for (int64_t i = first; i <= second && i + kAhead < tokens; i++)
+      rows[i + kAhead].prefetch(n0, cols);
     for (int64_t n = 0; n < cols; n += P::kWidth) {
       const int64_t panel = n / P::kColumns * P::kColumns,
                     width = min(P::kColumns, P::padded(cols - panel)), lanes = cols - n;
-      const Operands<X> both = operand<X>(first < tokens ? row1(n, lanes) : Vec<C>{},
-                                          second < tokens ? row2(n, lanes) : Vec<C>{});
+      const Operands<X> both =
+          operand<X>(first < tokens ? row1.load_from(n0 + n, lanes) : Vec<C>{},
+                     second < tokens ? row2.load_from(n0 + n, lanes) : Vec<C>{});
       for (int p = 0; p < kPlanes<X>; p++)
         store(dst + panel * K + P::row(k, p) * width + n - panel, both.plane[p]);
     }
@@ -148,13 +183,42 @@ FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, cons
   }
 }
 
+// dst [M, N] of a few tokens without packing, whose number is that of the indices. Rows of dst are
+// written one after the other, as fast as memory takes them.
+template <class C, class LeftRow, class Row, int... I>
+void outer_products_of_few(int64_t M, int64_t N, LeftRow left_row, Row row, C* dst, Indices<I...>) {
+  constexpr int w = Lanes<C>::kWidth;
+  const decltype(left_row(0)) a[] = {left_row(I)...};
+  const decltype(row(0)) b[] = {row(I)...};
+  for (int64_t m = 0; m < M; m++, dst += N) {
+    const Vec<C> factor[] = {broadcast<C>(to_compute(a[I][m]))...};
+    auto step = [&](int64_t n, int64_t lanes) __attribute__((always_inline)) {
+      Vec<C> sum{};
+      ((sum += factor[I] * b[I].load_from(n, lanes)), ...);
+      store(dst + n, sum, lanes);
+    };
+    int64_t n = 0;
+    for (; n + w <= N; n += w) step(n, w);
+    if (n < N) step(n, N - n);
+  }
+}
+
 // Adds up `tokens` products: left_row(k) points to the M values of a of the k-th token.
-// each_right(f) calls f(N, row, dst) for every b, where row(k) returns a function (n, lanes) that
-// loads from the N values of the k-th token. `scratch` has Outer::scratch_bytes.
+// each_right(f) calls f(N, row, dst) for every b, where row(k) returns the TokenRow of the k-th
+// token's N values. `scratch` has Outer::scratch_bytes.
 template <class X, class LeftRow, class EachRight>
 void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, EachRight each_right) {
   using C = Compute<X>;
   using O = Outer<X>;
+  if constexpr (kDepth<X> == 1 && kPlanes<X> == 1) {  // operands are numbers
+    auto few = [&](auto tokens) {
+      each_right([&](int64_t N, auto row, C* dst) {
+        outer_products_of_few(M, N, left_row, row, dst, tokens);
+      });
+    };
+    if (tokens == 1) return few(FirstIndices<1>{});
+    if (tokens == 2) return few(FirstIndices<2>{});
+  }
   int64_t columns = 0;
   each_right([&](int64_t N, auto, C*) { columns += N; });
   // Sums of kLong tokens, which are added to dst when they are complete.
@@ -176,13 +240,11 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, Eac
     each_right([&](int64_t N, auto row, C* dst) {
       C* const sums = k0 < O::kLong ? dst : next;
       next += M * N;
+      decltype(row(k0)) rows[O::kTokens];
+      for (int64_t k = 0; k < count; k++) rows[k] = row(k0 + k);
       for (int64_t n0 = 0; n0 < N; n0 += O::kColumns) {
         const int64_t cols = min(O::kColumns, N - n0);
-        pack_right(right, cols, count, [&](int64_t k) {
-          return [values = row(k0 + k), n0](int64_t n, int64_t lanes) {
-            return values(n0 + n, lanes);
-          };
-        });
+        pack_right(right, n0, cols, count, rows);
         multiply_block(M, cols, count, left, right, sums + n0, N, begins ? nullptr : sums + n0,
                        chain);
       }

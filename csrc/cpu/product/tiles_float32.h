@@ -37,6 +37,34 @@ __attribute__((noinline)) Vec<float> multiply_exactly(int64_t steps, const Plane
   return sum;
 }
 
+// Computes sums that are not finite again: exactly(m, v) returns those of row m and vector v, so
+// the result does not depend on how the product is divided.
+template <int R, int V, class Exactly>
+FUSEDRNN_INLINE void mend_sums(float (&sums)[R * V][kTileRows * kTileRows], int64_t tile_height,
+                               int64_t rows, Exactly exactly) {
+  Vec<float> zeros[R * V]{};  // NaN where a sum is not finite
+  for (int64_t i = 0; i < tile_height; i++)
+#pragma GCC unroll 4
+    for (int t = 0; t < R * V; t++) zeros[t] += load(sums[t] + i * kTileRows) * 0;
+  for (int t = 1; t < R * V; t++) zeros[0] += zeros[t];
+  const __m512 all = bit_cast<__m512>(zeros[0]);
+  if (__builtin_expect(!_mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q), 1)) return;
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t i = 0, m = r * tile_height; i < tile_height && m < rows; i++, m++)
+      for (int v = 0; v < V; v++) {
+        float* const sum = sums[r * V + v] + i * kTileRows;
+        if (_mm512_fpclass_ps_mask(bit_cast<__m512>(load(sum)), kNotFinite))
+          store(sum, exactly(m, v));
+      }
+}
+
+// Stores the first tile every kEvery steps, for nobody to read. A store that has more than some 130
+// multiplications before it costs a fifth of a microsecond, unless another one is between.
+template <int kEvery>
+FUSEDRNN_INLINE void store_early(int64_t step, float* sums) {
+  if (step % kEvery == kEvery - 1) tile_store<0>(sums, kTileRows * sizeof(float));
+}
+
 // C = A B + D for R tiles of `tile_height` rows of A, which has `rows` rows, and V panels; 32
 // values of the sum a step. Rows of C hold `cols`.
 //
@@ -54,33 +82,32 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   const int64_t plane = lda / 3, row_bytes = lda * sizeof(PlanePair);
   // A second tile without rows reads those of the first.
   const int64_t second = rows > tile_height ? tile_height * lda : 0;
+  alignas(64) float sums[R * V][kTile];
   auto load_b = [&](auto tile, int64_t step, int64_t v, int64_t p) __attribute__((always_inline)) {
     tile_load<tile.value>(panels + ((v * steps + step) * 3 + p) * kTile,
                           kTileRows * sizeof(PlanePair));
   };
+  auto load_a = [&](auto tile, int64_t step, int64_t r, int64_t p) __attribute__((always_inline)) {
+    tile_load<tile.value>(a + step * kTileRows + r * second + p * plane, row_bytes);
+  };
   each_constant(FirstIndices<R * V>{},
                 [&](auto tile) __attribute__((always_inline)) { tile_zero<tile.value>(); });
-  auto load_a = [&](int64_t step, auto planes) __attribute__((always_inline)) {
-    if constexpr (R == 1)  // all planes of A stay in tiles
-      each_constant(planes, [&](auto p) __attribute__((always_inline)) {
-        tile_load<kFirstA + p.value>(a + step * kTileRows + p.value * plane, row_bytes);
-      });
-  };
-  // A plane of B times `count` planes of A, from plane `pa` down.
-  auto multiply_plane = [&](int64_t step, auto pb, auto pa,
-                            auto count) __attribute__((always_inline)) {
+  // A plane of B times planes of A. One tile of A has all planes loaded; of two, planes take turns
+  // in the same tiles, and kHeld says that the first one is there already.
+  auto multiply_plane = [&](int64_t step, auto pb, auto planes_of_a,
+                            auto held) __attribute__((always_inline)) {
     each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
       load_b(Constant<kFirstB + (R == 1 ? 0 : v.value)>{}, step, v.value, pb.value);
       if constexpr (R == 1)
-        each_constant(FirstIndices<count.value>{}, [&](auto i) __attribute__((always_inline)) {
-          tile_multiply_add<v.value, kFirstA + pa.value - i.value, kFirstB>();
+        each_constant(planes_of_a, [&](auto pa) __attribute__((always_inline)) {
+          tile_multiply_add<v.value, kFirstA + pa.value, kFirstB>();
         });
     });
-    if constexpr (R > 1)  // planes of A are loaded in rotation
-      each_constant(FirstIndices<count.value>{}, [&](auto i) __attribute__((always_inline)) {
+    if constexpr (R > 1)
+      each_constant(planes_of_a, [&](auto pa) __attribute__((always_inline)) {
         each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
-          tile_load<kFirstA + r.value>(
-              a + step * kTileRows + r.value * second + (pa.value - i.value) * plane, row_bytes);
+          if constexpr (pa.value != held.value)
+            load_a(Constant<kFirstA + r.value>{}, step, r.value, pa.value);
         });
         each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
           each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
@@ -89,33 +116,53 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
         });
       });
   };
+  auto load_planes = [&](int64_t step, auto planes) __attribute__((always_inline)) {
+    if constexpr (R == 1)
+      each_constant(planes, [&](auto p) __attribute__((always_inline)) {
+        load_a(Constant<kFirstA + p.value>{}, step, 0, p.value);
+      });
+  };
+  constexpr Constant<-1> kNone{};
   for (int64_t step = 0; step < steps; step++) {
-    load_a(step, FirstIndices<3>{});
-    multiply_plane(step, Constant<0>{}, Constant<2>{}, Constant<kApart ? 2 : 3>{});
-    multiply_plane(step, Constant<1>{}, Constant<1>{}, Constant<2>{});
-    multiply_plane(step, Constant<2>{}, Constant<0>{}, Constant<1>{});
+    load_planes(step, FirstIndices<3>{});
+    if constexpr (kApart) {
+      multiply_plane(step, Constant<0>{}, Indices<2, 1>{}, kNone);
+    } else {
+      multiply_plane(step, Constant<0>{}, Indices<2, 0, 1>{}, kNone);
+    }
+    multiply_plane(step, Constant<1>{}, Indices<1, 0>{}, Constant<1>{});
+    multiply_plane(step, Constant<2>{}, Indices<0>{}, Constant<0>{});
     progress.next<1>();
+    store_early<4>(step, sums[0]);
   }
   for (int64_t step = 0; kApart && step < steps; step++) {
-    load_a(step, FirstIndices<1>{});
-    multiply_plane(step, Constant<0>{}, Constant<0>{}, Constant<1>{});
+    load_planes(step, FirstIndices<1>{});
+    multiply_plane(step, Constant<0>{}, Indices<0>{}, kNone);
+    store_early<24>(step, sums[0]);
   }
-  float sums[R * V][kTile];
   each_constant(FirstIndices<R * V>{}, [&](auto tile) __attribute__((always_inline)) {
     tile_store<tile.value>(sums[tile.value], kTileRows * sizeof(float));
   });
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) {
-      const int64_t n = v * kTileRows;
-      for (int64_t i = 0, m = r * tile_height; i < tile_height && m < rows; i++, m++) {
-        Vec<float> sum = load(sums[r * V + v] + i * kTileRows);
-        // A row and a panel, so the result does not depend on how the product is divided.
-        if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(sum), kNotFinite), 0))
-          sum = multiply_exactly(steps, a + m * lda, plane, panels + v * steps * 3 * kTile);
-        store(c + m * ldc + n, d.data ? load(d.data + m * d.ld + n, cols - n) + sum : sum,
-              cols - n);
-      }
-    }
+  mend_sums<R, V>(sums, tile_height, rows, [&](int64_t m, int v) __attribute__((always_inline)) {
+    return multiply_exactly(steps, a + m * lda, plane, panels + v * steps * 3 * kTile);
+  });
+  auto store_sums = [&](auto whole, auto adds) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t i = 0, m = r * tile_height; i < tile_height && m < rows; i++, m++)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; v++) {
+          const int64_t n = v * kTileRows, lanes = whole.value ? kTileRows : cols - n;
+          Vec<float> sum = load(sums[r * V + v] + i * kTileRows);
+          if constexpr (adds.value) sum = load(d.data + m * d.ld + n, lanes) + sum;
+          store(c + m * ldc + n, sum, lanes);
+        }
+  };
+  if (!d.data)
+    store_sums(Constant<false>{}, Constant<false>{});
+  else if (cols < V * kTileRows)
+    store_sums(Constant<false>{}, Constant<true>{});
+  else
+    store_sums(Constant<true>{}, Constant<true>{});
 }
 
 // C [M, N] = A [M, K] B + D. K counts operands.

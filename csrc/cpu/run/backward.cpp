@@ -17,36 +17,69 @@ class BackwardLayers {
         size_(compute_bytes(a.problem.dtype)),
         columns_(a.seq.tokens * a.problem.num_directions * size_),
         layers_(a.problem.num_layers - a.lowest),
-        packed_bytes_(most_packed() * size_),
+        directions_(a.problem.num_directions),
+        packed_bytes_((a.problem.num_directions * most_packed() * size_ + 63) / 64 * 64),
         dgates_(1, columns_ * a.problem.slot_columns()),
         dproj_(1, a.problem.proj_size ? columns_ * a.problem.out_size() : 0),
         hidden_(1, a.problem.proj_size ? columns_ * a.problem.hidden_size : 0),
         dnormed_(1, a.problem.layer_norm ? columns_ * a.problem.normed_columns() : 0),
         zeros_(1, a.grad_y ? 0 : columns_ * a.problem.out_size()),
         between_(std::clamp<int64_t>(layers_ - 1, 0, 2), columns_ * a.problem.out_size()),
-        packed_(1, a.problem.num_directions * packed_bytes_),
+        packed_(1, by_weights() ? 0 : run.plan.ensemble * packed_bytes_),
         tasks_(run.plan, a.seq.batch,
                run.kernels.rows_scratch(a.problem, run.plan.pass, run.plan.rows_per_task), layers_),
-        arguments_(layers_) {
+        arguments_(layers_ * run.plan.ensemble) {
     if (!a.grad_y) std::memset(zeros_.data(), 0, columns_ * a.problem.out_size());
   }
 
   void run() {
-    std::vector<Phase> phases;
     const void* grad_out = a_.grad_y ? a_.grad_y : zeros_.data();
     for (int64_t i = 0; i < layers_; i++) {
-      set_arguments(i, grad_out);
-      grad_out = arguments_[i].grad_in;
-      phases.push_back(prepare(i));
-      phases.push_back(tasks_.phase(i, [this, i](const Rows& rows, Member& me) {
-        run_.kernels.backward(arguments_[i], rows, me);
-      }));
-      if (wants_weights(i)) phases.push_back(weight_gradients(i));
+      for (int64_t which = 0; which < run_.plan.ensemble; which++)
+        set_arguments(i, which, grad_out);
+      grad_out = arguments(i).grad_in;
     }
-    run_phases(run_.pool, run_.plan.threads, phases);
+    run_phases(run_.pool, run_.plan.threads, by_weights() ? phase_of_weights() : phases());
   }
 
  private:
+  // A thread takes all layers of a member while its weights and gradients are in the cache.
+  bool by_weights() const { return run_.plan.by_weights() && !a_.grad_hs; }
+
+  std::vector<Phase> phases() {
+    std::vector<Phase> all;
+    for (int64_t i = 0; i < layers_; i++) {
+      all.push_back(prepare(i));
+      all.push_back(tasks_.phase(i, [this, i](int64_t which, const Rows& rows, Member& me) {
+        run_.kernels.backward(arguments(i, which), rows, me);
+      }));
+      if (wants_weights(i)) all.push_back(weight_gradients(i));
+    }
+    return all;
+  }
+
+  std::vector<Phase> phase_of_weights() {
+    const int64_t groups = a_.member_count / run_.plan.ensemble;
+    const int64_t tasks = run_.kernels.weight_tasks(a_.problem, 1);
+    int64_t bytes = tasks_.task_bytes();
+    for (int64_t i = 0; i < layers_; i++)
+      if (wants_weights(i)) bytes = std::max(bytes, weight_scratch(i));
+    auto task = [this, groups, tasks](int64_t which, char* memory) {
+      char* const scratch = memory + packed_bytes_;
+      for (int64_t i = 0; i < layers_; i++) {
+        if (!run_.plan.unpacked) {
+          arguments(i, which).packed = memory;
+          for (int64_t dir = 0; dir < directions_; dir++) pack_part(i, which, dir, 0, 1);
+        }
+        Member alone;
+        run_.kernels.backward(arguments(i, which), tasks_.rows(which, scratch, 0), alone);
+        for (int64_t k = 0; k < groups * tasks && wants_weights(i); k++)
+          weight_task(i, k / tasks * run_.plan.ensemble + which, k % tasks, 1, scratch);
+      }
+    };
+    return {{run_.plan.ensemble, packed_bytes_ + bytes, task}};
+  }
+
   // Elements of a direction's packed weights, of the layer that has most.
   int64_t most_packed() const {
     int64_t most = 0;
@@ -62,17 +95,24 @@ class BackwardLayers {
 
   // The gradient of the states of the layer below, to which this layer's is added.
   const char* grad_below(int64_t i) const {
-    const Backward& b = arguments_[i];
+    const Backward& b = arguments(i);
     if (b.layer == 0 || !b.grad_in) return nullptr;
     return rows_of_layer(a_.grad_hs, b.layer - 1, a_.problem.out_size());
   }
 
-  void set_arguments(int64_t i, const void* grad_out) {
-    Backward& b = arguments_[i] = {};
-    static_cast<Common&>(b) = a_;
+  Backward& arguments(int64_t i, int64_t which = 0) {
+    return arguments_[i * run_.plan.ensemble + which];
+  }
+  const Backward& arguments(int64_t i, int64_t which = 0) const {
+    return arguments_[i * run_.plan.ensemble + which];
+  }
+
+  void set_arguments(int64_t i, int64_t which, const void* grad_out) {
+    Backward& b = arguments(i, which) = {};
+    static_cast<Common&>(b) = of_weights<Common>(a_, run_.plan, which);
     b.pass = run_.plan.pass;
     b.layer = a_.problem.num_layers - 1 - i;
-    b.packed = packed_.data();
+    b.packed = packed_.data() + which * packed_bytes_;
     b.y = a_.y;
     b.grad_hn = a_.grad_hn, b.grad_cn = a_.grad_cn, b.grad_out = grad_out;
     if (a_.wants_input(b.layer)) b.grad_in = b.layer ? between_.data(i % 2) : a_.dx;
@@ -84,30 +124,29 @@ class BackwardLayers {
     b.dweights = a_.dweights + b.layer * a_.problem.num_directions;
   }
 
+  // Packs a part of the weights of a layer and direction.
+  void pack_part(int64_t i, int64_t which, int64_t dir, int64_t part, int64_t parts) {
+    const Backward& b = arguments(i, which);
+    const int64_t total = run_.kernels.backward_offsets(b.problem, b.layer).total * size_;
+    char* const packed = static_cast<char*>(const_cast<void*>(b.packed)) + dir * total;
+    run_.kernels.pack_backward(b, b.layer * directions_ + dir, packed, part, parts);
+  }
+
   // Packs the weights, and copies the gradient that the layer's own is added to.
   Phase prepare(int64_t i) {
-    const Problem& p = a_.problem;
-    const bool packs = !run_.plan.unpacked;
-    const int64_t parts = packs ? p.num_directions * kPackParts : 0;
-    const int64_t total =
-        packs ? run_.kernels.backward_offsets(p, arguments_[i].layer).total * size_ : 0;
-    return {parts + (grad_below(i) ? 1 : 0), 0, [this, i, parts, total](int64_t part, char*) {
-              const Backward& b = arguments_[i];
-              if (part == parts) {
-                std::memcpy(b.grad_in, grad_below(i), columns_ * a_.problem.out_size());
-                return;
-              }
-              const int64_t dir = part / kPackParts;
-              run_.kernels.pack_backward(b, b.layer * a_.problem.num_directions + dir,
-                                         packed_.data() + dir * total, part % kPackParts,
-                                         kPackParts);
+    const int64_t parts = pack_parts(run_.plan), each = directions_ * parts,
+                  packs = run_.plan.unpacked ? 0 : run_.plan.ensemble * each;
+    return {packs + (grad_below(i) ? 1 : 0), 0, [this, i, parts, each, packs](int64_t task, char*) {
+              if (task < packs)
+                return pack_part(i, task / each, task % each / parts, task % parts, parts);
+              std::memcpy(arguments(i).grad_in, grad_below(i), columns_ * a_.problem.out_size());
             }};
   }
 
   bool wants_weights(int64_t i) const {
     for (int64_t dir = 0; dir < a_.problem.num_directions; dir++)
       for (int kind = 0; kind < kWeightKinds; kind++)
-        if (arguments_[i].dweights[dir][WeightKind(kind)]) return true;
+        if (arguments(i).dweights[dir][WeightKind(kind)]) return true;
     return false;
   }
 
@@ -116,28 +155,33 @@ class BackwardLayers {
     const int64_t members = a_.member_count,
                   threads = std::max<int64_t>(1, run_.plan.threads / members),
                   tasks = run_.kernels.weight_tasks(a_.problem, threads);
-    size_t most = 0;
-    for (int64_t m = 0; m < members; m++) most = std::max(most, a_.members[m].step.size());
-    return {members * tasks, run_.kernels.weight_scratch(a_.problem, arguments_[i].layer, most),
+    return {members * tasks, weight_scratch(i),
             [this, i, threads, tasks](int64_t task, char* scratch) {
-              const int64_t m = task / tasks;
-              Backward b = arguments_[i];
-              b.seq = a_.members[m].of(b.seq), b.one_hot = a_.members[m].of(b.one_hot);
-              b.dweights += m * a_.problem.num_layers * a_.problem.num_directions;
-              run_.kernels.weight_grad(b, task % tasks, threads, scratch);
+              weight_task(i, task / tasks, task % tasks, threads, scratch);
             }};
+  }
+  int64_t weight_scratch(int64_t i) const {
+    size_t most = 0;
+    for (int64_t m = 0; m < a_.member_count; m++) most = std::max(most, a_.members[m].step.size());
+    return run_.kernels.weight_scratch(a_.problem, arguments(i).layer, most);
+  }
+  void weight_task(int64_t i, int64_t member, int64_t task, int64_t threads, char* scratch) const {
+    Backward b = arguments(i);
+    b.seq = a_.members[member].of(b.seq), b.one_hot = a_.members[member].of(b.one_hot);
+    b.dweights += member * a_.problem.num_layers * directions_;
+    run_.kernels.weight_grad(b, task, threads, scratch);
   }
 
   const CpuRun& run_;
   const BackwardStack& a_;
   // Bytes: of the compute type; of one column of all tokens and directions.
   const int64_t size_, columns_;
-  const int64_t layers_, packed_bytes_;
+  const int64_t layers_, directions_, packed_bytes_;  // packed: of one of the ensemble's weights
   const ScratchMemory dgates_, dproj_, hidden_, dnormed_, zeros_;
   const ScratchMemory between_;  // two layers: gradients that take turns
   const ScratchMemory packed_;
   RowTasks tasks_;
-  std::vector<Backward> arguments_;
+  std::vector<Backward> arguments_;  // [layers][ensemble]
 };
 
 }  // namespace

@@ -59,6 +59,15 @@ void index_packed(Sequence& s, TokenIndices& in, const std::vector<int64_t>& bat
   set_pointers(s, in);
 }
 
+void order_by_weights(Sequence& s, TokenIndices& in, int64_t ensemble) {
+  if (ensemble == 1) return;
+  std::vector<int64_t> next(ensemble), ordered(s.batch);
+  for (int64_t i = 0; i < ensemble; i++) next[i] = i * (s.batch / ensemble);
+  for (int64_t row : in.order) ordered[next[row % ensemble]++] = row;
+  in.order = std::move(ordered);
+  set_pointers(s, in);
+}
+
 Sequence MemberTokens::of(Sequence s) const {
   s.valid = step.size(), s.valid_step = step.data(), s.valid_row = row.data();
   return s;

@@ -27,6 +27,8 @@ struct MemberTokens {
 void index_padded(Sequence&, TokenIndices&);
 void index_padded(Sequence&, TokenIndices&, std::vector<int64_t> lengths);
 void index_packed(Sequence&, TokenIndices&, const std::vector<int64_t>& batch_sizes);
+// Puts the rows of each of an ensemble's weights, every ensemble-th, one after the other.
+void order_by_weights(Sequence&, TokenIndices&, int64_t ensemble);
 
 std::vector<MemberTokens> tokens_of_members(const Sequence&, const TokenIndices&, const OneHot&,
                                             int64_t members);

@@ -38,7 +38,7 @@ class BackwardTangentLayers {
       set_arguments(i, grad_out, dgrad_out);
       grad_out = arguments_[i].primal.grad_in, dgrad_out = arguments_[i].tangent.grad_in;
       phases.push_back(pack(i));
-      phases.push_back(tasks_.phase(i, [this, i](const Rows& rows, Member&) {
+      phases.push_back(tasks_.phase(i, [this, i](int64_t, const Rows& rows, Member&) {
         run_.kernels.backward_tangent(arguments_[i], rows);
       }));
       set_sums(i);
@@ -87,18 +87,17 @@ class BackwardTangentLayers {
   }
 
   Phase pack(int64_t i) {
-    const int64_t parts = p_.num_directions * kPackParts;
+    const int64_t each = pack_parts(run_.plan), parts = p_.num_directions * each;
     const int64_t layer = arguments_[i].primal.layer,
                   total = run_.kernels.backward_offsets(p_, layer).total * size_;
-    return {2 * parts, 0, [this, i, parts, layer, total](int64_t part, char*) {
-              const int64_t place = part / parts, dir = part % parts / kPackParts;
+    return {2 * parts, 0, [this, i, each, parts, layer, total](int64_t part, char*) {
+              const int64_t place = part / parts, dir = part % parts / each;
               const BackwardTangent& both = arguments_[i];
               // Tangents need the primal weights wherever they need their own.
               Backward b = place ? both.tangent : both.primal;
               b.grad_in = both.tangent.grad_in, b.dhx = both.tangent.dhx;
               run_.kernels.pack_backward(b, layer * p_.num_directions + dir,
-                                         packed_.data(place) + dir * total, part % kPackParts,
-                                         kPackParts);
+                                         packed_.data(place) + dir * total, part % each, each);
             }};
   }
 
@@ -209,17 +208,19 @@ void run_forward_tangent(const CpuRun& run, ForwardTangent& a) {
     offsets.push_back(offsets.back() + k.forward_offsets(a.primal, i / p.num_directions).total);
   const ScratchMemory packed(2, offsets.back() * size);
   a.primal.packed = packed.data(0), a.tangent.packed = packed.data(1);
+  const int64_t parts = pack_parts(run.plan);
   auto pack = [&](int64_t task, char*) {
-    const int64_t i = task / kPackParts % stack, part = task % kPackParts;
-    const bool tangent = task / kPackParts >= stack;
+    const int64_t i = task / parts % stack, part = task % parts;
+    const bool tangent = task / parts >= stack;
     k.pack_forward(tangent ? a.tangent : a.primal, i, packed.data(tangent) + offsets[i] * size,
-                   part, kPackParts);
+                   part, parts);
   };
   RowTasks tasks(run.plan, a.primal.seq.batch, tangent_scratch(run, p), 1);
-  run_phases(run.pool, run.plan.threads,
-             {{2 * stack * kPackParts, 0, pack}, tasks.phase(0, [&](const Rows& rows, Member& me) {
-                k.forward_tangent(a, rows, me);
-              })});
+  run_phases(
+      run.pool, run.plan.threads,
+      {{2 * stack * parts, 0, pack}, tasks.phase(0, [&](int64_t, const Rows& rows, Member& me) {
+         k.forward_tangent(a, rows, me);
+       })});
 }
 
 void run_backward_tangent(const CpuRun& run, const BackwardTangentStack& a) {

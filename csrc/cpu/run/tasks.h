@@ -12,8 +12,8 @@
 
 namespace fusedrnn {
 
-// Tasks that pack the weights of a layer and direction.
-constexpr int64_t kPackParts = 8;
+// Tasks that pack the weights of a layer and direction; of an ensemble other weights are tasks too.
+inline int64_t pack_parts(const CpuPlan& plan) { return std::max<int64_t>(1, 8 / plan.ensemble); }
 
 // Work of which no part needs another: task(i, scratch) for every i below `count`.
 struct Phase {
@@ -24,12 +24,23 @@ struct Phase {
 // Runs phases one after the other, on up to `threads` threads.
 void run_phases(const ThreadPool&, int64_t threads, const std::vector<Phase>&);
 
-// All rows of the batch through a task, one thread or one team each; `times` times.
+// What one of an ensemble's weights has of a call: these, and its rows, which are the next in
+// Sequence::order.
+template <class Call>
+Call of_weights(Call a, const CpuPlan& plan, int64_t which) {
+  a.weights += which * a.problem.num_layers * a.problem.num_directions;
+  a.seq.order += which * (a.seq.batch / plan.ensemble);
+  return a;
+}
+
+// All rows of the batch through task(which of the ensemble's weights, rows, member of a team), one
+// thread or one team each; `times` times.
 class RowTasks {
  public:
   RowTasks(const CpuPlan& plan, int64_t batch, const RowsScratch& bytes, int64_t times)
       : plan_(plan),
-        batch_(batch),
+        batch_(batch / plan.ensemble),
+        tasks_(plan.tasks / plan.ensemble),
         bytes_(bytes),
         teams_(plan.members > 1 ? times * plan.tasks : 0),
         memory_(plan.members > 1 ? plan.tasks : 0, task_bytes()) {}
@@ -40,26 +51,27 @@ class RowTasks {
     if (M == 1)
       return {plan_.tasks, task_bytes(), [this, task](int64_t i, char* scratch) {
                 Member alone;
-                task(rows(i, scratch, 0), alone);
+                task(i / tasks_, rows(i, scratch, 0), alone);
               }};
     Team* const teams = teams_.data() + time * plan_.tasks;
     return {plan_.tasks * M, 0, [this, task, teams, M](int64_t place, char*) {
               const int64_t i = place / M;
               Member me;
-              if (teams[i].join(1, M, &me)) task(rows(i, memory_.data(i), me.index), me);
+              if (teams[i].join(1, M, &me))
+                task(i / tasks_, rows(i, memory_.data(i), me.index), me);
             }};
   }
 
- private:
   int64_t task_bytes() const { return bytes_.common + plan_.members * bytes_.own; }
   Rows rows(int64_t i, char* scratch, int64_t member) const {
-    const int64_t first = i * plan_.rows_per_task;
+    const int64_t first = i % tasks_ * plan_.rows_per_task;
     return Rows{first, std::min(batch_, first + plan_.rows_per_task), scratch,
                 scratch + bytes_.common + member * bytes_.own};
   }
 
+ private:
   const CpuPlan plan_;
-  const int64_t batch_;
+  const int64_t batch_, tasks_;  // of each of the ensemble's weights
   const RowsScratch bytes_;
   std::vector<Team> teams_;
   const ScratchMemory memory_;

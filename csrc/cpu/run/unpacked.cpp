@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/run/run.h"
-#include "cpu/run/scratch.h"
+#include "cpu/run/tasks.h"
 
 namespace fusedrnn {
 namespace {
@@ -28,9 +28,11 @@ class UnpackedForward {
         states_(a.problem.num_layers * a.problem.num_directions),
         longest_(a.seq.length[a.seq.order[0]]),
         row_(a.problem.hidden_size * compute_bytes(a.problem.dtype)),
-        bytes_(run.kernels.unpacked_scratch(a.problem, a.seq.batch)),
-        state_bytes_(round_up(3 * a.seq.batch * row_) + bytes_.common),
-        memory_(1, states_ * state_bytes_ + run.plan.threads * bytes_.own),
+        batch_(a.seq.batch / run.plan.ensemble),
+        threads_(run.plan.ensemble > 1 ? 1 : run.plan.threads),
+        bytes_(run.kernels.unpacked_scratch(a.problem, batch_)),
+        state_bytes_(round_up(3 * batch_ * row_) + bytes_.common),
+        memory_(1, states_ * state_bytes_ + threads_ * bytes_.own),
         steps_(states_) {
     if (!run.plan.pass.alternates) return;
     std::atomic<bool>& next = next_descends(a.weights->w_hh);
@@ -51,7 +53,8 @@ class UnpackedForward {
     UnpackedStep& s = steps_[i];
     s.layer = i / a_.problem.num_directions, s.dir = i % a_.problem.num_directions;
     char* const memory = memory_.data() + i * state_bytes_;
-    const int64_t state = a_.seq.batch * row_;
+    const int64_t state = batch_ * row_;
+    s.all_rows = batch_;
     s.h_prev = memory, s.h = memory + state, s.c = memory + 2 * state;
     run_.kernels.unpacked_begin(a_, s);
     if (!run_.plan.recurrent_first || i == 0) return;
@@ -61,7 +64,7 @@ class UnpackedForward {
 
   void set_time(UnpackedStep& s, int64_t step) const {
     s.t = s.dir == 0 ? step : longest_ - 1 - step;
-    s.rows = a_.seq.batch;
+    s.rows = batch_;
     while (a_.seq.length[a_.seq.order[s.rows - 1]] <= s.t) s.rows--;
     s.descending = run_.plan.pass.alternates && descending_ != step % 2;
   }
@@ -70,11 +73,11 @@ class UnpackedForward {
     UnpackedStep& s = steps_[i];
     set_time(s, step);
     auto share = [&](int64_t part) { take_part(i, part); };
-    if (run_.plan.threads == 1)
+    if (threads_ == 1)
       share(0);
     else
-      run_.pool.parallel_for(run_.plan.threads, share);
-    const int64_t resting = (a_.seq.batch - s.rows) * row_;  // bytes of rows that have ended
+      run_.pool.parallel_for(threads_, share);
+    const int64_t resting = (batch_ - s.rows) * row_;  // bytes of rows that have ended
     std::memcpy(static_cast<char*>(s.h) + s.rows * row_,
                 static_cast<char*>(s.h_prev) + s.rows * row_, resting);
     std::swap(s.h, s.h_prev);
@@ -84,7 +87,7 @@ class UnpackedForward {
   // come before the first layer's step, or right after it if units descend: closer to what the last
   // call left in the cache.
   void take_part(int64_t i, int64_t part) {
-    const int64_t threads = run_.plan.threads;
+    const int64_t threads = threads_;
     const int64_t others = run_.plan.recurrent_first && i == 0 ? states_ - 1 : 0;
     auto multiply = [&](int64_t j) {
       run_.kernels.unpacked_recurrent(a_, steps_[j], part, threads);
@@ -98,6 +101,7 @@ class UnpackedForward {
   const CpuRun& run_;
   const Forward& a_;
   const int64_t states_, longest_, row_;  // layers and directions; steps; bytes
+  const int64_t batch_, threads_;         // rows; threads that divide their units
   const RowsScratch bytes_;
   const int64_t state_bytes_;
   const ScratchMemory memory_;
@@ -107,6 +111,11 @@ class UnpackedForward {
 
 }  // namespace
 
-void run_unpacked(const CpuRun& run, const Forward& a) { UnpackedForward(run, a).run(); }
+void run_unpacked(const CpuRun& run, const Forward& a) {
+  const int64_t count = run.plan.ensemble;
+  auto take = [&](int64_t i, char*) { UnpackedForward(run, of_weights(a, run.plan, i)).run(); };
+  if (count == 1) return take(0, nullptr);
+  run_phases(run.pool, run.plan.threads, {{count, 0, take}});
+}
 
 }  // namespace fusedrnn
