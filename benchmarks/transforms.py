@@ -185,7 +185,7 @@ def directional(dtype: torch.dtype) -> dict[str, Call]:
     layer, fused, plain = twins(dtype, sizes=SIZES)
     x, v = torch.randn(2, 35, 32, SIZES[0]).to(dtype)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    along = {name: torch.randn_like(p) for name, p in parameters.items()}
+    along = {name: torch.randn(p.shape).to(dtype) for name, p in parameters.items()}
 
     def forward_mode(module: nn.Module) -> Call:
         def of(p: Any, x: Tensor) -> Tensor:

@@ -24,11 +24,8 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from fusedrnn import (
-    batched_gradients,
-    derivatives,
-    ops,
-)  # ops imports this module, and is used in functions only
+# ops imports this module: it is used in functions only.
+from fusedrnn import batched_gradients, derivatives, ops
 
 forward_tangent = torch.ops.fusedrnn.forward_tangent.default
 backward_tangent = torch.ops.fusedrnn.backward_tangent.default
@@ -40,7 +37,8 @@ Tensors = tuple[Tensor | None, ...]
 
 def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
-    config, x, h_mask = ops.Config(*call.constants[1:]), call.tensors[0], call.tensors[7]
+    config, x = ops.Config(*call.constants[1:]), call.tensors[0]
+    _, _, _, _, h_mask, *_ = call.non_differentiable()
     assert x is not None
     return (
         x.device.type == "cpu"
