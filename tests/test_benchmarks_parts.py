@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,11 +173,17 @@ def test_an_unknown_device_is_one_sentence(capsys):
     assert last.endswith("error: torch has no device 'foo': write cpu or cuda")
 
 
-def test_transforms(monkeypatch, capsys):
+def test_transforms(tmp_path, capsys):
     """Prints a line for each implementation of a job; what is wrong is not timed."""
-    jobs = [job for job in transforms.JOBS if job.name == "cell"]
-    monkeypatch.setattr(transforms, "JOBS", jobs)
-    transforms.main(["--seconds", "0.01"])
+    out = tmp_path / "results" / "transforms.json"
+    options = ["--job", "cell", "--job", "batched", "--seconds", "0.01", "--out", str(out)]
+    transforms.main(options)
+    saved = json.loads(out.read_text())
+    assert {line["job"] for line in saved["lines"]} == {"cell", "batched gradients"}
+    assert all(line["seconds"]["median"] > 0 for line in saved["lines"])
+    small = transforms.Ensemble(2, "GRU", (3, 4), 5, 2)
+    job = transforms.Job("e", str(small), partial(transforms.ensemble, small, True))
+    transforms.check(job, job.peers(torch.float32))
     printed = capsys.readouterr().out
     assert "vmap, fusedrnn" in printed and "LSTMCell 64->128, 32 inputs" in printed
 
