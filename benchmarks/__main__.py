@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,14 @@ def some_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
 def positive_integers(text: str) -> list[int]:
     """An argparse type: integers of at least 1, separated by commas."""
     return [positive(word) for word in text.split(",")]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """An argparse type: integers of at least 0, separated by commas."""
+    found = [int(word) for word in text.split(",")]
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' has a number below 0")
+    return found
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,10 +93,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--busy",
-        type=int,
-        default=0,
-        metavar="N",
-        help="measure while other processes keep N CPUs busy (default: 0)",
+        type=whole_numbers,
+        default=[0],
+        metavar="LIST",
+        help="measure while other processes keep N CPUs busy, for each N (default: 0)",
     )
     add("--device", metavar="NAME", help="such as cuda:0 (default: a GPU if there is one)")
     add(
@@ -131,8 +140,8 @@ def command_of(options: argparse.Namespace) -> str:
     for name in ("cell", "mode", "dtype", "part", "sweep", "threads"):
         if value := getattr(options, name):
             words += [f"--{name}", ",".join(map(str, value))]
-    if options.busy:
-        words += ["--busy", str(options.busy)]
+    if options.busy != [0]:
+        words += ["--busy", ",".join(map(str, options.busy))]
     if options.device:
         words += ["--device", options.device]
     if options.seconds:
@@ -142,8 +151,8 @@ def command_of(options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def run(options: argparse.Namespace, console: Console) -> Report:
-    """Measures what ``options`` ask for."""
+def run(options: argparse.Namespace, console: Console, busy: int = 0) -> Report:
+    """Measures what ``options`` ask for while ``busy`` CPUs are kept busy."""
     budget = QUICK if options.quick else Budget()
     if options.seconds:
         budget = dataclasses.replace(budget, seconds=options.seconds)
@@ -164,7 +173,12 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     parts = options.part or (["cases"] if options.case or options.quick else list(PARTS))
     cases = select(options.case, options.cell or (), device.type, options.quick)
     jobs = [job for job in training.JOBS if not options.cell or job.cell in options.cell]
-    environment = machine.environment(device, options.busy)  # first: it records the load
+    environment = machine.environment(device, busy)  # first: it records the load
+    if not options.peer and not options.quick and "cases" in parts:
+        asked = itertools.product(cases, modes, dtypes)
+        environment["absent"] = peers.absent(peers.Question(*q, device) for q in asked)
+        for name in environment["absent"]:
+            console.print(f"not installed, and not measured: {name}", markup=False)
     made = Report(environment, command_of(options))
     steps = {
         "cases": rows(cases, modes, dtypes, threads, device, budget, chosen),
@@ -183,7 +197,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     totals: dict[str, int | None] = dict.fromkeys(PARTS)
     totals["cases"] = len(cases) * len(modes) * len(dtypes) * len(threads)
     totals["training"] = len(jobs) * len(threads)
-    with machine.kept_busy(options.busy):
+    with machine.kept_busy(busy):
         for part in parts:
             for item in _with_progress(steps[part], part, totals[part], console):
                 found[part].append(item)  # type: ignore[attr-defined]
@@ -254,7 +268,7 @@ def compared(old: Sequence[Report], new: Sequence[Report], console: Console) -> 
 def measured(options: argparse.Namespace, console: Console) -> list[Report]:
     """The runs that ``options`` ask for: a new one, or those of files."""
     if not options.sources:
-        return [run(options, console)]
+        return [run(options, console, busy) for busy in options.busy]
     return report.latest([r for path in options.sources for r in report.load(path)])
 
 

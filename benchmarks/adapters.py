@@ -90,6 +90,19 @@ def compiling() -> AbstractContextManager[Any]:
     return patch
 
 
+def _in_onnx(layer: nn.RNNBase, example: object) -> bytes:
+    """A file of ONNX with torch.nn's layer as one node, and an input x of the example's shape."""
+    model: Any = io.BytesIO()
+    was_training = layer.training
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the batch is fixed; the exporter is old
+        # The newer exporter unrolls the steps.
+        torch.onnx.export(layer.eval(), (example,), model, input_names=["x"], dynamo=False)
+    layer.train(was_training)
+    found: bytes = model.getvalue()
+    return found
+
+
 class OnnxRuntime(nn.Module):
     """torch.nn's layer exported to ONNX, run by ONNX Runtime on the CPU."""
 
@@ -98,25 +111,51 @@ class OnnxRuntime(nn.Module):
         import onnxruntime
 
         self._lstm = isinstance(layer, nn.LSTM)
-        model: Any = io.BytesIO()
-        was_training = layer.training
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the batch is fixed; the exporter is old
-            # The newer exporter unrolls the steps.
-            torch.onnx.export(layer.eval(), (example,), model, input_names=["x"], dynamo=False)
-        layer.train(was_training)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(
-            model.getvalue(), options, providers=["CPUExecutionProvider"]
+            _in_onnx(layer, example), options, providers=["CPUExecutionProvider"]
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, State]:
         outputs = self._session.run(None, {"x": x.numpy()})
         y, *states = (torch.from_numpy(o) for o in outputs)
         return y, tuple(states) if self._lstm else states[0]
+
+
+class OpenVino(nn.Module):
+    """torch.nn's layer exported to ONNX, run by OpenVINO on the CPU in the layer's dtype."""
+
+    def __init__(self, layer: nn.RNNBase, example: object) -> None:
+        super().__init__()
+        import openvino
+
+        self._lstm = isinstance(layer, nn.LSTM)
+        core = openvino.Core()
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",  # on AMX it would compute in bfloat16
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        model = core.read_model(io.BytesIO(_in_onnx(layer, example)))
+        self._request = core.compile_model(model, "CPU", options).create_infer_request()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, State]:
+        outputs = self._request.infer([x.numpy()], share_inputs=True)
+        y, *states = (torch.from_numpy(outputs[i]) for i in range(len(outputs)))
+        return y, tuple(states) if self._lstm else states[0]
+
+
+def torch_int8(layer: nn.RNNBase, example: object = None) -> nn.Module:
+    """torch's dynamic int8 of a layer, which is not an RNN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        model = nn.ModuleList([copy.deepcopy(layer)]).eval()
+        torch.ao.quantization.quantize_dynamic(model, {type(layer)}, torch.qint8, inplace=True)
+    made: nn.Module = model[0]
+    return made
 
 
 class FlashRNN(_SameWeights):

@@ -85,9 +85,16 @@ def error(results: dict[str, Tensor], expected: Expected) -> float:
 
 
 def problem(
-    results: dict[str, Tensor], expected: Expected, mode: str, factor: float = 2.0
+    results: dict[str, Tensor],
+    expected: Expected,
+    mode: str,
+    factor: float = 2.0,
+    relative: float = 0.0,
 ) -> str | None:
-    """The first incorrect result, None if all are correct."""
+    """The first incorrect result, None if all are correct.
+
+    An error may be `factor` times torch.nn's or, if that is more, `relative` of the values.
+    """
     for name, value in expected.values.items():
         if name.startswith("grad") and mode != "training":
             continue
@@ -96,7 +103,8 @@ def problem(
             return f"no {name}"
         if found.shape != value.shape:
             return f"{name} has shape {tuple(found.shape)}, not {tuple(value.shape)}"
-        off, bound = _rms(found.double() - value), factor * expected.units[name]
+        off = _rms(found.double() - value)
+        bound = max(factor * expected.units[name], relative * _rms(value))
         if not off <= bound:  # unlike >, fails for NaN
             return f"error of {name} is {off:.1e}, not within {bound:.1e}"
     return None

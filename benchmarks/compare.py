@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from benchmarks.measure import Summary
 from benchmarks.report import Report
-from benchmarks.suite import Result, Row
+from benchmarks.suite import Result, Row, is_ours
 
 LEAST = 1.02  # smaller changes are not reported, however quiet the machine
-OURS = "fusedrnn"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def changes(old: Sequence[Report], new: Sequence[Report]) -> list[Change]:
     not a regression. A change counts if the ratio of the medians exceeds the product of the two
     largest of four ratios of quartiles: those of both figures, and those of torch.nn against itself
     in both runs. A result that turns incorrect is a regression, and so are more bytes saved for
-    backward.
+    backward, and another implementation that is now ahead of ours beyond the noise.
     """
     before, after = _rows(old), _rows(new)
     return [c for key in after if key in before for c in _row_changes(before[key], after[key])]
@@ -58,7 +57,10 @@ def _row_changes(old: Row, new: Row) -> list[Change]:
     found = []
     for result in new.results:
         previous = ours.get(result.peer)
-        if previous is None or not result.peer.startswith(OURS):
+        if previous is None:
+            continue
+        if not is_ours(result.peer):
+            found += _lead(where, (old, previous), (new, result))
             continue
         what = f"{where}: {result.peer}"
         if result.problem or previous.problem:
@@ -75,6 +77,18 @@ def _row_changes(old: Row, new: Row) -> list[Change]:
                 )
         found += _memory(previous, result, what)
     return found
+
+
+def _lead(where: str, old: tuple[Row, Result], new: tuple[Row, Result]) -> list[Change]:
+    """Whether another implementation has overtaken its rival among ours, or the reverse."""
+    (_, before), (_, after) = old, new
+    if not before.lead or not after.lead:
+        return []
+    behind, now = (result in row.ahead() for row, result in (old, new))
+    if behind == now:
+        return []
+    what = f"{where}: ours as a multiple of {after.peer}"
+    return [Change(what, f"{before.lead.median:.2f}", f"{after.lead.median:.2f}", now)]
 
 
 def _moved(a: Summary, b: Summary, *noise: Summary) -> bool:

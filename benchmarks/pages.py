@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import report, tables
 from benchmarks.gpu import summary as gpu_summary
 from benchmarks.report import Report
-from benchmarks.suite import Row
+from benchmarks.suite import Row, is_ours
 from benchmarks.tables import OURS, Table, filled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,8 @@ PACKED = "speech-lstm-256"
 def page(run: Report) -> str:
     """A run as Markdown."""
     parts = [filled(f"Made by `{run.command}`.")]
+    if absent := run.environment.get("absent"):
+        parts.append(filled(f"Not installed, and not measured: {', '.join(absent)}."))
     shown = tables.headlines(run.rows, shapes=False) + tables.others(run.rows)
     shown += (
         tables.grids(run.rows)
@@ -113,12 +115,14 @@ def readme_table(root: Path = ROOT) -> str:
 
 
 def headline(run: Report) -> str:
-    """The book's jobs and the LSTM of every other source, and the mean and range of all cases."""
+    """The book's jobs, the LSTM of every other source, every row in which another implementation is
+    faster, and the mean and range of all cases.
+    """
     modes = _shown(run)
     jobs: dict[str, dict[str, Row]] = {}
     for mode, rows in modes.items():
         for row in rows:
-            if row.case.startswith(BOOK) or row.shape.startswith("LSTM"):
+            if row.case.startswith(BOOK) or row.shape.startswith("LSTM") or row.ahead():
                 jobs.setdefault(row.case, {})[mode] = row
     rows = next(iter(modes.values()))
     title = f"training speed in tokens/s, and {tables.TIMES}; {rows[0].dtype}, {_where(rows[0])}"
@@ -131,6 +135,20 @@ def headline(run: Report) -> str:
         lines.append([case, row.shape, *tables.speeds(row), *ratios])
     parts = [filled(f"{report.caption(run.environment)}. Made by `{run.command}`.")]
     parts.append(Table(title, header, lines).markdown())
+    others = list(
+        dict.fromkeys(r.peer for rows in modes.values() for row in rows for r in row.results)
+    )
+    others = [peer for peer in others[1:] if not is_ours(peer)]
+    if others:
+        parts.append(
+            filled(
+                f"Also measured: {', '.join(others)}. One that is faster than fusedrnn, or with "
+                "weights in 8 bits than fusedrnn's in 8 bits, is named in its row, with how many "
+                "times as fast it is."
+            )
+        )
+    if absent := run.environment.get("absent"):
+        parts.append(filled(f"Not installed, and not measured: {', '.join(absent)}."))
     means = filter(None, (_range(mode, rows) for mode, rows in modes.items()))
     parts.append(filled(f"All {len(rows)} cases: geometric mean {', '.join(means)}."))
     return "\n\n".join(parts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -38,14 +39,25 @@ def _training(q: Question) -> bool:
     return q.mode == "training"
 
 
+def _cpu_inference(q: Question) -> bool:
+    return q.device.type == "cpu" and q.mode == "inference"
+
+
 def _onnx_can(q: Question) -> bool:
     dtypes = (torch.float32, torch.float64)
-    return (
-        q.device.type == "cpu"
-        and q.mode == "inference"
-        and q.dtype in dtypes
-        and not q.case.shortest
-    )
+    return _cpu_inference(q) and q.dtype in dtypes and not q.case.shortest
+
+
+def _openvino_can(q: Question) -> bool:
+    return _onnx_can(q) and q.dtype == torch.float32
+
+
+def _quantized(q: Question) -> bool:
+    return _cpu_inference(q) and q.dtype == torch.float32
+
+
+def _torch_int8_can(q: Question) -> bool:
+    return _quantized(q) and q.case.cell != "RNN"  # which it does not know
 
 
 def _flashrnn_can(q: Question) -> bool:
@@ -71,7 +83,9 @@ class Peer:
     ``build`` takes torch.nn's layer and an example of its input and returns a module with the same
     weights and call, and the same parameters if it can train. It must not change the layer.
     ``can`` tells which measurements it supports. ``factor`` bounds its error as a multiple of
-    torch.nn's: 2 for fusedrnn, more for others. ``setting`` is a context for its calls.
+    torch.nn's: 2 for fusedrnn, more for others; ``relative`` admits more, as a part of the results,
+    to weights in fewer bits. ``setting`` is a context for its calls. ``rival`` is the
+    implementation of ours that it is an alternative to.
     """
 
     name: str
@@ -80,6 +94,8 @@ class Peer:
     needs: tuple[str, ...] = ()  # packages
     factor: float = 2.0
     setting: Setting = nullcontext
+    relative: float = 0.0
+    rival: str = "fusedrnn"
 
     def missing(self) -> str | None:
         """A required package that is not installed, if any."""
@@ -101,7 +117,17 @@ def _recompute(layer: nn.RNNBase, example: object) -> nn.Module:
     return module
 
 
+def _in_int8(layer: nn.RNNBase, example: object) -> nn.Module:
+    return fusedrnn.quantize(copy.deepcopy(layer).eval(), "int8").model
+
+
+def _in_bfloat16(layer: nn.RNNBase, example: object) -> nn.Module:
+    return fusedrnn.quantize(copy.deepcopy(layer).eval(), "bfloat16").model
+
+
 RIGHT = 50.0  # times torch.nn's error: admits approximations, not mistakes
+ROUNDED = 0.1  # of the results: admits weights and activations of 8 bits
+INT8 = "fusedrnn int8"
 
 # The others are compared with the first.
 PEERS = (
@@ -113,6 +139,10 @@ PEERS = (
     Peer("torch.compile", adapters.compiled, _compile_can, (), RIGHT, adapters.compiling),
     Peer("cell loop", adapters.CellLoop, _loop_can, factor=RIGHT),
     Peer("ONNX Runtime", adapters.OnnxRuntime, _onnx_can, ("onnxruntime", "onnx"), factor=RIGHT),
+    Peer("OpenVINO", adapters.OpenVino, _openvino_can, ("openvino", "onnx"), factor=RIGHT),
+    Peer(INT8, _in_int8, _quantized, relative=ROUNDED, rival=INT8),
+    Peer("fusedrnn bfloat16", _in_bfloat16, _quantized, relative=ROUNDED, rival=INT8),
+    Peer("torch int8", adapters.torch_int8, _torch_int8_can, relative=ROUNDED, rival=INT8),
     Peer("FlashRNN", adapters.FlashRNN, _flashrnn_can, ("flashrnn",), factor=RIGHT),
 )
 QUICK_PEERS = PEERS[:2]
@@ -132,3 +162,10 @@ def choose(names: Sequence[str]) -> list[Peer]:
             raise ValueError(f"{name} needs the package {peer.missing()}")
     wanted = [p for p in PEERS if not names or p.name in names or p is PEERS[0]]
     return [p for p in wanted if not p.missing()]
+
+
+def absent(questions: Iterable[Question]) -> list[str]:
+    """The peers that could answer one of these questions if their packages were installed."""
+    asked = list(questions)
+    missing = [(p, p.missing()) for p in PEERS]
+    return [f"{p.name} ({name})" for p, name in missing if name and any(map(p.can, asked))]

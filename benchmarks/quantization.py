@@ -9,7 +9,6 @@ import argparse
 import copy
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedrnn
+from benchmarks.adapters import torch_int8
 from benchmarks.measure import Budget, interleave, seconds_of, speedup
 
 TORCH_INT8 = "torch int8"
@@ -58,18 +58,6 @@ class Shape:
         return layer, x, tuple(states) if self.cell == "LSTM" else states[0]
 
 
-def torch_int8(layer: nn.RNNBase) -> nn.Module | None:
-    """torch's dynamic int8 of a layer; None of an RNN, which it does not know."""
-    if isinstance(layer, nn.RNN):
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated
-        model = nn.ModuleList([copy.deepcopy(layer)])
-        torch.ao.quantization.quantize_dynamic(model, {type(layer)}, torch.qint8, inplace=True)
-    made: nn.Module = model[0]
-    return made
-
-
 def implementations(layer: nn.RNNBase, names: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The layer as torch.nn's, torch's int8, fusedrnn's and its quantized forms."""
 
@@ -81,7 +69,7 @@ def implementations(layer: nn.RNNBase, names: Sequence[str] = ()) -> dict[str, n
 
     builders: dict[str, Callable[[], nn.Module | None]] = {
         "torch.nn": lambda: layer,
-        TORCH_INT8: lambda: torch_int8(layer),
+        TORCH_INT8: lambda: None if isinstance(layer, nn.RNN) else torch_int8(layer),
         "fusedrnn": lambda: fusedrnn.swap(copy.deepcopy(layer)).model,
         "fusedrnn in bfloat16": low,
         "quantized int8": lambda: quantized("int8"),

@@ -41,6 +41,11 @@ class Result:
     graph_seconds: Summary | None = None  # replays of a CUDA graph
     graph_speedup: Summary | None = None
     graph_problem: str | None = None
+    lead: Summary | None = None  # the speed of its rival among ours (see Peer) over this one's
+
+
+def is_ours(peer: str) -> bool:
+    return peer.startswith("fusedrnn")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class Row:
     def key(self) -> tuple[str, ...]:
         """Identifies the measurement: rows of two runs with the same key are comparable."""
         return (self.case, self.shape, self.mode, self.dtype, str(self.threads), self.device)
+
+    def ahead(self) -> list[Result]:
+        """The peers that are faster than their rivals among ours, beyond the noise."""
+        leads = [(r, r.lead) for r in self.results if r.lead]
+        return [r for r, lead in leads if measure.verdict(lead, self.noise) == "slower"]
 
 
 def rows(
@@ -180,6 +190,7 @@ class _Measurement:
             noise = measure.speedup(first, times["again"])
         for name, unit in units.items():
             rate = rates[unit.setting is measure.no_tf32]
+            made[name] = replace(made[name], lead=self._lead(name, times))
             made[name] = _timed(
                 made[name],
                 case,
@@ -205,6 +216,12 @@ class _Measurement:
             floor_seconds=max(flops / rates[False], moved / bandwidth),
         )
 
+    def _lead(self, name: str, times: dict[Any, list[float]]) -> Summary | None:
+        """How many times as fast as a peer its rival among ours is."""
+        rival = next(peer.rival for peer in self._peers if peer.name == name)
+        ours = times.get(rival)
+        return None if ours is None or is_ours(name) else measure.speedup(times[name], ours)
+
     def _checked(self, peer: Peer) -> tuple[Result, Unit | None]:
         """A peer's first call: its time and its correctness."""
         try:
@@ -215,7 +232,8 @@ class _Measurement:
             measure.synchronize(self._device)
             seconds = time.perf_counter() - start
             expected = self._expectations.under(peer.setting)
-            wrong = check.problem(results, expected, self._mode, peer.factor)
+            bounds = peer.factor, peer.relative
+            wrong = check.problem(results, expected, self._mode, *bounds)
             if wrong is not None:
                 return Result(peer.name, wrong), None
             off = check.error(results, expected)

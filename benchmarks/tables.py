@@ -27,7 +27,9 @@ NOTE = (
     "time that the layer's matrix products would take at the rate of a large product, or its "
     "bytes at the rate of a large copy, whichever is longer, as a part of fusedrnn's time. saved: "
     "bytes that fusedrnn's forward saves for backward, divided by torch.nn's. noise: quartiles "
-    "of torch.nn's speed divided by its own, measured in the same rounds."
+    "of torch.nn's speed divided by its own, measured in the same rounds. ahead: what "
+    "is faster than fusedrnn beyond the noise, and how many times as fast; torch int8 is compared "
+    "with fusedrnn int8."
 )
 DETAILS_NOTE = (
     "product, bandwidth: the rate of the layer's matrix products as a part of that of a large "
@@ -192,7 +194,7 @@ def grid_point(row: Row) -> tuple[str, int, int] | None:
 def _headline(title: str, rows: list[Row], shapes: bool) -> Table:
     reference = rows[0].results[0].peer
     header = ["case", "layers, T steps, B rows", f"{reference} tokens/s", f"{OURS} tokens/s"]
-    header += ["faster", "us/step", "graph", "floor", "saved", "noise"]
+    header += ["faster", "us/step", "graph", "floor", "saved", "noise", "ahead"]
     cells = []
     for row in rows:
         first = row.results[0]
@@ -209,6 +211,7 @@ def _headline(title: str, rows: list[Row], shapes: bool) -> Table:
                 _number(_floor(ours), "{:.0%}".format),
                 _number(_saved(first, ours), "{:.2f}".format),
                 _noise(row),
+                ", ".join(_ahead(row)),
             ]
         )
     if mean := geometric_mean(rows):
@@ -223,8 +226,14 @@ def speeds(row: Row) -> list[str]:
 
 
 def ratio(row: Row) -> str:
-    """fusedrnn's speed as a multiple of the first peer's."""
-    return _short(of_peer(row, OURS))
+    """fusedrnn's speed as a multiple of the first peer's, and who is faster than fusedrnn."""
+    first = row.results[0].peer  # which the number tells about
+    return ", ".join([_short(of_peer(row, OURS)), *_ahead(row, first)])
+
+
+def _ahead(row: Row, but: str = "") -> list[str]:
+    found = [(r.peer, r.lead) for r in row.ahead() if r.peer != but]
+    return [f"{peer} {1 / lead.median:.2f}" for peer, lead in found if lead]
 
 
 def geometric_mean(rows: Sequence[Row]) -> float | None:

@@ -12,8 +12,9 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import fusedrnn
-from benchmarks import machine, measure, report
+from benchmarks import compact, machine, measure, report
 from benchmarks.measure import Budget, Summary
 from benchmarks.tables import Table
 from fusedrnn import reference
@@ -51,13 +52,17 @@ class Line:
     peak_bytes: int | None
 
 
-class Plain(fusedrnn.LSTM):
-    """The plain PyTorch implementation as a layer."""
+def plain_forward(self: Any, input: Any, hx: Any = None, **kwargs: Any) -> Any:
+    call = (input, None, None, self._weights(), *[None] * 7, 0.0, *self._config())
+    y, hn, cn, *_ = reference.forward(*call)
+    return y, (hn, cn) if self.mode == "LSTM" else hn
 
-    def forward(self, input: Any, hx: Any = None, **kwargs: Any) -> Any:
-        call = (input, None, None, self._weights(), *[None] * 7, 0.0, *self._config())
-        y, hn, cn, *_ = reference.forward(*call)
-        return y, (hn, cn)
+
+# The plain PyTorch implementation as layers.
+PLAIN = {
+    cell: type(f"Plain{cell}", (getattr(fusedrnn, cell),), {"forward": plain_forward})
+    for cell in ("RNN", "GRU", "LSTM")
+}
 
 
 def loss_of(layer: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -76,12 +81,12 @@ def joined(members: list[list[Tensor]]) -> list[Tensor]:
 
 
 def twins(
-    dtype: torch.dtype, seed: int = 0, sizes: tuple[int, int] = (64, 128)
-) -> tuple[nn.LSTM, nn.LSTM, nn.LSTM]:
+    dtype: torch.dtype, seed: int = 0, cell: str = "LSTM", sizes: tuple[int, int] = (64, 128)
+) -> tuple[Any, Any, Any]:
     """torch.nn's layer, fusedrnn's and the plain implementation with the same weights."""
     torch.manual_seed(seed)
-    layer = nn.LSTM(*sizes).to(dtype)
-    found = [kind(*sizes).to(dtype) for kind in (fusedrnn.LSTM, Plain)]
+    layer = getattr(nn, cell)(*sizes).to(dtype)
+    found = [kind(*sizes).to(dtype) for kind in (getattr(fusedrnn, cell), PLAIN[cell])]
     for other in found:
         other.load_state_dict(layer.state_dict())
     return layer, found[0], found[1]
@@ -127,10 +132,23 @@ def opacus_gradients(layer: nn.LSTM, xs: Tensor) -> Call:
     return call
 
 
-def ensemble(dtype: torch.dtype, training: bool) -> dict[str, Call]:
-    groups = [twins(dtype=dtype, seed=seed) for seed in range(8)]
+@dataclass(frozen=True)
+class Ensemble:
+    members: int
+    cell: str
+    sizes: tuple[int, int]
+    steps: int
+    batch: int
+
+    def __str__(self) -> str:
+        layers = f"{self.members} {self.cell}s {self.sizes[0]}->{self.sizes[1]}"
+        return f"{layers}, T={self.steps}, B={self.batch}"
+
+
+def ensemble(case: Ensemble, training: bool, dtype: torch.dtype) -> dict[str, Call]:
+    groups = [twins(dtype, seed, case.cell, case.sizes) for seed in range(case.members)]
     layers, fused, plain = (list(of_kind) for of_kind in zip(*groups, strict=True))
-    x = torch.randn(50, 4, 64).to(dtype)
+    x = torch.randn(case.steps, case.batch, case.sizes[0]).to(dtype)
 
     def loop(members: list[Any]) -> Call:
         if training:
@@ -165,6 +183,47 @@ def cells(dtype: torch.dtype) -> dict[str, Call]:
         "loop, torch.nn": torch.no_grad()(lambda: [torch.stack([plain(x)[0] for x in xs])]),
         "vmap, fusedrnn": torch.no_grad()(lambda: [each(xs)]),
     }
+
+
+def batched_gradients(dtype: torch.dtype) -> dict[str, Call]:
+    """16 rows of the Jacobian of the last output by the input."""
+    made = dict(zip(("torch.nn", "plain PyTorch", "fusedrnn"), _by_input(dtype), strict=True))
+
+    def loop(name: str) -> Call:
+        y, x, forms = made[name]
+        return lambda: [
+            torch.stack([torch.autograd.grad(y, x, f, retain_graph=True)[0] for f in forms])
+        ]
+
+    def batched(name: str) -> Call:
+        y, x, forms = made[name]
+        return lambda: [
+            torch.autograd.grad(y, x, forms, is_grads_batched=True, retain_graph=True)[0]
+        ]
+
+    return {
+        "loop, torch.nn": loop("torch.nn"),
+        "loop, fusedrnn": loop("fusedrnn"),
+        "is_grads_batched, plain PyTorch": batched("plain PyTorch"),
+        "is_grads_batched, fusedrnn": batched("fusedrnn"),
+    }
+
+
+def _by_input(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A graph of each implementation, its input, and what it is differentiated along."""
+    layer, fused, plain = twins(dtype)
+    data = torch.randn(50, 4, 64).to(dtype)
+    forms = torch.eye(16, 128).to(dtype)[:, None].expand(16, 4, 128)
+    for module in (layer, plain, fused):
+        x = data.clone().requires_grad_()
+        yield module(x)[0][-1], x, forms
+
+
+ENSEMBLES = (
+    Ensemble(8, "LSTM", (28, 64), 35, 8),
+    Ensemble(8, "GRU", (64, 256), 35, 32),
+    Ensemble(32, "RNN", (8, 16), 35, 1),
+)
 
 
 SIZES = 28, 256  # of the second derivatives: the book's LSTM, 35 steps of 32
@@ -218,16 +277,12 @@ def gradient_penalty(dtype: torch.dtype) -> dict[str, Call]:
 
 JOBS = (
     Job("gradients of each sample", "LSTM 64->128, T=50, 32 samples", per_sample),
-    Job(
-        "ensemble, inference",
-        "8 LSTMs 64->128, T=50, B=4, one input",
-        lambda dtype: ensemble(dtype, False),
+    *(
+        Job(f"{case.members} {case.cell}s, {name}", str(case), partial(ensemble, case, training))
+        for case in ENSEMBLES
+        for name, training in (("inference", False), ("gradients", True))
     ),
-    Job(
-        "ensemble, gradients",
-        "8 LSTMs 64->128, T=50, B=4, one input",
-        lambda dtype: ensemble(dtype, True),
-    ),
+    Job("batched gradients", "LSTM 64->128, T=50, B=4, 16 gradients", batched_gradients),
     Job("cell", "LSTMCell 64->128, 32 inputs", cells),
     Job("forward in training", "LSTM 28->256, T=35, B=32", training_forward),
     Job("forward mode", "the same, by input and weights", directional),
@@ -273,25 +328,47 @@ def table(found: Sequence[Line], threads: int) -> Table:
             peak,
         ]
 
-    header = ["job", "implementation", "ms", "times as fast as the first", "peak MB"]
-    title = f"transforms of torch.func; float32, {threads} CPU threads"
+    header = ["job", "implementation", "ms", "speed", "MB"]
+    title = f"float32, {threads} CPU threads; speed as a multiple of a job's first line, peak MB"
     return Table(title, header, [cells_of(line) for line in found])
+
+
+def saved(found: Sequence[Line], threads: int) -> dict[str, Any]:
+    """The lines as JSON has them."""
+    lines = [
+        {
+            "job": line.job.name,
+            "shape": line.job.shape,
+            "implementation": line.peer,
+            "seconds": asdict(line.seconds),
+            "speedup": asdict(line.speedup),
+            "peak_bytes": line.peak_bytes,
+        }
+        for line in found
+    ]
+    return {"threads": threads, "environment": machine.environment(CPU), "lines": lines}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transforms", description=__doc__)
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--seconds", type=positive_number, default=Budget().seconds)
+    parser.add_argument("--job", action="append", help="only jobs whose name begins so")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="save the results")
     options = parser.parse_args(arguments)
     console, before = Console(), torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         budget = Budget(seconds=options.seconds)
-        found = [line for job in JOBS for line in lines(job, budget)]
+        jobs = [job for job in JOBS if job.name.startswith(tuple(options.job or [""]))]
+        found = [line for job in jobs for line in lines(job, budget)]
     finally:
         torch.set_num_threads(before)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(compact.dumps(saved(found, options.threads), 2))
     console.print(table(found, options.threads).rich(console.width))
-    for job in JOBS:
+    for job in jobs:
         console.print(f"{job.name}: {job.shape}", style="dim", markup=False, highlight=False)
     console.print(report.caption(machine.environment(CPU)), markup=False, highlight=False)
 

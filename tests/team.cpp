@@ -73,7 +73,7 @@ bool taken_after(std::chrono::microseconds share, std::chrono::microseconds loop
 bool passes(const char* what) {
   using std::chrono::microseconds, std::chrono::milliseconds;
   if (!std::strcmp(what, "long shares")) return !taken_after(milliseconds(60), milliseconds(80));
-  if (!std::strcmp(what, "taken")) {  // for fifty times as long as the loop waited
+  if (!std::strcmp(what, "taken")) {  // for ten times as long as the loop waited
     if (fusedrnn::is_core_taken() || !taken_after(microseconds(20), milliseconds(4))) return false;
     std::this_thread::sleep_for(milliseconds(1100));
     return !fusedrnn::is_core_taken();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 import sys
@@ -351,9 +352,10 @@ def flashrnn(layer, example):
     [
         (adapters.CellLoop, "torch", MODES, [SMALL[0], SMALL[2]]),
         (adapters.OnnxRuntime, "onnxruntime", ["inference"], [SMALL[0], SMALL[2]]),
+        (adapters.OpenVino, "openvino", ["inference"], [SMALL[0], SMALL[2]]),
         (flashrnn, "flashrnn", MODES, [Case(c, c, 5, 16, 1, 4, 3) for c in GATES]),
     ],
-    ids=["loop", "onnx", "flashrnn"],
+    ids=["loop", "onnx", "openvino", "flashrnn"],
 )
 def test_adapters_compute_the_same(build, package, modes, cases):
     pytest.importorskip(package)
@@ -383,7 +385,11 @@ def test_peers_are_asked_only_what_they_answer():
     always = {"torch.nn", "fusedrnn", "fusedrnn, recompute"}
     assert asked(packed) == always
     assert asked(small) == always | {"torch.compile", "cell loop"}
-    assert asked(small, "inference") == asked(small) - {"fusedrnn, recompute"} | {"ONNX Runtime"}
+    few_bits = {"fusedrnn int8", "fusedrnn bfloat16"}
+    inference = few_bits | {"ONNX Runtime", "OpenVINO"}
+    assert asked(small, "inference") == asked(small) - {"fusedrnn, recompute"} | inference
+    assert asked(packed, "inference") == {"torch.nn", "fusedrnn", "torch int8"} | few_bits
+    assert asked(small, "inference", torch.bfloat16) & inference == set()
     exact = {"torch.nn, no TF32", "fusedrnn, no TF32"}
     assert asked(small, device="cuda") == asked(small) | exact | {"FlashRNN"}
     assert asked(small, dtype=torch.bfloat16, device="cuda") == asked(small) | {"FlashRNN"}
@@ -398,6 +404,34 @@ def test_copies_have_their_weights_in_one_piece(monkeypatch):
         flat.clear()
         made = peer.build(SMALL[2].module(torch.float32), None)
         assert made is flat[-1], peer.name
+
+
+@pytest.mark.parametrize("case", SMALL[:3])
+def test_weights_in_fewer_bits_are_compared_with_each_other(case):
+    """Rounded results are no mistake, other wrong ones are; torch's rival is ours in 8 bits."""
+    few_bits = [p for p in PEERS if p.relative]
+    assert len(few_bits) == 3
+    wrong = dataclasses.replace(spoilt(poison_state), relative=peers.ROUNDED)
+    row = next(iter(rows_of([*few_bits, PEERS[1], wrong], [case], ["inference"])))
+    found = {r.peer: r for r in row.results}
+    assert "error of h_n" in found.pop("spoilt").problem
+    assert not [r.problem for r in found.values() if r.problem]
+    assert found["fusedrnn int8"].error > 50 and found["fusedrnn int8"].lead is None
+    ratio = found["torch.nn"].lead.median / found["fusedrnn"].speedup.median
+    assert ratio == pytest.approx(1)
+    rivals = {p.name: p.rival for p in few_bits}
+    assert rivals["torch int8"] == "fusedrnn int8"
+    assert ("torch int8" in found) == (case.cell != "RNN")
+    if "torch int8" in found:
+        assert found["torch int8"].lead != found["torch int8"].speedup
+
+
+def test_absent_peers_are_named(monkeypatch):
+    gone = Peer("gone", PEERS[0].build, peers._cpu_inference, ("no_such_package",))
+    monkeypatch.setattr(peers, "PEERS", (*PEERS[:2], gone))
+    of_cpu = peers.Question(SMALL[0], "inference", torch.float32, CPU)
+    assert peers.absent([of_cpu]) == ["gone (no_such_package)"]
+    assert peers.absent([dataclasses.replace(of_cpu, mode="training")]) == []
 
 
 def test_peers_are_chosen_by_name(monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import sweeps, training, transforms
+from benchmarks import machine, peers, sweeps, training, transforms
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.measure import Budget
@@ -140,6 +143,21 @@ def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
     assert (tmp_path / "sweep-rnn-inference-float32.svg").is_file()
 
 
+def test_quiet_and_busy_machines_are_two_runs_of_a_command(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(machine, "kept_busy", lambda n: kept.append(n) or contextlib.nullcontext())
+    monkeypatch.setattr(peers, "absent", lambda questions: ["gone (package)"])
+    out = tmp_path / "run.json"
+    arguments = ["--case=streaming-rnn-64", "--dtype=float32", "--mode=inference", "--threads=1"]
+    arguments += ["--device=cpu", "--seconds=0.01", "--busy=0,1", f"--out={out}"]
+    monkeypatch.setattr(peers, "PEERS", peers.PEERS[:2])
+    assert main(arguments) == 0
+    runs = load(out)
+    assert kept == [run.busy for run in runs] == [0, 1]
+    assert all("--busy 0,1" in run.command for run in runs)
+    assert [run.environment["absent"] for run in runs] == [["gone (package)"]] * 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -155,6 +173,8 @@ def test_all_parts_run_from_the_command_line(tmp_path, monkeypatch):
         "--device=abacus",
         "--compare=/no/such/file.json",
         "--out=results",
+        "--busy=-1",
+        "--busy=all",
     ],
 )
 def test_unusable_arguments_are_refused(arguments, capsys):
@@ -171,11 +191,17 @@ def test_an_unknown_device_is_one_sentence(capsys):
     assert last.endswith("error: torch has no device 'foo': write cpu or cuda")
 
 
-def test_transforms(monkeypatch, capsys):
+def test_transforms(tmp_path, capsys):
     """Prints a line for each implementation of a job; what is wrong is not timed."""
-    jobs = [job for job in transforms.JOBS if job.name == "cell"]
-    monkeypatch.setattr(transforms, "JOBS", jobs)
-    transforms.main(["--seconds", "0.01"])
+    out = tmp_path / "results" / "transforms.json"
+    options = ["--job", "cell", "--job", "batched", "--seconds", "0.01", "--out", str(out)]
+    transforms.main(options)
+    saved = json.loads(out.read_text())
+    assert {line["job"] for line in saved["lines"]} == {"cell", "batched gradients"}
+    assert all(line["seconds"]["median"] > 0 for line in saved["lines"])
+    small = transforms.Ensemble(2, "GRU", (3, 4), 5, 2)
+    job = transforms.Job("e", str(small), partial(transforms.ensemble, small, True))
+    transforms.check(job, job.peers(torch.float32))
     printed = capsys.readouterr().out
     assert "vmap, fusedrnn" in printed and "LSTMCell 64->128, 32 inputs" in printed
 

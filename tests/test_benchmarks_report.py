@@ -302,6 +302,32 @@ def test_a_readme_without_its_marks_is_refused(text):
         pages.fill(text, "here", "")
 
 
+def with_peer(made: Row, peer: str, lead: float, noise: float = 1.02) -> Row:
+    """A row in which ours is `lead` times as fast as `peer`."""
+    other = Result(
+        peer, None, around(0.01), 1000.0, around(1.5), "faster", lead=around(lead, noise)
+    )
+    return dataclasses.replace(made, results=[*made.results, other])
+
+
+def test_implementations_that_are_ahead_are_named_in_the_readme(tmp_path):
+    rows = [
+        with_peer(row("a-gru"), "ONNX Runtime", 0.8),
+        with_peer(row("b-gru"), "OpenVINO", 0.8, noise=1.5),  # a tie
+        with_peer(row("book-a"), "torch int8", 1.3),
+        row("book-a", mode="inference"),
+    ]
+    run = report(*rows, absent=["JAX (jax)"])
+    readme, results = folder_of(tmp_path, mine=[run])
+    assert "| a-gru | GRU 1->2 | 1,000 | 2,000 | 2.00, ONNX Runtime 1.25 |" in readme
+    assert "b-gru" not in readme  # which only shows the book's, LSTMs and those
+    assert "| book-a | GRU 1->2 | 1,000 | 2,000 | 2.00 | 2.00 |" in readme
+    assert "Also measured: ONNX Runtime, OpenVINO, torch int8." in " ".join(readme.split())
+    for page in (readme, results):
+        assert "Not installed, and not measured: JAX (jax)." in page
+    assert "| ONNX Runtime 1.25 |" in results
+
+
 # Changes
 
 
@@ -334,6 +360,20 @@ def test_wrong_results_and_more_memory_are_regressions():
         "4,000 bytes -> 5,000 bytes"
     ]
     assert [c.regression for c in compare.changes([more], [good])] == [False]
+
+
+def test_falling_behind_another_implementation_is_a_regression():
+    ahead, tie, behind = (
+        report(with_peer(row(), "ONNX Runtime", lead)) for lead in (1.2, 1.0, 0.9)
+    )
+    for old in (ahead, tie):
+        assert [str(c) for c in compare.changes([old], [behind])] == [
+            "REGRESSION: a|b, training, float32, cpu, threads=1: ours as a multiple of "
+            f"ONNX Runtime: {old.rows[0].results[2].lead.median:.2f} -> 0.90"
+        ]
+    assert [c.regression for c in compare.changes([behind], [ahead])] == [False]
+    assert compare.changes([ahead], [tie]) == compare.changes([behind], [behind]) == []
+    assert compare.changes([report(row())], [behind]) == []  # not measured then
 
 
 def test_runs_are_compared_with_runs_of_the_same_load():

@@ -325,6 +325,8 @@ def test_package_of_generated_code(tmp_path):
         expected = torch.load({str(tmp_path / "expected.pt")!r})
         model = torch._inductor.aoti_load_package({path!r})
         torch.testing.assert_close(model(expected["x"]), expected["y"])
+        (flat,) = model.loader.run([expected["x"]])  # docs/deployment.md
+        torch.testing.assert_close(flat, expected["y"])
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

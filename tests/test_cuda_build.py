@@ -158,12 +158,18 @@ def test_tensor_cores_and_wide_loads_are_used(arch):
         # What blocks send each other goes 16 bytes at a time, in a cluster counted where it lands.
         # Backward sends sums of 1, 2, 4 and 8 parts, for the layer and for the one below.
         sends = 2 * 4 if "backward" in name else 1
-        stores = {i: used[i] for i in ("STAS.128", "STG.E.128")}
+        stores = {"STAS.128": used["STAS.128"]}
+        stores["STG.E.128"] = used["STG.E.128"] + used["STG.E.128.STRONG.GPU"]
         cluster = "true>" in name
         assert (stores["STAS.128"] > 0) == cluster, (name, stores)
         assert stores["STAS.128" if cluster else "STG.E.128"] >= sends, (name, stores)
+        # What is its own flag takes no fence: forward, and from layer to layer. A cluster's barrier
+        # has one, at the start; backward in the grid has one before its flag.
+        fences = {i: used[i] for i in used if i.startswith("MEMBAR") and not i.endswith(".CTA")}
+        assert sum(fences.values()) == (cluster or "backward" in name), (name, fences)
         if not cluster and "forward" in name:
-            assert "LDG.E.128" in used, name  # h of the other blocks
+            # h of the other blocks, 8 loads on their way
+            assert used["LDG.E.128.STRONG.GPU"] >= 8, (name, used)
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,13 @@ def poison(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, NAN, dtype=like)
 
 
+def missing(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
+    """NaN too: what a place has until the one value comes that it waits for."""
+    return torch.full(shape, -1, dtype=torch.int32 if like.itemsize == 4 else torch.int16).view(
+        like
+    )
+
+
 class Stack:
     """Layers of one launch: `layers` chained ones, or one layer in both directions."""
 
@@ -139,7 +146,7 @@ class Stack:
     def forward(self) -> None:
         H, B, n = self.H, self.B, len(self.tokens(self.x))
         width = 2 * H if self.bidirectional else H
-        outputs = [poison(n, width + 3, like=self.dtype) for _ in range(self.stages)]
+        outputs = [missing(n, width + 3, like=self.dtype) for _ in range(self.stages)]
         if self.bidirectional:
             outputs = outputs[:1] * 2
         self.y = [
@@ -176,7 +183,7 @@ class Stack:
         order = list(range(self.stages)) if self.bidirectional else list(range(self.stages))[::-1]
         dh, dc = [torch.full_like(d, NAN) for d in dhn], [torch.full_like(d, NAN) for d in dcn]
         dgates = [poison(n, S, H, like=self.dtype) for _ in order]
-        dx = [poison(n, H) for _ in order]
+        dx = [missing(n, H) for _ in order]
         stages = []
         for i in order:
             chained = i < self.stages - 1 and not self.bidirectional
@@ -351,6 +358,15 @@ def test_odd_sizes(hidden, units, rows, batch, team):
 def test_odd_sizes_of_a_block(mode, hidden, batch):
     check(mode, "ffma", torch.float32, "alone", (4, batch, hidden), 0, 8, seed=6)
     check(mode, "half", torch.bfloat16, "alone", (4, batch, hidden), 0, 8, seed=6)
+
+
+@pytest.mark.parametrize("engine, dtype", [("ffma", torch.float32), ("half", torch.bfloat16)])
+def test_a_state_that_looks_like_a_missing_value(engine, dtype):
+    """The NaN that stands for what has not come is stored as another one: no block waits for it."""
+    stack = Stack("RNN_TANH", engine, dtype, "grid", (3, 2, 12), 8, 8, stages=2)
+    stack.h0[0] = missing(2, 12, like=dtype)
+    stack.forward()
+    assert stack.hn[0].isnan().all() and stack.hn[1].isnan().all()
 
 
 def test_a_cluster_of_one_block_is_refused():

@@ -75,6 +75,10 @@ def case(name: str) -> tuple[dict[str, int], Tensor, Tensor]:
         a = whole(5)
         out = torch.cat([a.cumsum(0), torch.ones(5, dtype=torch.int32).view(torch.float32)])
         return {"blocks": 5, "cooperative": True}, a, out
+    if name == "values":
+        a = whole(5)
+        sums = a.cumsum(0).view(torch.int32).tolist()
+        return {"blocks": 5, "cooperative": True}, a, torch.tensor([*sums, *sums, -1]).int()
     if name == "store_then_flag":
         a = whole(32)
         out = torch.cat([2 * a, 2 * a, torch.ones(1, dtype=torch.int32).view(torch.float32)])
@@ -86,7 +90,7 @@ def case(name: str) -> tuple[dict[str, int], Tensor, Tensor]:
 
 
 NAMES = """reverse shared_overrun early_exit divergent warp_order cluster_turns cluster_end
-cluster_begin flags store_then_flag lost_flag apart demands""".split()
+cluster_begin flags values store_then_flag lost_flag apart demands""".split()
 FLAGS = ("flags", "store_then_flag", "lost_flag")
 
 
@@ -96,7 +100,8 @@ def go(name: str, mode: str = "plain", seed: int = -1, bug: int = 0, **changes):
     if name == "apart":
         exact = a
     # What is no number is poisoned; flags start at zero.
-    out = torch.zeros_like(exact) if name in FLAGS else torch.full_like(exact, NAN)
+    empty = 0 if name in FLAGS else -1 if name == "values" else NAN
+    out = torch.full_like(exact, empty)
     return launch(name, out, a, mode=mode, seed=seed, bug=bug, **{**fields, **changes}), out, exact
 
 
@@ -327,6 +332,13 @@ DEMANDS = {
     "FlagReadInShared": "not in global memory",
     "VectorInShared": "not in global memory",
     "VectorMisaligned": "not a multiple of 16",
+    "ValueInShared": "not in global memory",
+    "ValueMisaligned": "not a multiple of 16",
+    "ValueReadInShared": "not in global memory",
+    "ValueReadMisaligned": "not a multiple of 4",
+    "ValueTwice": "another value has come before",
+    "PrefetchInShared": "not in global memory",
+    "HostWordInShared": "not in global memory",
 }
 
 
@@ -348,6 +360,11 @@ def test_flag_that_is_set_too_early(name, line):
     assert_wrong_somewhere(name)
     result, *_ = go(name, "thread", seed=1, bug=1)
     assert_race(result, line_of(name, line))
+
+
+def test_a_value_orders_nothing_but_itself():
+    result, *_ = go("values", "thread", seed=1, bug=1)
+    assert_race(result, line_of("values", "before[0] = sums"), line_of("values", "sums[b] ="))
 
 
 def test_flag_that_no_one_sets():

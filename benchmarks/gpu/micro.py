@@ -95,12 +95,15 @@ def runs(repeats: int = 1024, largest: int = 128, clusters: bool = True) -> Iter
         if blocks > largest:
             continue
         for size in (64, 512):
-            for kernel, how in (("flags", "flags"), ("data_words", "{data, step} words")):
+            for kernel, how, constant in (
+                ("flags", "flags", "grid_exchange"),
+                ("data_words", "{data, step} words", "value_exchange"),
+            ):
                 yield made(
                     kernel,
                     f"{how}, {size} bytes of each block",
                     **{"blocks": blocks, "size": size},
-                    constant="grid_exchange",
+                    constant=constant,
                 )
 
 

@@ -127,14 +127,64 @@ __device__ inline uint64_t nanoseconds() {
   return now;
 }
 
-// Acquires a flag once it has come to `value`. False, too late: it has not for 10 seconds, or
-// `given_up` says that another block has waited so long.
-__device__ inline bool wait_until(const int* p, int value, const int* given_up) {
-  Patience patience;
-  for (int looks = 1; load_acquire(p) < value; looks++)
-    if (looks % kLooksAtFlag == 0 && (load_acquire(given_up) || patience.over(nanoseconds())))
-      return false;
-  return true;
+// ---- values in global memory that are their own flags, seen by the whole GPU ----
+
+// A place is filled with kMissing before the launch, in which one thread stores to it once. Others
+// look until they find something else, which is the value. Loads and stores are relaxed and order
+// nothing: no fence. By PTX's memory model this is no race, and needs no more: both are strong, of
+// the same scope, and overlap completely, as the 16 bytes of Words are four scalars of 4 bytes to
+// the model, each a flag of its own. T is Words or has 4 or 2 bytes.
+constexpr uint32_t kMissing = 0xffffffff;
+
+template <class T>
+__device__ inline T load_value(const T* p) {
+  static_assert(sizeof(T) == 16 || sizeof(T) == 4 || sizeof(T) == 2);
+  T value;
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]),
+                   "=r"(value.word[3])
+                 : "l"(p)
+                 : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
+    memcpy(&value, &bits, 4);
+  } else {
+    uint16_t bits;
+    asm volatile("ld.relaxed.gpu.global.b16 %0, [%1];" : "=h"(bits) : "l"(p) : "memory");
+    memcpy(&value, &bits, 2);
+  }
+  return value;
+}
+// Of a value that is kMissing, or has a part of 4 bytes that is, another NaN is stored.
+template <class T>
+__device__ inline void store_value(T* p, T value) {
+  static_assert(sizeof(T) == 16 || sizeof(T) == 4 || sizeof(T) == 2);
+  auto other = [](uint32_t bits) { return bits == kMissing ? 0x7fffffff : bits; };
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p),
+                 "r"(other(value.word[0])), "r"(other(value.word[1])), "r"(other(value.word[2])),
+                 "r"(other(value.word[3]))
+                 : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(other(bits)) : "memory");
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &value, 2);
+    if (bits == 0xffff) bits = 0x7fff;
+    asm volatile("st.relaxed.gpu.global.b16 [%0], %1;" ::"l"(p), "h"(bits) : "memory");
+  }
+}
+// Brings the place to the L2 cache, from which it may have gone since it was filled. Only a hint.
+__device__ inline void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+// To memory of the host's.
+__device__ inline void store_to_host(int* p, int value) {
+  asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
 // __syncthreads; whether any thread of the block has said yes.
@@ -270,6 +320,67 @@ __device__ inline S from_compute(Compute<S> x) {
   return S(x);
 }
 
+// ---- waiting for what other blocks write to global memory ----
+
+// Whether a value of global memory has come, all of it.
+template <class T>
+__device__ inline bool has_come(const T& value) {
+  if constexpr (sizeof(T) == 16) {
+    return value.word[0] != kMissing && value.word[1] != kMissing && value.word[2] != kMissing &&
+           value.word[3] != kMissing;
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits != kMissing;
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &value, 2);
+    return bits != uint16_t(kMissing);
+  }
+}
+
+template <class T>
+__device__ inline T missing() {
+  T value;
+  memset(&value, 0xff, sizeof value);
+  return value;
+}
+
+// Both end with false, too late, where what they wait for has not come for 10 seconds or another
+// block has waited so long, which `given_up` says once a value has come there.
+//
+// Looks at from[i * stride] for every values[i] that has not come, all at once and again, until all
+// have. The caller sets those that it wants to missing(), or to what it has found there before.
+template <class T, int N>
+__device__ inline bool wait_for_values(T (&values)[N], const T* from, int64_t stride,
+                                       const uint32_t* given_up) {
+  Patience patience;
+  for (int looks = 1;; looks++) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (!has_come(values[i])) values[i] = load_value(from + i * stride);
+#pragma unroll
+    for (int i = 0; i < N; i++) all &= has_come(values[i]);
+    if (all) return true;
+    if (looks % kLooksAtFlag == 0 &&
+        (has_come(load_value(given_up)) || patience.over(nanoseconds())))
+      return false;
+  }
+}
+// Acquires a flag once it has come to `value`.
+__device__ inline bool wait_until(const int* p, int value, const uint32_t* given_up) {
+  Patience patience;
+  for (int looks = 1; load_acquire(p) < value; looks++)
+    if (looks % kLooksAtFlag == 0 &&
+        (has_come(load_value(given_up)) || patience.over(nanoseconds())))
+      return false;
+#if !defined(__CUDACC__)
+  simt::reached(p, value);
+#endif
+  return true;
+}
+
 // ---- mathematics of one value, for the cells ----
 
 struct ScalarMath {
@@ -352,8 +463,8 @@ int at_once(void (*kernel)(P...), int size, dim3 threads, size_t shared_bytes) {
   if (error != cudaSuccess) cudaGetLastError(), count = 0;
   return count;
 }
-inline int set_zero(void* data, int64_t bytes, void* stream) {
-  return cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(stream));
+inline int fill_missing(void* data, int64_t bytes, void* stream) {
+  return cudaMemsetAsync(data, 0xff, size_t(bytes), static_cast<cudaStream_t>(stream));
 }
 #else
 inline const char* error_name(int) { return "emulated launch failure"; }
@@ -367,8 +478,8 @@ template <class... P>
 int at_once(void (*)(P...), int size, dim3, size_t) {
   return simt::kProcessors / size;
 }
-inline int set_zero(void* data, int64_t bytes, void*) {
-  memset(data, 0, size_t(bytes));
+inline int fill_missing(void* data, int64_t bytes, void*) {
+  memset(data, 0xff, size_t(bytes));
   return 0;
 }
 #endif

@@ -131,7 +131,10 @@ struct Candidate {
     const double moved = r.backward ? 2.0 * s.team * s.units * s.rows * 4
                                     : double(s.team) * s.units * s.rows * tile.operand_bytes;
     const double transfer = alone() ? 0 : moved / m.exchange_bytes;
-    const double latency = alone() ? 0 : cluster() ? m.cluster_exchange : m.grid_exchange;
+    const double latency = alone()      ? 0
+                           : cluster()  ? m.cluster_exchange
+                           : r.backward ? m.grid_exchange
+                                        : m.value_exchange;
     double step = product + sums + m.cell + transfer;
     double window = 0;  // while the exchange is on its way
     if (plan.layers > 1 && !r.backward) window = product + sums + m.cell;

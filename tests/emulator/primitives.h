@@ -5,6 +5,7 @@
 // release order, and what only seems ordered, ThreadSanitizer tells apart.
 #pragma once
 #include <bit>
+#include <type_traits>
 #include <utility>
 
 #include "emulator/simt.h"
@@ -82,13 +83,56 @@ inline void store_release(int* p, int value, FUSEDRNN_AT) {
   simt::progress(p, value);
 }
 inline uint64_t nanoseconds() { return simt::nanoseconds(); }
-inline bool wait_until(const int* p, int value, const int* given_up, FUSEDRNN_AT) {
-  Patience patience;
-  for (int looks = 1; load_acquire(p, at) < value; looks++)
-    if (looks % kLooksAtFlag == 0 && (load_acquire(given_up, at) || patience.over(nanoseconds())))
-      return false;
-  simt::reached(p, value);
-  return true;
+
+// ---- values that are their own flags: relaxed atomics, which order nothing ----
+
+constexpr uint32_t kMissing = 0xffffffff;
+
+namespace detail {
+template <class T>
+struct Scalars {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  static constexpr int kCount = int(sizeof(T) / sizeof(Bits));
+  static_assert(sizeof(T) == 16 || sizeof(T) == 4 || sizeof(T) == 2);
+  Bits bits[kCount];
+};
+}  // namespace detail
+
+template <class T>
+T load_value(const T* p, FUSEDRNN_AT) {
+  simt::expect_global(p, sizeof *p, at);
+  detail::Scalars<T> all;
+  auto* from = reinterpret_cast<const typename detail::Scalars<T>::Bits*>(p);
+  bool come = true;
+  for (int i = 0; i < all.kCount; i++) {
+    all.bits[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+    come &= all.bits[i] != decltype(all.bits[i] + 0)(typename detail::Scalars<T>::Bits(kMissing));
+  }
+  if (come)
+    simt::reached(p, 1);
+  else
+    simt::poll(at);
+  return std::bit_cast<T>(all);
+}
+template <class T>
+void store_value(T* p, T value, FUSEDRNN_AT) {
+  simt::expect_global(p, sizeof *p, at);
+  using Bits = typename detail::Scalars<T>::Bits;
+  auto all = std::bit_cast<detail::Scalars<T>>(value);
+  auto* to = reinterpret_cast<Bits*>(p);
+  for (int i = 0; i < all.kCount; i++) {
+    const Bits before = __atomic_load_n(to + i, __ATOMIC_RELAXED);
+    Bits bits = all.bits[i] == Bits(kMissing) ? Bits(Bits(kMissing) >> 1) : all.bits[i];
+    if (simt::faults.send_zeros) bits = 0;
+    if (before != Bits(kMissing) && before != bits) simt::stored_twice(p, at);
+    __atomic_store_n(to + i, bits, __ATOMIC_RELAXED);
+  }
+  simt::progress(p, 1);
+}
+inline void prefetch(const void* global, FUSEDRNN_AT) { simt::expect_global(global, 1, at); }
+inline void store_to_host(int* p, int value, FUSEDRNN_AT) {
+  simt::expect_global(p, sizeof *p, at);
+  __atomic_store_n(p, value, __ATOMIC_RELAXED);
 }
 inline bool sync_any(bool yes, FUSEDRNN_AT) { return simt::sync_block_any(yes, at); }
 inline void store_words(Words* global, const Words& w, FUSEDRNN_AT) {

@@ -228,6 +228,23 @@ __global__ void flags(const __grid_constant__ Program p) {
   if (!p.bug) store_release(&flag[b], 1);
 }
 
+// The same chain by sums that are their own flags. Bug: a sum is read from where the block before
+// has written it first, which the value that came orders no more than anything else.
+__global__ void values(const __grid_constant__ Program p) {
+  float *sums = out<float>(p), *places = sums + gridDim.x;
+  const uint32_t* never = reinterpret_cast<uint32_t*>(places + gridDim.x);
+  const unsigned b = blockIdx.x;
+  if (threadIdx.x) return;
+  float before[1] = {};
+  if (b) {
+    before[0] = missing<float>();
+    wait_for_values(before, places + b - 1, 0, never);
+    if (p.bug) before[0] = sums[b - 1];
+  }
+  sums[b] = before[0] + in<float>(p.a)[b];
+  store_value(places + b, sums[b]);
+}
+
 // A block stores to the other one of its cluster, which doubles and releases; the first waits for
 // its flag and passes on. So the store has to come though someone is always busy with the flag.
 // Bug: releases what it has not.
@@ -394,13 +411,35 @@ __global__ void demands(const __grid_constant__ Program p) {
       store_release(after(flag, 2), 1);
       break;
     case Fault::kFlagReadInShared:
-      wait_until(shared_flag, 1, flag);
+      load_acquire(shared_flag);
       break;
     case Fault::kVectorInShared:
       store_words(&place[0], w);
       break;
     case Fault::kVectorMisaligned:
       store_words(after(global, 8), w);
+      break;
+    case Fault::kValueInShared:
+      store_value(&place[0], w);
+      break;
+    case Fault::kValueMisaligned:
+      store_value(after(global, 8), w);
+      break;
+    case Fault::kValueReadInShared:
+      load_value(shared_flag);
+      break;
+    case Fault::kValueReadMisaligned:
+      load_value(after(out<float>(p), 2));
+      break;
+    case Fault::kValueTwice:
+      store_value(flag + blockIdx.x * 32 + lane, 1);
+      store_value(flag + blockIdx.x * 32 + lane, 2);
+      break;
+    case Fault::kPrefetchInShared:
+      prefetch(&place[0]);
+      break;
+    case Fault::kHostWordInShared:
+      store_to_host(shared_flag, 1);
       break;
   }
   if (fault == Fault::kMmaDivergent) out<float>(p)[lane] = d[0];
@@ -433,6 +472,7 @@ const Entry kEntries[] = {
     ENTRY(cluster_end),
     ENTRY(cluster_begin),
     ENTRY(flags),
+    ENTRY(values),
     ENTRY(lost_flag),
     ENTRY(apart),
     ENTRY(store_then_flag),

@@ -37,6 +37,13 @@ enum class Fault : int64_t {
   kFlagReadInShared,
   kVectorInShared,
   kVectorMisaligned,
+  kValueInShared,
+  kValueMisaligned,
+  kValueReadInShared,
+  kValueReadMisaligned,
+  kValueTwice,
+  kPrefetchInShared,
+  kHostWordInShared,
 };
 
 struct Program {

@@ -30,11 +30,10 @@ struct Entry {
    [](const void* params) { return function(*static_cast<const type*>(params), nullptr); }}
 using namespace fusedrnn;
 
-// Flags and workspace are made here, of just the size that was announced, and the workspace is full
-// of NaN.
+// Flags and workspace are made here, of just the size that was announced, and full of kMissing.
 template <class P, class F>
 int planned(P p, F launch) {
-  std::vector<int> flags(size_t(p.flag_count()), 0);
+  std::vector<int> flags(size_t(p.flag_count()), -1);
   std::vector<char> workspace(size_t(p.workspace_bytes()), char(0xff));
   p.flags = flags.data(), p.workspace = workspace.data();
   return launch(p, nullptr);

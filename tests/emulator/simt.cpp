@@ -866,6 +866,9 @@ void reached(const void* flag, int value) {
   const auto it = raised.lower_bound(value);
   if (it != raised.end()) self()->distance = std::max(self()->distance, it->second);
 }
+void stored_twice(const void* place, Where at) {
+  fail(text("another value has come before: %p at %s", place, name(at).c_str()));
+}
 int64_t longest_way() { return way; }
 
 void mbarrier_init(void* barrier, int arrivals, Where at) {

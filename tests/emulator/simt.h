@@ -109,8 +109,9 @@ uint64_t nanoseconds();
 
 // A thread looks at a flag that others set: they run before it looks again.
 void poll(Where);
-void progress(const void* flag, int value);  // a flag has this value now
-void reached(const void* flag, int value);   // a thread has found it, or more
+void progress(const void* flag, int value);                // a flag has this value now
+void reached(const void* flag, int value);                 // a thread has found it, or more
+[[noreturn]] void stored_twice(const void* place, Where);  // fails: a value has come before
 
 // mbarriers, and what completes their transactions: stores, of at most 16 bytes, to where block
 // `rank` of the cluster has what this block has at `mine` and `barrier`.

@@ -93,7 +93,7 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   each_constant(FirstIndices<R * V>{},
                 [&](auto tile) __attribute__((always_inline)) { tile_zero<tile.value>(); });
   // A plane of B times planes of A. One tile of A has all planes loaded; of two, planes take turns
-  // in the same tiles, and kHeld says that the first one is there already.
+  // in the same tiles, and `held` says which is there already.
   auto multiply_plane = [&](int64_t step, auto pb, auto planes_of_a,
                             auto held) __attribute__((always_inline)) {
     each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
@@ -125,13 +125,13 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
   constexpr Constant<-1> kNone{};
   for (int64_t step = 0; step < steps; step++) {
     load_planes(step, FirstIndices<3>{});
-    if constexpr (kApart) {
-      multiply_plane(step, Constant<0>{}, Indices<2, 1>{}, kNone);
-    } else {
-      multiply_plane(step, Constant<0>{}, Indices<2, 0, 1>{}, kNone);
-    }
-    multiply_plane(step, Constant<1>{}, Indices<1, 0>{}, Constant<1>{});
-    multiply_plane(step, Constant<2>{}, Indices<0>{}, Constant<0>{});
+    // In an order that adds the planes of one value exactly.
+    multiply_plane(step, Constant<2>{}, Indices<0>{}, kNone);
+    multiply_plane(step, Constant<1>{}, Indices<0, 1>{}, Constant<0>{});
+    if constexpr (kApart)
+      multiply_plane(step, Constant<0>{}, Indices<1, 2>{}, Constant<1>{});
+    else
+      multiply_plane(step, Constant<0>{}, Indices<1, 2, 0>{}, Constant<1>{});
     progress.next<1>();
     store_early<4>(step, sums[0]);
   }

@@ -11,8 +11,8 @@ using Duration = LoopClock::Duration;
 
 // Several times what a sleeping thread takes to wake. Turns of the scheduler are milliseconds.
 constexpr Duration kLongWait = std::chrono::microseconds(500);
-// How often the other threads are tried again: waiting for them takes a fiftieth of the time.
-constexpr int kTimesAlone = 50;
+// How often the other threads are tried again: waiting for them takes a tenth of the time.
+constexpr int kTimesAlone = 10;
 constexpr Duration kLongestAlone = std::chrono::seconds(1);
 
 std::atomic<Clock::rep> alone_until{0};

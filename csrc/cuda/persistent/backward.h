@@ -128,9 +128,12 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   // The gradient of the input at the time of the step before, for the stage that follows.
   __device__ void finish_input(int64_t step, float dx) const {
     const int64_t t = time(step - 1);
-    if (me.exists && t < me.length)
-      write<float>(stage.dx, token_of(p, t, me.b) * p.hidden_size + me.j, dx);
-    team.raise(team.own_done, step);
+    auto at = [&](int64_t t) {
+      return static_cast<float*>(stage.dx) + token_of(p, t, me.b) * p.hidden_size + me.j;
+    };
+    if (!me.exists || t >= me.length) return;
+    store_value(at(t), dx);
+    if (t > 0) prefetch(at(t - 1));  // chains run forward in time
   }
 
   // What a step starts from: zeros, the call's initial state, or the state of another step.
@@ -214,16 +217,18 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       float slots[kMostSlots] = {};
       StepInputs in;
       if (runs) in = read_step(token, from_zeros ? kZeros : first ? kInitial : kBefore, before);
-      if (follows()) team.wait_for(team.before_done, step + 1);
-      if (runs && follows()) {
-        float above = read<float>(stage.above, token * H + me.j);
-        if (stage.above_mask) above *= stage.above_mask[token * H + me.j] ? p.mask_scale : 0.f;
-        in.dy += above;
-      }
+      const float* const from_above = static_cast<const float*>(stage.above) + token * H + me.j;
+      float above[1];
+      if (runs && follows()) above[0] = load_value(from_above);
       if (step > 0) {
         wait(step);
         if (me.exists) dh += through_w_hh(step);
         if (feeds_next() && me.exists) dx = received(kInput, s.input, step);
+      }
+      if (runs && follows()) {
+        team.await(above, from_above, 0);
+        if (stage.above_mask) above[0] *= stage.above_mask[token * H + me.j] ? p.mask_scale : 0.f;
+        in.dy += above[0];
       }
       if (runs) {
         dh += in.dy, dc += in.dcs;

@@ -8,10 +8,10 @@
 //
 // A step: wait until h is complete | product | block barrier | sums, cell | block barrier | send h
 // to the team | y and what backward needs to global memory, the next step's input or its product.
-// The last part runs while h is on its way: it costs nothing where the exchange takes longer. A
-// block writes the buffer of step s + 1 when h of step s has come from all, who have left step
-// s - 1 then, whose buffer it was. A team of one block sends nothing: its threads write h to where
-// the next product reads it.
+// The last part runs while h is on its way: it costs nothing where the exchange takes longer. In a
+// cluster a block writes the buffer of step s + 1 when h of step s has come from all, who have left
+// step s - 1 then, whose buffer it was. In global memory each step has places of its own. A team of
+// one block sends nothing: its threads write h to where the next product reads it.
 #pragma once
 #include "cuda/persistent/block.h"
 #include "cuda/persistent/product.h"
@@ -35,9 +35,11 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     S* buffers = reinterpret_cast<S*>(shared + s.x);
     return kCluster ? buffers + step % 2 * (s.rows * s.x_row) : buffers;
   }
-  // Where teams that are not clusters exchange h.
-  __device__ S* outside(int64_t step) const {
-    return static_cast<S*>(p.workspace) + (team.index * 2 + step % 2) * s.rows * s.x_row;
+  // Where teams that are not clusters exchange x of a step, from the second one on: [rows, units].
+  __device__ Words* outside(int64_t step, int row, int unit) const {
+    const int64_t before = (team.index * (p.steps - 1) + step - 1) * p.exchanged();
+    return reinterpret_cast<Words*>(static_cast<S*>(p.workspace) + before +
+                                    row * team.size * s.units + unit);
   }
 
   // x of the first step is the initial state, which every block reads for itself.
@@ -103,7 +105,6 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       }
       return;
     }
-    team.wait_for(team.before_done, step + 1);
     const ForwardStage& below = p.stage[team.stage - 1];
     S* x_in = reinterpret_cast<S*>(shared + s.input_x);
     const Share mine(s.rows);
@@ -111,13 +112,26 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       const int64_t b = team.slice * s.rows + row;
       const bool runs = b < p.batch && t < length_of(p, b);
       const int64_t token = runs ? token_of(p, t, b) : 0;
-      for (int column = mine.lane; column < H; column += mine.lanes) {
-        float value = runs ? read<S>(below.y, token * below.y_stride + column) : 0.f;
-        if (runs && stage.mask) value *= stage.mask[token * H + column] ? p.mask_scale : 0.f;
-        x_in[row * s.x_row + column] = E::operand(value);
+      const S* const from = static_cast<const S*>(below.y) + token * below.y_stride;
+      constexpr int kAtOnce = 8;  // loads on their way
+      for (int64_t first = mine.lane; first < H; first += kAtOnce * mine.lanes) {
+        auto exists = [&](int i) { return first + i * mine.lanes < H; };
+        S values[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+          values[i] = runs && exists(i) ? missing<S>() : from_compute<S>(0);
+        team.await(values, from + first, mine.lanes);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+          if (!exists(i)) break;
+          const int64_t column = first + i * mine.lanes;
+          float value = to_compute(values[i]);
+          if (runs && stage.mask) value *= stage.mask[token * H + column] ? p.mask_scale : 0.f;
+          x_in[row * s.x_row + column] = E::operand(value);
+        }
       }
     }
-    __syncthreads();
+    team.agree();
     multiply<E>(shared, s.input, s.rows, x_in, s.x_row);
     __syncthreads();
     if (me.in_block) totals(input, shared, s.input, s.rows, me.row, offsets_from(0).at);
@@ -135,13 +149,14 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     if (team.alone()) return;
     const S* staging = reinterpret_cast<const S*>(shared + s.staging);
     const Words words = *reinterpret_cast<const Words*>(staging + piece.row * s.units + piece.unit);
-    const int at = piece.row * s.x_row + team.rank * s.units + piece.unit;
+    const int unit = team.rank * s.units + piece.unit;
     if constexpr (kCluster) {
+      Words* const at = reinterpret_cast<Words*>(x(step) + piece.row * s.x_row + unit);
       for (int to = piece.first; to < team.size; to += piece.every)
-        store_async(reinterpret_cast<Words*>(x(step) + at), words, arrivals().of(step), to);
-    } else {
-      if (piece.first == 0) store_words(reinterpret_cast<Words*>(outside(step) + at), words);
-      team.arrive(step);
+        store_async(at, words, arrivals().of(step), to);
+    } else if (piece.first == 0) {
+      store_value(outside(step, piece.row, unit), words);
+      if (step + 1 < me.last) prefetch(outside(step + 1, piece.row, unit));
     }
   }
   // Waits until x of `step` is complete.
@@ -150,14 +165,24 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     if constexpr (kCluster) {
       arrivals().wait(step);
     } else {
-      team.wait(step);
-      constexpr int kElements = 16 / sizeof(S);
+      constexpr int kElements = 16 / sizeof(S), kAtOnce = 8;  // loads on their way
       const Share mine(s.rows);
-      for (int row = mine.row; row < s.rows; row += mine.rows)
-        for (int i = mine.lane * kElements; i < team.size * s.units; i += mine.lanes * kElements)
-          *reinterpret_cast<Words*>(x(step) + row * s.x_row + i) =
-              *reinterpret_cast<const Words*>(outside(step) + row * s.x_row + i);
-      __syncthreads();
+      const int count = team.size * s.units / kElements;
+      for (int row = mine.row; row < s.rows; row += mine.rows) {
+        const Words* const from = outside(step, row, 0);
+        Words* const to = reinterpret_cast<Words*>(x(step) + row * s.x_row);
+        for (int first = mine.lane; first < count; first += kAtOnce * mine.lanes) {
+          auto exists = [&](int i) { return first + i * mine.lanes < count; };
+          Words words[kAtOnce];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; i++) words[i] = exists(i) ? missing<Words>() : Words{};
+          team.await(words, from + first, mine.lanes);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; i++)
+            if (exists(i)) to[first + i * mine.lanes] = words[i];
+        }
+      }
+      team.agree();
     }
   }
 
@@ -174,6 +199,19 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     }
     if (p.zoneout_c > 0)
       c = zone_out(zone_rate(stage.masks.zone_c, p.zoneout_c, token * H + me.j), c_prev, c);
+  }
+
+  // y of a step, for the next stage too if there is one.
+  __device__ void write_y(int64_t t, float h) const {
+    auto at = [&](int64_t t) {
+      return static_cast<S*>(stage.y) + token_of(p, t, me.b) * stage.y_stride + me.j;
+    };
+    if (feeds_next()) {
+      store_value(at(t), from_compute<S>(h));
+      if (t + 1 < me.length) prefetch(at(t + 1));  // chains run forward in time
+    } else {
+      *at(t) = from_compute<S>(h);
+    }
   }
 
   __device__ void run() const {
@@ -222,7 +260,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       if (more) publish(step + 1);
       if (runs) {
         const int64_t token = token_of(p, t, me.b);
-        write<S>(stage.y, token * stage.y_stride + me.j, h);
+        write_y(t, h);
         if (layout.has_cell) write<float>(stage.saved_c, token * p.c_stride + me.j, c);
         if (stage.saved) {
           S* const saved = static_cast<S*>(stage.saved) + token * layout.saved * H + me.j;
@@ -233,7 +271,6 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       } else if (me.exists && !p.offsets) {
         write<S>(stage.y, token_of(p, t, me.b) * stage.y_stride + me.j, 0);
       }
-      if (feeds_next()) team.raise(team.own_done, step + 1);
       if (more) read_input(step + 1, input);
     }
     if (me.exists) {

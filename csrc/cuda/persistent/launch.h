@@ -61,7 +61,7 @@ int launch_persistent(P p, void* stream, F select) {
   });
   Grid grid{dim3(unsigned(p.blocks())), dim3(kPersistentThreads)};
   grid.cluster = p.cluster ? p.shape.team : 1;
-  grid.cooperative = p.waits_for_flags();
+  grid.cooperative = p.waits_for_others();
   grid.shared_bytes = size_t(p.shape.shared_bytes);
   return with_engine(p, [&](auto engine) { return launch(select(engine), grid, stream, p); });
 }

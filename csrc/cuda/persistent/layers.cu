@@ -35,16 +35,18 @@ int64_t launch_bytes(const P& p) {
   return aligned(p.flag_count() * int64_t(sizeof(int))) + aligned(p.workspace_bytes());
 }
 
+// `kept`: whether the workspace has places that stay kMissing until a value comes.
 template <class P, class F>
-int for_each_part(P& p, int all_slices, void* workspace, void* stream, F enqueue) {
+int for_each_part(P& p, int all_slices, bool kept, void* workspace, void* stream, F enqueue) {
   const int64_t flags = p.flag_count() * int64_t(sizeof(int));
+  const int64_t missing = kept ? launch_bytes(p) : flags;
   p.flags = static_cast<int*>(workspace);
   p.workspace = static_cast<char*>(workspace) + aligned(flags);
   const int at_once = p.slices;
   int error = 0;
   for (int first = 0; error == 0 && first < all_slices; first += at_once) {
     p.first_slice = first, p.slices = at_once < all_slices - first ? at_once : all_slices - first;
-    error = set_zero(workspace, flags, stream);
+    error = fill_missing(workspace, missing, stream);
     if (error == 0) error = enqueue(p, stream);
   }
   return error;
@@ -85,7 +87,12 @@ int persistent_forward(const CudaPlan& plan, const std::vector<LayerForward>& la
     s.masks = masks_of(a);
     s.reverse = a.reverse;
   }
-  return for_each_part(p, plan.slices, workspace, stream,
+  for (size_t i = 0; chained(plan) && i + 1 < layers.size(); i++) {
+    const int64_t elements = layers[i].tokens.tokens * layers[i].y_stride;
+    if (const int error = fill_missing(layers[i].y, elements * bytes(layers[i].dtype), stream))
+      return error;
+  }
+  return for_each_part(p, plan.slices, true, workspace, stream,
                        [](const auto& part, void* on) { return persistent_forward(part, on); });
 }
 
@@ -109,7 +116,11 @@ int persistent_backward(const CudaPlan& plan, const std::vector<LayerBackward>& 
     s.dgates = a.dgates, s.dhn = a.dhn, s.dcn = a.dcn, s.dh0 = a.dh0, s.dc0 = a.dc0;
     s.y_stride = a.y_stride, s.reverse = a.reverse;
   }
-  return for_each_part(p, plan.slices, workspace, stream,
+  if (chained(plan) && count > 1) {
+    const int64_t all = int64_t(count - 1) * gradient_bytes(layers[0]);
+    if (const int error = fill_missing(gradients, all, stream)) return error;
+  }
+  return for_each_part(p, plan.slices, false, workspace, stream,
                        [](const auto& part, void* on) { return persistent_backward(part, on); });
 }
 

@@ -86,32 +86,35 @@ struct Persistent {
   PersistentShape shape;
   // Which of the slices of shape.rows rows this launch runs.
   int first_slice, slices;
-  int* flags;       // flag_count() zeros
-  void* workspace;  // workspace_bytes() of anything
+  int* flags;       // flag_count() times kMissing
+  void* workspace;  // workspace_bytes(), forward all kMissing
   // Where the host learns that a block has waited too long for another, and what it finds there:
   // see device.h. Null: nowhere.
   int* tell_host;
   int launch_code;
 
   FUSEDRNN_HD int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
-  // Whether blocks exchange through global memory, and whether some wait for others' flags: those
-  // have to know that all run.
+  // Whether blocks exchange through global memory, and whether some wait for what others write
+  // there: those have to know that all run.
   bool through_memory() const { return !cluster && shape.team > 1; }
-  bool waits_for_flags() const { return through_memory() || (chained && stages > 1); }
-  // Two for each block: of its team's exchange, and for the stage that follows. And one for all.
-  FUSEDRNN_HD int64_t flag_count() const { return 2 * blocks() + 1; }
+  bool waits_for_others() const { return through_memory() || (chained && stages > 1); }
+  // One for each block, and one for all.
+  FUSEDRNN_HD int64_t flag_count() const { return blocks() + 1; }
 };
 
 struct PersistentForward : Persistent {
+  // y of a stage that another one follows is all kMissing where a row has a step.
   ForwardStage stage[kMaxStages];
+  // What a team exchanges: h of all its units and rows, after each step but the last.
+  FUSEDRNN_HD int64_t exchanged() const { return int64_t(shape.rows) * shape.team * shape.units; }
   int64_t workspace_bytes() const {
-    const int64_t row = shape.x_row * tile_of(engine).operand_bytes;
-    return through_memory() ? int64_t(slices) * stages * 2 * shape.rows * row : 0;
+    const int64_t step = exchanged() * tile_of(engine).operand_bytes;
+    return through_memory() && steps > 1 ? int64_t(slices) * stages * (steps - 1) * step : 0;
   }
 };
 
 struct PersistentBackward : Persistent {
-  BackwardStage stage[kMaxStages];
+  BackwardStage stage[kMaxStages];  // dx is all kMissing
   int64_t workspace_bytes() const {
     return through_memory() ? blocks() * 2 * inbox_floats(shape, chained) * int64_t(sizeof(float))
                             : 0;

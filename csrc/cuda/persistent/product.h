@@ -121,6 +121,26 @@ __device__ inline void load_weights(char* shared, const ProductShape& s, int row
   }
 }
 
+template <int N>
+struct Count {
+  static constexpr int kValue = N;
+};
+
+// The part of a product that a warp computes at once: N rows of tiles, which begin at `from` one
+// after the other, times the first E::kTile.columns rows of x.
+template <class E, int N>
+__device__ inline void multiply_tiles(float (&sums)[N][E::kSums], const Words* from, int next,
+                                      int count, const typename E::Operand* x, int x_row,
+                                      int lane) {
+#pragma unroll 4
+  for (int k = 0; k < count; k++, from += next, x += E::kTile.depth) {
+    Words tile[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) tile[i] = from[i * 32];
+    E::multiply(sums, tile, x, x_row, lane);
+  }
+}
+
 // partial[part][row of the batch][row of weights] = weights x, for all `rows` rows of the batch.
 // What it reads and what it writes is the caller's to order, by barriers before and after.
 template <class E>
@@ -135,33 +155,27 @@ __device__ inline void multiply(char* shared, const ProductShape& s, int rows,
   const int end = s.depth_tiles * (part + 1) >> s.split_bits;
   for (int n = 0; n < rows; n += E::kTile.columns) {
     float* to = partial + (part * rows + n) * s.partial_row;
-    for (int r = group * kTilesAtOnce; r < s.row_tiles; r += groups * kTilesAtOnce) {
-      float sums[kTilesAtOnce][E::kSums] = {};
-      const bool both = r + 1 < s.row_tiles;
-      const Words* from = tiles + (begin * s.row_tiles + r) * 32 + lane;
-      const int second = both ? 32 : 0, next = s.row_tiles * 32;
-      const typename E::Operand* xs = x + n * x_row + begin * E::kTile.depth;
-#pragma unroll 4
-      for (int k = begin; k < end; k++, from += next, xs += E::kTile.depth) {
-        // Past the last row of tiles the first is taken once more, and its sums are left.
-        const Words tile[kTilesAtOnce] = {from[0], from[second]};
-        E::multiply(sums, tile, xs, x_row, lane);
-      }
+    const typename E::Operand* xs = x + n * x_row + begin * E::kTile.depth;
+    auto multiply_from = [&](int r, auto at_once) {
+      constexpr int kRows = decltype(at_once)::kValue;
+      float sums[kRows][E::kSums] = {};
+      multiply_tiles<E>(sums, tiles + (begin * s.row_tiles + r) * 32 + lane, s.row_tiles * 32,
+                        end - begin, xs, x_row, lane);
 #pragma unroll
-      for (int i = 0; i < kTilesAtOnce; i++)
-        if (i == 0 || both)
+      for (int i = 0; i < kRows; i++)
 #pragma unroll
-          for (int j = 0; j < E::kSums; j++)
-            to[E::sum_column(lane, j) * s.partial_row + (r + i) * E::kTile.rows +
-               E::sum_row(lane, j)] = sums[i][j];
-    }
+        for (int j = 0; j < E::kSums; j++)
+          to[E::sum_column(lane, j) * s.partial_row + (r + i) * E::kTile.rows +
+             E::sum_row(lane, j)] = sums[i][j];
+    };
+    for (int r = group * kTilesAtOnce; r < s.row_tiles; r += groups * kTilesAtOnce)
+      if (r + 1 < s.row_tiles)
+        multiply_from(r, Count<kTilesAtOnce>{});
+      else
+        multiply_from(r, Count<1>{});
   }
 }
 
-template <int N>
-struct Count {
-  static constexpr int kValue = N;
-};
 // Calls f with the number of parts as a constant: with it, loads come before additions.
 template <class F>
 __device__ inline void with_split(const ProductShape& s, F f) {

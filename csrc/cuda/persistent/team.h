@@ -1,8 +1,10 @@
 // A team of blocks: who they are, and how they wait for each other.
 //
 // Blocks of a cluster store into each other's shared memory and count what has come. Those of other
-// teams write to global memory and tell each other by flags, one for each block, that count steps.
-// A team of one block exchanges nothing, and is never a cluster: st.async requires two blocks.
+// teams write to global memory. Forward, and from stage to stage in all teams, every value has a
+// place of its own and is its own flag (primitives.h). Backward, places are written again every two
+// steps, and a flag for each block counts its steps. A team of one block exchanges nothing, and is
+// never a cluster: st.async requires two blocks.
 #pragma once
 #include "cuda/persistent/persistent.h"
 #include "cuda/primitives.h"
@@ -14,14 +16,14 @@ struct Team {
   int rank, size;
   int64_t index, slice;  // of the team; of its rows of the batch
   int stage;
-  int* flags;              // of the team's blocks
-  int* own_done;           // this block's: how many steps the stage that follows may read
-  const int* before_done;  // the same of the team whose output is read here
-  // Not zero once a block of the launch has waited too long for another; and where the host looks.
-  int *given_up, *tell_host;
+  int* flags;  // of the team's blocks
+  // A value that comes once a block of the launch has waited too long for another; and where the
+  // host looks.
+  uint32_t* given_up;
+  int* tell_host;
   int launch_code;
-  // Whether this block has given up: it waits for no one any more, tells no one that it has come to
-  // a step, and whatever it computes is NaN.
+  // Whether this thread has given up: it waits for no other block any more, raises no flag, and
+  // whatever it computes is NaN. After agree() and wait_for() all threads of the block have.
   mutable bool lost = false;
 
   __device__ explicit Team(const Persistent& p)
@@ -29,10 +31,7 @@ struct Team {
     index = int64_t(blockIdx.x) / size, rank = int(blockIdx.x % size);
     stage = int(index / p.slices), slice = p.first_slice + index % p.slices;
     flags = p.flags + index * size;
-    int* done = p.flags + int64_t(p.slices) * p.stages * size;
-    own_done = done + blockIdx.x;
-    before_done = done + (index - p.slices) * size;  // of stages that have one before them
-    given_up = p.flags + p.flag_count() - 1;
+    given_up = reinterpret_cast<uint32_t*>(p.flags) + p.flag_count() - 1;
   }
 
   // Whether there is no other block to exchange with.
@@ -47,28 +46,32 @@ struct Team {
       __syncthreads();
     }
   }
-  // Waits until all flags of a team have reached `value`. All threads of the block; what the flags'
-  // owners wrote before they raised them is seen by all of them afterwards.
-  __device__ void wait_for(const int* all, int64_t value) const {
-    if (lost) return;
-    bool found = true;
-    for (int i = threadIdx.x; i < size; i += kPersistentThreads)
-      found &= wait_until(all + i, int(value), given_up);
-    if (!found) {
-      store_release(given_up, 1);
-      if (tell_host) store_release(tell_host, launch_code);
-    }
-    lost = sync_any(!found);
+  __device__ void give_up() const {
+    lost = true;
+    store_value(given_up, uint32_t(1));
+    if (tell_host) store_to_host(tell_host, launch_code);
   }
-  // Says that this block has come to `value`. All threads of the block.
-  __device__ void raise(int* flag, int64_t value) const {
-    __syncthreads();
-    if (threadIdx.x == 0 && !lost) store_release(flag, int(value));
+  // As wait_for_values(). Of a thread that has given up, what is missing stays NaN.
+  template <class T, int N>
+  __device__ void await(T (&values)[N], const T* from, int64_t stride) const {
+    if (!lost && !wait_for_values(values, from, stride, given_up)) give_up();
   }
+  // __syncthreads; a thread that has given up stands for all.
+  __device__ void agree() const { lost = sync_any(lost); }
 
-  // Of teams that are not clusters: what this block wrote for the others is ready; all have come.
-  __device__ void arrive(int64_t step) const { raise(flags + rank, step); }
-  __device__ void wait(int64_t step) const { wait_for(flags, step); }
+  // Backward, of teams that are not clusters. All threads of the block.
+  //
+  // What this block wrote for the others in a step is ready.
+  __device__ void arrive(int64_t step) const {
+    __syncthreads();
+    if (threadIdx.x == 0 && !lost) store_release(flags + rank, int(step));
+  }
+  // All have come to a step: what they wrote before is seen by all threads afterwards.
+  __device__ void wait(int64_t step) const {
+    for (int i = threadIdx.x; i < size && !lost; i += kPersistentThreads)
+      if (!wait_until(flags + i, int(step), given_up)) give_up();
+    agree();
+  }
 };
 
 // How a block of a cluster knows that all others' stores to its shared memory have come: two
