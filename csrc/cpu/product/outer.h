@@ -94,10 +94,10 @@ void pack_left(X* dst, int64_t M, int64_t tokens, Token token) {
   }
 }
 
-// Packs it for tiles: M rows of `ld` operands. A group of tokens is prefetched while the one before
-// it is packed.
+// Packs it for tiles: M rows of `ld` operands. If `far`, a group of tokens is prefetched while the
+// one before it is packed.
 template <class X, class Token>
-void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token) {
+void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token, bool far) {
   using C = Compute<X>;
   constexpr int w = Lanes<X>::kWidth, kGroup = w * kDepth<X>;
   const int64_t groups = operands<X>(tokens) / kPlanes<X> / w;
@@ -113,7 +113,7 @@ void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token)
     point(group + 1);
     const auto *const now = pointers[group % 2], *const next = pointers[(group + 1) % 2];
     for (int64_t m = 0; m < M; m += w) {
-      if (m * sizeof(*next[0]) % kCacheLine == 0)
+      if (far && m * sizeof(*next[0]) % kCacheLine == 0)
         for (int i = 0; i < kGroup; i++) __builtin_prefetch(next[i] + m);
       auto values = [&](int i) { return now[i] ? load(now[i] + m, M - m) : Vec<C>{}; };
       Vec<X> block[kPlanes<X>][w];
@@ -131,9 +131,9 @@ void pack_left_tiles(X* dst, int64_t ld, int64_t M, int64_t tokens, Token token)
 }
 
 // Packs the right factor: `cols` columns from n0 on of rows[k], the k-th token's. Later rows are
-// prefetched.
+// prefetched if `far`.
 template <class X, class Row>
-void pack_right(X* dst, int64_t n0, int64_t cols, int64_t tokens, const Row* rows) {
+void pack_right(X* dst, int64_t n0, int64_t cols, int64_t tokens, const Row* rows, bool far) {
   using P = Panels<X>;
   using C = Compute<X>;
   constexpr int64_t kAhead = 16;
@@ -141,7 +141,7 @@ void pack_right(X* dst, int64_t n0, int64_t cols, int64_t tokens, const Row* row
   for (int64_t k = 0; k < K / kPlanes<X>; k++) {
     const int64_t first = k * kDepth<X>, second = first + kDepth<X> - 1;
     const Row row1 = rows[min(first, tokens - 1)], row2 = rows[min(second, tokens - 1)];
-    for (int64_t i = first; i <= second && i + kAhead < tokens; i++)
+    for (int64_t i = first; far && i <= second && i + kAhead < tokens; i++)
       rows[i + kAhead].prefetch(n0, cols);
     for (int64_t n = 0; n < cols; n += P::kWidth) {
       const int64_t panel = n / P::kColumns * P::kColumns,
@@ -225,13 +225,16 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, Eac
   C* const long_sums = reinterpret_cast<C*>(scratch);
   X* const left = scratch + O::long_sums(M, columns, tokens);
   X* const right = left + O::left(M);
+  // Whether b lies beyond L2, and a with it, which is seldom narrower.
+  constexpr int64_t kFarBytes = 4 << 20;
+  const bool far = tokens * columns * int64_t(sizeof(Compute<X>)) > kFarBytes;
   // A chain rounds about as often as the one that it is added to.
   const int64_t chain = max(8, min(kLongestSum, tokens / 8));
   for (int64_t k0 = 0; k0 < tokens; k0 += O::kTokens) {
     const int64_t count = min(O::kTokens, tokens - k0);
     auto token = [&](int64_t k) { return left_row(k0 + k); };
     if constexpr (kTiled<X>)
-      pack_left_tiles(left, O::kRow, M, count, token);
+      pack_left_tiles(left, O::kRow, M, count, token, far);
     else
       pack_left(left, M, count, token);
     const bool begins = k0 % O::kLong == 0,
@@ -244,7 +247,7 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, Eac
       for (int64_t k = 0; k < count; k++) rows[k] = row(k0 + k);
       for (int64_t n0 = 0; n0 < N; n0 += O::kColumns) {
         const int64_t cols = min(O::kColumns, N - n0);
-        pack_right(right, n0, cols, count, rows);
+        pack_right(right, n0, cols, count, rows, far);
         multiply_block(M, cols, count, left, right, sums + n0, N, begins ? nullptr : sums + n0,
                        chain);
       }
