@@ -150,13 +150,7 @@ def plan(
         forced = os.environ.get("FUSEDRNN_PLAN", "")
     return Plan(
         *_C.cuda_plan(
-            mode=config.mode,
-            dtype=str(dtype).removeprefix("torch."),
-            hidden_size=config.hidden_size,
-            proj_size=config.proj_size,
-            num_layers=config.num_layers,
-            bidirectional=config.bidirectional,
-            layer_norm=config.layer_norm,
+            **config.stack(dtype),
             steps=steps,
             batch=batch,
             backward=backward,

@@ -82,6 +82,18 @@ class Config(NamedTuple):
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
+    def stack(self, dtype: torch.dtype) -> dict[str, Any]:
+        """By name, what the functions of _C take of it."""
+        return {
+            "mode": self.mode,
+            "dtype": str(dtype).removeprefix("torch."),
+            "hidden_size": self.hidden_size,
+            "proj_size": self.proj_size,
+            "num_layers": self.num_layers,
+            "bidirectional": self.bidirectional,
+            "layer_norm": self.layer_norm,
+        }
+
 
 def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
     """Raises where a tensor is not on the device of x. Meta tensors among real ones lead here."""
@@ -105,15 +117,9 @@ def tokens_shape(x: Tensor) -> torch.Size:
 def reserve_rows(config: Config, dtype: torch.dtype) -> list[int]:
     """The arrays of a reserve, one after the other: bytes of each that a token has."""
     return _C.reserve_rows(
-        mode=config.mode,
-        dtype=str(dtype).removeprefix("torch."),
-        hidden_size=config.hidden_size,
-        proj_size=config.proj_size,
-        num_layers=config.num_layers,
-        bidirectional=config.bidirectional,
+        **config.stack(dtype),
         zoneout=config.zoneout_h > 0 or config.zoneout_c > 0,
         all_states=config.all_states,
-        layer_norm=config.layer_norm,
     )
 
 
@@ -338,7 +344,8 @@ def _version_of(y: Tensor) -> Tensor:
 class _Forward(torch.autograd.Function):
     # Each input or output tensor of a node costs a microsecond: `others` is one tuple, or None if a
     # call has none of them, and y, hn and cn are the only outputs unless the dispatcher (`keys`) or
-    # all_states requires more. So do a few lines of Python, which kernels evict from the caches.
+    # all_states requires more. A line of Python costs too, more than in a loop of its own: kernels
+    # have evicted it from the caches.
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple | None, *of_graph: Any

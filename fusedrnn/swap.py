@@ -165,7 +165,12 @@ def _runs_elsewhere(module: nn.Module) -> str:
     if weight is None or weight.is_meta:
         return ""
     reason = support.no_kernel(weight)
-    return f"torch.nn's code runs, because {reason}" if reason else ""
+    if reason:
+        return f"torch.nn's code runs, because {reason}"
+    if support.on_gpu(weight) and (weight.dtype == torch.float64 or module.proj_size):
+        what = "projections" if module.proj_size else "float64"
+        return f"torch.nn's code runs where it can: on a GPU only stepwise kernels take {what}"
+    return ""
 
 
 def _why_not_swapped(module: nn.Module) -> str | None:

@@ -170,8 +170,8 @@ def test_new_nvcc(build, release):
 @pytest.mark.parametrize(
     ("listing", "asked", "archs"),
     [
-        (NVCC_12_4, "", "7.5 8.0 8.6 8.9 9.0a 9.0+PTX"),
-        (NVCC_13_0, "", "7.5 8.0 8.6 8.9 9.0a 10.0 12.0+PTX"),
+        (NVCC_12_4, "", "7.5 8.0 9.0a 9.0+PTX"),
+        (NVCC_13_0, "", "7.5 8.0 9.0a 10.0 12.0+PTX"),
         (NVCC_13_0, "9.0a;8.0", "9.0a 8.0"),
         (NVCC_13_0, "8.0, 12.0+PTX", "8.0 12.0+PTX"),
     ],
@@ -273,7 +273,7 @@ def test_cuda_sources_are_compiled_when_there_are_any(build, sources, script):
     assert f"{nvcc} -ccbin g++ " in text
     library = flags_of(text)["torch/library.o"]
     assert "-DFUSEDRNN_WITH_CUDA=1" in library
-    assert """'-DFUSEDRNN_CUDA_ARCHS="7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"'""" in library
+    assert """'-DFUSEDRNN_CUDA_ARCHS="7.5;8.0;9.0a;10.0;12.0+PTX"'""" in library
     assert "cuda" not in build.ninja_file(Path("/site/torch"), ["g++"], None)
 
 

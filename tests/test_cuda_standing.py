@@ -208,6 +208,29 @@ def test_a_check_finds_a_lost_block(gpu, exchange):
     assert "has an error of" in families.verify(family.number, "fusedrnn_emulated", "cpu")
 
 
+def test_a_check_is_not_blamed_for_a_block_of_another_call(gpu, monkeypatch):
+    """Which may end while the check runs, and raises its own error."""
+    _, other = make_pair("gru", 3, 19)
+    verify = families.verify
+
+    def beside(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setenv(cuda.SWITCH, "on")
+            patch.setenv("FUSEDRNN_PLAN", "grid,units=8,rows=8,layers=1")
+            gpu.play("lose-block")
+            other(torch.randn(2, 3, 3))
+            gpu.play("")
+        return verify(*arguments)
+
+    job = Job()
+    with monkeypatch.context() as patch:
+        patch.setattr(families, "verify", beside)
+        with pytest.raises(RuntimeError, match="gave up an earlier call.*in its grid kernels"):
+            job.fused(job.x)
+    assert job.check() == []
+    assert {state for name, state in states(gpu).items() if name.startswith("cluster")} == {"right"}
+
+
 @pytest.mark.filterwarnings("ignore:.*will not run")
 def test_a_wrong_family_can_be_forced_only_without_checks(gpu, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_PLAN", "cluster")
@@ -382,6 +405,16 @@ def test_the_runtime_in_the_binary_says_why(monkeypatch):
     monkeypatch.setattr(cuda, "_unusable", {})
     reason = cuda.unusable(torch.device("cuda", 0))
     assert reason and "runtime of this build cannot use the GPU" in reason
+
+
+def test_a_report_of_swap_says_what_only_stepwise_kernels_run(device):
+    def reason(**options):
+        (layer,) = fusedrnn.swap(nn.LSTM(3, 4, **options)).layers
+        return layer.reason
+
+    assert reason() == ""
+    assert "where it can: on a GPU only stepwise kernels take float64" in reason(dtype=torch.float64)
+    assert "where it can: on a GPU only stepwise kernels take projections" in reason(proj_size=2)
 
 
 # ---- a block that is lost ----

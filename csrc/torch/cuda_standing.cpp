@@ -71,8 +71,7 @@ bool is_set(const char* text) { return text && *text; }
 constexpr const char* kLostBlock = "a block waited 10 seconds for another";
 
 // Kernels that lost a block in an earlier call, whose results are NaN: they run no more.
-void raise_lost_block(const CurrentDevice& on) {
-  const int code = take_lost_block();
+void raise_lost_block(const CurrentDevice& on, int code) {
   if (!code) return;
   std::string name;
   const Families families = launched_like(code);
@@ -95,7 +94,11 @@ void raise_lost_block(const CurrentDevice& on) {
 bool passes(const Family& family, const CurrentDevice& on) {
   const int index = index_of(family);
   std::string reason = host().check_family(index, kOpNamespace, on.name());
-  if (take_lost_block()) reason += std::string(reason.empty() ? "" : "; ") + kLostBlock;
+  const int code = take_lost_block();
+  if (code && launched_like(code)[size_t(index)])
+    reason += std::string(reason.empty() ? "" : "; ") + kLostBlock;
+  else
+    raise_lost_block(on, code);  // of a call that still ran
   if (reason.empty()) {
     set(on.index(), index, {State::kRight, ""});
     return true;
@@ -114,7 +117,7 @@ CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const Curr
   const KernelSwitch position = kernel_switch();
   const char* forced = trial ? trial->plan.c_str() : forced_plan();
   const bool asked = forces(forced, request.backward);
-  if (!trial) raise_lost_block(on);
+  if (!trial) raise_lost_block(on, take_lost_block());
   FUSEDRNN_EXPECT(trial || position != KernelSwitch::kOff,
                   "fusedrnn: no CUDA kernel can run: FUSEDRNN_CUDA_KERNELS=off");
   DeviceSpec device{};
