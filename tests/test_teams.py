@@ -121,7 +121,9 @@ def test_rows_together_because_of_large_weights(cell, hidden, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("steps", "batch"), [(1, 1), (2, 2), pytest.param(1, 4, marks=pytest.mark.slow)]
+)
 def test_few_tokens(cell, dtype, steps, batch):
     """Calls in a row go up and down through weights as they lie, and threads divide them."""
     plain, fused = make_pair(cell, 200, 290, num_layers=3, bidirectional=True, dtype=dtype)
