@@ -45,10 +45,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch as _C_functorch
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from fusedrnn import _C, batched_gradients, derivatives, reference, tangents
+from fusedrnn.node import Node, apply
 
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
@@ -341,7 +341,7 @@ def _version_of(y: Tensor) -> Tensor:
     return version
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(Node):
     # Each input or output tensor of a node costs a microsecond: `others` is one tuple, or None if a
     # call has none of them, and y, hn and cn are the only outputs unless the dispatcher (`keys`) or
     # all_states requires more. A line of Python costs too, more than in a loop of its own: kernels
@@ -439,11 +439,11 @@ def _batched_backward(grads: tuple, rest: tuple) -> tuple:
     return dx, dhx, dcx, dweights
 
 
-# Function.apply without its search for tensors of finished torch.func transforms: 2 us.
-apply_forward = super(torch.autograd.Function, _Forward).apply
+# Without a search for tensors of finished torch.func transforms: 2 us.
+apply_forward = _Forward.apply
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(Node):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any,
@@ -533,17 +533,6 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple:
-    """Records `function` in the graph of the dispatcher's level.
-
-    Function.apply would take it through all of torch.func's transforms, which the dispatcher does.
-    """
-    if torch._C._are_functorch_transforms_active():
-        with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
-    return function.apply(*arguments)
-
-
 def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
     *rest, save = arguments
     call = Call.of(*rest)
@@ -554,7 +543,7 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple:
         return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
     if not dual and not _needs_graph(*call.tensors):
         return _below_autograd(forward, keys, arguments)
-    return _apply(
+    return apply(
         _Forward, keys, save, call.constants, call.non_differentiable(), *call.differentiable()
     )
 
@@ -638,7 +627,7 @@ def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
         return _dual_of_gradients(grads, arguments[RESULTS:])
     if not dual and not _needs_graph(*grads, *call.tensors):
         return _below_autograd(backward, keys, arguments)
-    dx, dhx, dcx, *dweights = _apply(
+    dx, dhx, dcx, *dweights = apply(
         _Backward, keys, made, needs, members, call.constants, *grads, *call.tensors
     )
     return dx, dhx, dcx, dweights

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 # ops imports this module: it is used in functions only.
 from fusedrnn import batched_gradients, derivatives, ops
+from fusedrnn.node import Node, apply
 
 forward_tangent = torch.ops.fusedrnn.forward_tangent.default
 backward_tangent = torch.ops.fusedrnn.backward_tangent.default
@@ -220,7 +221,7 @@ def _kept(ctx: Any) -> TangentCall:
     return ctx.given._replace(made=made, call=call).with_graph(of_graph)
 
 
-class _ForwardTangent(torch.autograd.Function):
+class _ForwardTangent(Node):
     @staticmethod
     def forward(ctx: Any, keys: Any, arguments: tuple, *of_graph: Any):  # type: ignore[no-untyped-def]
         results = ops._below_function(forward_tangent, keys, arguments)
@@ -250,7 +251,7 @@ class _ForwardTangent(torch.autograd.Function):
         return (None, None, *given.u, *given.du, *first, *second)
 
 
-class _BackwardTangent(torch.autograd.Function):
+class _BackwardTangent(Node):
     """Its derivatives run in the plain implementation."""
 
     @staticmethod
@@ -313,7 +314,7 @@ def _forward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
         return dy, dhn, dcn, given.made[1].new_empty((0, 0))
     if not ops._needs_graph(*tensors):
         return ops._below_autograd(forward_tangent, keys, arguments)
-    return ops._apply(_ForwardTangent, keys, arguments, *tensors)
+    return apply(_ForwardTangent, keys, arguments, *tensors)
 
 
 def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
@@ -325,7 +326,7 @@ def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
         return dx, dhx, dcx, dweights
     if not ops._needs_graph(*tensors):
         return ops._below_autograd(backward_tangent, keys, arguments)
-    dx, dhx, dcx, *dweights = ops._apply(_BackwardTangent, keys, arguments, *tensors)
+    dx, dhx, dcx, *dweights = apply(_BackwardTangent, keys, arguments, *tensors)
     return dx, dhx, dcx, dweights
 
 
