@@ -167,6 +167,10 @@ def test_tensor_cores_and_wide_loads_are_used(arch):
         # has one, at the start; backward in the grid has one before its flag.
         fences = {i: used[i] for i in used if i.startswith("MEMBAR") and not i.endswith(".CTA")}
         assert sum(fences.values()) == (cluster or "backward" in name), (name, fences)
+        # Weights of two products, four tiles of a warp at once: their loads are in flight together.
+        # Forward in the grid, h of the other blocks is written 16 bytes at a time too.
+        exchanged = 8 if not cluster and "forward" in name else 0
+        assert used["STS.128"] >= 2 * 4 + exchanged and not used["STS.U8"], (name, used)
         if not cluster and "forward" in name:
             # h of the other blocks, 8 loads on their way
             assert used["LDG.E.128.STRONG.GPU"] >= 8, (name, used)

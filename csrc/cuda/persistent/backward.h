@@ -23,7 +23,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   using S = typename E::Operand;  // the storage type too
   using Base = Block<PersistentBackward, S, kCluster>;
   using Base::begins_anew, Base::feeds_next, Base::follows, Base::h_factor, Base::me, Base::p,
-      Base::piece, Base::s, Base::shared, Base::team, Base::weight;
+      Base::piece, Base::s, Base::shared, Base::team, Base::weight_row;
   const BackwardStage& stage = Base::stage();
 
   __device__ BackwardBlock(const PersistentBackward& p, char* shared)
@@ -109,16 +109,13 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   }
 
   __device__ void set_up() const {
-    const int64_t H = p.hidden_size;
-    const int gates = p.layout.gates, first = p.layout.first();
     // Column c of the tiles is gate c / units, in the order of the slots, of unit c % units.
-    load_weights<E>(shared, s.recurrent, int(H), gates * s.units, [&](int row, int column) {
-      return weight(stage.w_hh, p.layout.h_gate[first + column / s.units], column % s.units, row);
-    });
-    if (feeds_next())
-      load_weights<E>(shared, s.input, int(H), gates * s.units, [&](int row, int column) {
-        return weight(stage.w_ih, p.layout.x_gate[column / s.units], column % s.units, row);
-      });
+    auto load = [&](const ProductShape& product, const void* w, const int* gates) {
+      load_weights<E, true>(shared, product, w, p.layout.gates * s.units, int(p.hidden_size),
+                            [&](int i) { return weight_row(gates, i); });
+    };
+    load(s.recurrent, stage.w_hh, p.layout.h_gate + p.layout.first());
+    if (feeds_next()) load(s.input, stage.w_ih, p.layout.x_gate);
     for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
       reinterpret_cast<S*>(shared + s.x)[i] = E::operand(0);
     if constexpr (kCluster) arrivals().begin();

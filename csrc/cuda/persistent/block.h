@@ -1,6 +1,7 @@
 // A block of a persistent kernel: what of the problem its threads own, how they share out what is
 // read and sent, and how they reach the arrays in global memory.
 #pragma once
+#include "cuda/persistent/product.h"
 #include "cuda/persistent/team.h"
 #include "cuda/tokens.h"
 
@@ -103,11 +104,14 @@ struct Block {
   __device__ bool follows() const { return p.chained && team.stage > 0; }
   __device__ bool feeds_next() const { return p.chained && team.stage + 1 < p.stages; }
 
-  // The element of W [gates * hidden, hidden] in column `other` and the row of a gate of one of the
-  // block's units; null where the layer has no such unit.
-  __device__ const S* weight(const void* w, int gate, int unit, int other) const {
-    const int64_t H = p.hidden_size, j = int64_t(team.rank) * s.units + unit;
-    return j < H ? static_cast<const S*>(w) + (gate * H + j) * H + other : nullptr;
+  // The row of W [gates * hidden, hidden] that is row i of the block's, which follow each other
+  // gate by gate: `gates` are their numbers.
+  __device__ WeightRow weight_row(const int* gates, int i) const {
+    static_assert(kMostSlots == 4);
+    const int units = s.units, H = int(p.hidden_size);
+    const int k = (i >= units) + (i >= 2 * units) + (i >= 3 * units);  // no division
+    const int j = team.rank * units + i - k * units;
+    return {int64_t(gates[k] * H + (j < H ? j : 0)) * H, j < H};
   }
 };
 

@@ -23,7 +23,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
   using S = typename E::Operand;  // the storage type too
   using Base = Block<PersistentForward, S, kCluster>;
   using Base::begins_anew, Base::feeds_next, Base::follows, Base::h_factor, Base::me, Base::p,
-      Base::piece, Base::s, Base::shared, Base::team, Base::weight;
+      Base::piece, Base::s, Base::shared, Base::team, Base::weight_row;
   const ForwardStage& stage = Base::stage();
 
   __device__ ForwardBlock(const PersistentForward& p, char* shared)
@@ -45,15 +45,13 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
   // x of the first step is the initial state, which every block reads for itself.
   __device__ void set_up() const {
     const int64_t H = p.hidden_size;
-    const int gates = p.layout.gates, first = p.layout.first();
     // Row r of the tiles is gate r / units, in the order of the slots, of unit r % units.
-    load_weights<E>(shared, s.recurrent, gates * s.units, int(H), [&](int row, int column) {
-      return weight(stage.w_hh, p.layout.h_gate[first + row / s.units], row % s.units, column);
-    });
-    if (follows())
-      load_weights<E>(shared, s.input, gates * s.units, int(H), [&](int row, int column) {
-        return weight(stage.w_ih, p.layout.x_gate[row / s.units], row % s.units, column);
-      });
+    auto load = [&](const ProductShape& product, const void* w, const int* gates) {
+      load_weights<E, false>(shared, product, w, p.layout.gates * s.units, int(p.hidden_size),
+                             [&](int i) { return weight_row(gates, i); });
+    };
+    load(s.recurrent, stage.w_hh, p.layout.h_gate + p.layout.first());
+    if (follows()) load(s.input, stage.w_ih, p.layout.x_gate);
     for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
       const int64_t b = team.slice * s.rows + row;

@@ -95,29 +95,51 @@ template <class E, bool kCluster>
 constexpr bool kCanRun =
     (FUSEDRNN_HAS_CLUSTERS || !kCluster) && (FUSEDRNN_HAS_TENSOR_CORES || !E::kTensorCores);
 
-// Fills the tiles with what w(row, column) points at, which is asked only for rows below `rows` and
-// columns below `depth`; null and the rest are zero. All threads of the block.
-template <class E, class F>
-__device__ inline void load_weights(char* shared, const ProductShape& s, int rows, int depth, F w) {
+// A row of a matrix of weights: where it begins, in elements. One that the layer lacks counts as
+// zeros, and begins where another one does.
+struct WeightRow {
+  int64_t begin;
+  bool exists;
+};
+
+// Fills the tiles with row(0), row(1), ... of the matrix w, `rows` rows of `columns` elements side
+// by side, which become the rows of the tiles or, transposed, their columns. The rest of the tiles
+// is zero. Loads have no condition, so that all of a lane are on their way together: outside the
+// matrix the nearest element is read. All threads of the block.
+template <class E, bool kTransposed, class F>
+__device__ inline void load_weights(char* shared, const ProductShape& s, const void* w, int rows,
+                                    int columns, F row) {
   using Operand = typename E::Operand;
-  constexpr int kElements = 16 / sizeof(Operand);
-  Words* tiles = reinterpret_cast<Words*>(shared + s.weights);
-  for (int i = threadIdx.x; i < s.row_tiles * s.depth_tiles * 32; i += kPersistentThreads) {
-    const int lane = i % 32, tile = i / 32;
-    const int row0 = tile % s.row_tiles * E::kTile.rows,
-              depth0 = tile / s.row_tiles * E::kTile.depth;
-    Operand elements[kElements];  // converted later: all loads are on their way together
+  constexpr int kElements = 16 / sizeof(Operand), kAtOnce = 4;  // tiles of a warp
+  const Operand* const matrix = static_cast<const Operand*>(w);
+  Words* const tiles = reinterpret_cast<Words*>(shared + s.weights);
+  const int lane = threadIdx.x % 32, count = s.row_tiles * s.depth_tiles;
+  for (int first = threadIdx.x / 32; first < count; first += kAtOnce * kPersistentWarps) {
+    Operand elements[kAtOnce][kElements];
 #pragma unroll
-    for (int e = 0; e < kElements; e++) {
-      const int row = row0 + E::row(lane, e), column = depth0 + E::depth(lane, e);
-      const Operand* at = row < rows && column < depth ? w(row, column) : nullptr;
-      elements[e] = at ? *at : Operand(from_compute<Operand>(0));
+    for (int i = 0; i < kAtOnce; i++) {
+      const int tile = first + i * kPersistentWarps, depth_tile = tile / s.row_tiles;
+      const int row_tile = tile - depth_tile * s.row_tiles;
+#pragma unroll
+      for (int e = 0; e < kElements; e++) {
+        const int tile_row = row_tile * E::kTile.rows + E::row(lane, e);
+        const int depth = depth_tile * E::kTile.depth + E::depth(lane, e);
+        const int outer = kTransposed ? depth : tile_row, inner = kTransposed ? tile_row : depth;
+        const WeightRow from = row(outer < rows ? outer : rows - 1);
+        const Operand value = matrix[from.begin + (inner < columns ? inner : columns - 1)];
+        const bool inside = from.exists && outer < rows && inner < columns;
+        elements[i][e] = inside ? value : Operand(from_compute<Operand>(0));
+      }
     }
 #pragma unroll
-    for (int e = 0; e < kElements; e++) elements[e] = E::rounded(elements[e]);
-    Words words;
-    memcpy(&words, elements, sizeof words);
-    tiles[i] = words;
+    for (int i = 0; i < kAtOnce; i++) {
+#pragma unroll
+      for (int e = 0; e < kElements; e++) elements[i][e] = E::rounded(elements[i][e]);
+      Words words;
+      memcpy(&words, elements[i], sizeof words);
+      const int tile = first + i * kPersistentWarps;
+      if (tile < count) tiles[tile * 32 + lane] = words;
+    }
   }
 }
 
