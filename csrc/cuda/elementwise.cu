@@ -3,6 +3,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/elementwise.h"
 #include "cuda/primitives.h"
+#include "cuda/row_sums.h"
 #include "cuda/tokens.h"
 
 namespace fusedrnn {
@@ -82,25 +83,6 @@ __global__ void gather_kernel(const __grid_constant__ Integers p, const S* w, in
     }
     out[i] = value;
   }
-}
-
-// A block takes a value and kThreads columns at a time, and goes through all tokens. The sum is
-// compensated (Kahan): a value may have very many.
-template <class S>
-__global__ void sum_rows_kernel(const __grid_constant__ Integers p, const S* rows, int64_t stride,
-                                int64_t columns, Compute<S>* out) {
-  using C = Compute<S>;
-  for (int64_t value = blockIdx.y; value < p.width; value += gridDim.y)
-    for (int64_t j = first_index(); j < columns; j += index_stride()) {
-      C sum = 0, lost = 0;
-      for (int64_t token = 0; token < p.tokens.tokens; token++) {
-        if (p.values[token] != value) continue;
-        const C term = to_compute(rows[token * stride + j]) - lost, next = sum + term;
-        lost = next - sum - term;
-        sum = next;
-      }
-      out[value * columns + j] = sum;
-    }
 }
 
 template <class S>
@@ -224,13 +206,33 @@ int gather_rows(const Integers& p, const void* w, int64_t columns, void* out, vo
   });
 }
 
-int sum_rows(const Integers& p, const void* rows, int64_t stride, int64_t columns, void* out,
-             void* stream) {
-  if (p.width == 0 || columns == 0) return 0;
+int64_t sum_rows_workspace(const RowSums& p) {
+  if (p.tokens == 0) return 0;
+  const row_sums::Division d = row_sums::divide(p.tokens, p.width);
+  return d.chunks * p.columns * compute_bytes(p.dtype) +
+         (2 * p.tokens + (d.runs << d.bits)) * int64_t(sizeof(uint32_t));
+}
+int sum_rows(const RowSums& p, void* stream) {
+  if (p.width == 0 || p.columns == 0) return 0;
+  int error = to_compute_type(p.dtype, nullptr, p.out, p.width * p.columns, stream);
+  if (error || p.tokens == 0) return error;
+  if (p.tokens > UINT32_MAX) return kInvalidValue;
+  const row_sums::Division d = row_sums::divide(p.tokens, p.width);
+  char* const partial = static_cast<char*>(p.workspace);
+  uint32_t* const order =
+      reinterpret_cast<uint32_t*>(partial + d.chunks * p.columns * compute_bytes(p.dtype));
+  uint32_t* orders[] = {order, order + p.tokens};
+  const uint32_t* sorted = nullptr;
+  error = row_sums::sort_tokens(p, d, orders, order + 2 * p.tokens, &sorted, stream);
+  if (error) return error;
+  const int64_t blocks = row_sums::divide_up(p.columns, row_sums::kColumns);
+  const Grid grid{dim3(unsigned(blocks), unsigned(d.chunks)), dim3(row_sums::kColumns)};
   return with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    return launch(sum_rows_kernel<S>, grid_for(columns, p.width), stream, p,
-                  static_cast<const S*>(rows), stride, columns, static_cast<Compute<S>*>(out));
+    using C = Compute<S>;
+    const row_sums::Chunks<C> chunks{p, d.chunk, sorted, reinterpret_cast<C*>(partial)};
+    const int failed = launch(row_sums::add_chunks_kernel<S>, grid, stream, chunks);
+    return failed ? failed : launch(row_sums::add_partial_sums_kernel<C>, grid, stream, chunks);
   });
 }
 

@@ -49,11 +49,19 @@ struct Integers {
 // without a vector gives NaN, for the host cannot look at it without waiting.
 int gather_rows(const Integers&, const void* w, int64_t columns, void* out, void* stream);
 
-// The gradient of w: out = for each value the sum of its tokens' rows, in their order. rows of the
-// storage type [tokens, stride], zeros where a row has no step; out of the compute type
-// [width, columns].
-int sum_rows(const Integers&, const void* rows, int64_t stride, int64_t columns, void* out,
-             void* stream);
+// The gradient of w: out = for each value the sum of its tokens' rows. Integers outside [0, width)
+// are left out.
+struct RowSums {
+  DType dtype;
+  int64_t tokens, width, columns;
+  const int64_t* values;  // [tokens]
+  const void* rows;       // storage type [tokens, stride], zeros where a row has no step
+  int64_t stride;
+  void* workspace;  // of sum_rows_workspace() bytes
+  void* out;        // compute type [width, columns]
+};
+int64_t sum_rows_workspace(const RowSums&);
+int sum_rows(const RowSums&, void* stream);
 
 // out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
 // saved of the storage type, `width` elements of each token.
