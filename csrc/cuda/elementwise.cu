@@ -110,6 +110,22 @@ __global__ void input_gradient_kernel(const __grid_constant__ InputGradient p) {
   }
 }
 
+__global__ void split_kernel(const __grid_constant__ SplitFloat32 p) {
+  const uint32_t columns = uint32_t(p.columns);
+  for (int64_t i = first_index(); i < p.rows * p.columns; i += index_stride()) {
+    const uint32_t row = uint32_t(i) / columns, column = uint32_t(i) % columns;
+    const float x = p.in[row * p.stride + column];
+    const BFloat16 high = from_compute<BFloat16>(x), zero = from_compute<BFloat16>(0.f);
+    const float rest = x - to_compute(high);
+    const bool finite = rest - rest == 0;
+    const BFloat16 low = finite ? from_compute<BFloat16>(rest) : zero, again = finite ? high : zero;
+    BFloat16* const to = static_cast<BFloat16*>(p.parts) + row * p.parts_stride + column;
+    to[0] = high;
+    to[p.next_part] = p.left ? again : low;
+    to[2 * p.next_part] = p.left ? low : again;
+  }
+}
+
 struct PreviousStates {
   Layer layer;
   const void* y;
@@ -234,6 +250,13 @@ int sum_rows(const RowSums& p, void* stream) {
     const int failed = launch(row_sums::add_chunks_kernel<S>, grid, stream, chunks);
     return failed ? failed : launch(row_sums::add_partial_sums_kernel<C>, grid, stream, chunks);
   });
+}
+
+int split_float32(const SplitFloat32& p, void* stream) {
+  const int64_t count = p.rows * p.columns;
+  if (count == 0) return 0;
+  if (count > UINT32_MAX) return kInvalidValue;
+  return launch(split_kernel, grid_for(count), stream, p);
 }
 
 int times_saved(const SavedProduct& p, void* stream) {

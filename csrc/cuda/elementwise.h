@@ -63,6 +63,20 @@ struct RowSums {
 int64_t sum_rows_workspace(const RowSums&);
 int sum_rows(const RowSums&, void* stream);
 
+// The parts that stand for a float32 matrix in a product of bfloat16. With x = high + low, each
+// rounded to bfloat16, a b is high high + high low + low high, but for 2^-17 of it: the parts of a
+// left operand are {high, high, low}, those of a right one {high, low, high}. Of what is not finite
+// the first part alone is not zero.
+struct SplitFloat32 {
+  int64_t rows, columns;            // at most 2^32 - 1 elements
+  int64_t stride;                   // of rows of `in`
+  int64_t parts_stride, next_part;  // of rows of `parts`; from one part to the next
+  bool left;
+  const float* in;
+  void* parts;  // bfloat16
+};
+int split_float32(const SplitFloat32&, void* stream);
+
 // out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
 // saved of the storage type, `width` elements of each token.
 struct SavedProduct {
