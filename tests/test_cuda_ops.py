@@ -286,6 +286,26 @@ def test_masks_lengths_and_integers(cell, kind, one_hot):
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow  # more than 60 blocks of 256 threads
+@pytest.mark.usefixtures("filled", "exact_products")
+@pytest.mark.parametrize("backend", ["grid,engine=ffma_narrow,units=8,rows=2"], indirect=True)
+def test_launches_take_rows_by_length(backend):
+    """Of 70 slices 66 run at once, and the longest rows of all run together."""
+    plain, fused = make_pair("gru", 3, 9)
+    lengths = torch.randperm(140) // 8 % 3 + 1
+    x = torch.randn(3, 140, 3)
+    ours = run(fused, x, None, lengths=lengths)
+    theirs = run(plain, pack_padded_sequence(x, lengths, enforce_sorted=False), None)
+    behind = torch.arange(3)[:, None] >= lengths
+    assert not ours["output"][behind].any() and not ours["grad x"][behind].any()
+    torch.testing.assert_close(ours["h_n"], theirs["h_n"])
+    with torch.no_grad():
+        assert torch.equal(fused(x, lengths=lengths)[0], ours["output"])
+        assert load().longest_way() == 0  # of the last launch, whose rows have one step
+        fused(x, lengths=torch.full((140,), 3))
+        assert load().longest_way() == 2
+
+
 @pytest.mark.usefixtures("filled", "stepwise")
 def test_sums_of_many_tokens_of_one_value():
     test_one_hot.test_many_of_one_value("gru")

@@ -52,6 +52,17 @@ __global__ void clamp_kernel(const int64_t* given, int64_t* lengths, int64_t bat
   }
 }
 
+// Every row counts those that come before it: some microseconds for a batch of thousands.
+__global__ void order_kernel(const int64_t* lengths, int64_t* order, int64_t batch) {
+  for (int64_t b = first_index(); b < batch; b += index_stride()) {
+    const int64_t mine = lengths[b];
+    int64_t place = 0;
+    for (int64_t other = 0; other < batch; other++)
+      place += lengths[other] > mine || (lengths[other] == mine && other < b);
+    order[place] = b;
+  }
+}
+
 template <class S>
 __global__ void layer_input_kernel(const __grid_constant__ LayerInput p) {
   using C = Compute<S>;
@@ -202,6 +213,11 @@ int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t
                   void* stream) {
   if (batch == 0) return 0;
   return launch(clamp_kernel, grid_for(batch), stream, given, lengths, batch, steps);
+}
+
+int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, void* stream) {
+  if (batch == 0) return 0;
+  return launch(order_kernel, grid_for(batch), stream, lengths, order, batch);
 }
 
 int layer_input(const LayerInput& p, void* stream) {

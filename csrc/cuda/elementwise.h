@@ -24,6 +24,9 @@ int copy_to_device(const int64_t* host, int64_t* device, int64_t count, void* st
 int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t steps,
                   void* stream);
 
+// The rows by falling length, those of a length in their order.
+int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, void* stream);
+
 // out = in times the dropout mask, zeros where a row has no step; storage type [tokens, width].
 struct LayerInput {
   DType dtype;

@@ -57,7 +57,7 @@ class CudaCall : public Call {
 
   Float32Products float32_products_;
   Tokens tokens_;
-  Tensor lengths_, offsets_;  // what tokens_ points to
+  Tensor lengths_, offsets_, order_;  // what tokens_ points to
 };
 
 }  // namespace fusedrnn

@@ -83,6 +83,13 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
                         stream()),
           "copying lengths");
     tokens_.lengths = at;
+    // Launches that follow each other end with their longest row each. Packed rows are in order.
+    if (plan.backend != CudaBackend::kStepwise && plan.launches() > 1) {
+      order_ = empty({batch}, ScalarType::Long);
+      int64_t* order = static_cast<int64_t*>(order_.mutable_data_ptr());
+      check(order_by_length(at, order, batch, stream()), "ordering rows");
+      tokens_.order = order;
+    }
   }
 }
 

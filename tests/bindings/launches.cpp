@@ -66,7 +66,7 @@ void persistent(py::module_& m, const char* name, const py::class_<Stage>& stage
   fields(type, NAMED(cell), NAMED(dtype), NAMED(engine), NAMED(cluster), NAMED(chained),
          NAMED(stages), NAMED(batch), NAMED(hidden_size), NAMED(steps), NAMED(mask_scale),
          NAMED(c_stride), NAMED(shape), NAMED(first_slice), NAMED(slices));
-  pointers(type, NAMED(lengths), NAMED(offsets));
+  pointers(type, NAMED(lengths), NAMED(offsets), NAMED(order));
   const py::dict table = type.attr("pointers"), of_stage = stage.attr("pointers");
   for (int i = 0; i < kMaxStages; i++)
     for (const auto& [field, offset] : of_stage)
