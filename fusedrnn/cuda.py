@@ -162,6 +162,13 @@ def plan(
     )
 
 
+def float32_products(spec: Spec) -> str:
+    """How a GPU multiplies float32 over all steps, in words."""
+    switches = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    recurrent, products = (s.fp32_precision == "tf32" for s in switches)
+    return _C.cuda_products(recurrent=recurrent, products=products, capability=spec["capability"])
+
+
 class Standing(NamedTuple):
     """What this process knows of a kernel family on a device."""
 

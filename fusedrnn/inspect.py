@@ -236,6 +236,8 @@ def _cuda_plans(
             raise
         return "not in the kernels, which were all refused or found wrong for this call"
     lines = [f"fused CUDA kernels, forward {forward.text}", f"backward {backward.text}"]
+    if dtype == torch.float32:
+        lines.append(f"products over all steps {cuda.float32_products(spec)}")
     known = cuda.standings(device)
     if cuda.cuda_kernels() == "verified" and not {forward.family, backward.family} <= set(known):
         lines.append("each kind is checked on this device before it runs for the first time")

@@ -286,6 +286,26 @@ def test_masks_lengths_and_integers(cell, kind, one_hot):
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow  # more than 60 blocks of 256 threads
+@pytest.mark.usefixtures("filled", "exact_products")
+@pytest.mark.parametrize("backend", ["grid,engine=ffma_narrow,units=8,rows=2"], indirect=True)
+def test_launches_take_rows_by_length(backend):
+    """Of 70 slices 66 run at once, and the longest rows of all run together."""
+    plain, fused = make_pair("gru", 3, 9)
+    lengths = torch.randperm(140) // 8 % 3 + 1
+    x = torch.randn(3, 140, 3)
+    ours = run(fused, x, None, lengths=lengths)
+    theirs = run(plain, pack_padded_sequence(x, lengths, enforce_sorted=False), None)
+    behind = torch.arange(3)[:, None] >= lengths
+    assert not ours["output"][behind].any() and not ours["grad x"][behind].any()
+    torch.testing.assert_close(ours["h_n"], theirs["h_n"])
+    with torch.no_grad():
+        assert torch.equal(fused(x, lengths=lengths)[0], ours["output"])
+        assert load().longest_way() == 0  # of the last launch, whose rows have one step
+        fused(x, lengths=torch.full((140,), 3))
+        assert load().longest_way() == 2
+
+
 @pytest.mark.usefixtures("filled", "stepwise")
 def test_sums_of_many_tokens_of_one_value():
     test_one_hot.test_many_of_one_value("gru")
@@ -414,6 +434,45 @@ def test_float32_where_tf32_is_not_permitted(precision):
     wide = result("ieee", "tf32")
     assert not torch.equal(wide, plain)
     torch.testing.assert_close(wide, plain)
+
+
+# The second so large that it is split piece by piece, by rows and by depth.
+@pytest.mark.usefixtures("stepwise")
+@pytest.mark.parametrize(
+    "inputs, hidden", [(1025, 64), pytest.param(4096, 16, marks=pytest.mark.slow)]
+)
+def test_large_products_where_tf32_is_permitted_to_recurrent_layers(precision, inputs, hidden):
+    """Split into bfloat16: 16 bits are right, of TF32 10."""
+    plain, fused = make_pair("rnn", inputs, hidden)
+    with torch.no_grad():
+        for layer in (plain, fused):
+            layer.weight_ih_l0.mul_(0.1)
+    x = torch.randn(1, 2100, inputs)
+    exact = run(copy.deepcopy(plain).double(), x.double(), None)
+    for switch, least, most in (("ieee", 0, 1e-6), ("tf32", 2e-6, 2e-5)):
+        precision(switch, "ieee")
+        found = run(fused, x, None)
+        for name in ("output", "grad x", "grad weight_ih_l0"):
+            error = (found[name] - exact[name]).norm() / exact[name].norm()
+            assert least <= error <= most, (name, switch)
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_a_split_product_keeps_what_is_not_finite(precision):
+    _, fused = make_pair("rnn", 4096, 64)
+    with torch.no_grad():
+        fused.weight_ih_l0.mul_(0.1)[3, 5] = 0
+        fused.weight_ih_l0[7, 9] = -float("inf")
+        fused.weight_ih_l0[8, 9] = float("nan")
+    x = torch.randn(1, 600, 4096)
+    x[0, :5, 5] = torch.tensor([float("inf"), -float("inf"), float("nan"), 3e38, -1e-42])
+    x[0, 6:8, 9] = torch.tensor([float("inf"), 0])
+    precision("tf32", "ieee")
+    with torch.no_grad():
+        ours = fused(x)[0]
+        precision("ieee", "ieee")
+        torch.testing.assert_close(ours, fused(x)[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert ours[0, 0].isfinite().sum() == 61
 
 
 def addresses():

@@ -57,6 +57,7 @@ class Stack:
         packed: bool = False,
         dropout: float = 0.0,
         states: bool = True,
+        order: list[int] | None = None,
         emulation: str = "plain",
         seed: int = -1,
     ):
@@ -71,6 +72,7 @@ class Stack:
         self.ways: list[int] = []  # of the launches
         self.lstm = mode == "LSTM"
         self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.order = None if order is None else torch.tensor(order)
         scale = 1 / math.sqrt(H)
         G = GATES[mode] * H
         inputs = 3 if not bidirectional else 2
@@ -129,7 +131,7 @@ class Stack:
             c_stride=self.H,
             slices=-(-self.B // self.rows),
         )
-        arrays: dict = {"lengths": self.lengths, "offsets": self.offsets}
+        arrays: dict = {"lengths": self.lengths, "offsets": self.offsets, "order": self.order}
         for i, fields in enumerate(stages):
             for name, value in fields.items():
                 if isinstance(value, Tensor):
@@ -312,6 +314,16 @@ def test_a_chain_of_rows_that_end(packed, team):
     check(
         "LSTM", "half", torch.bfloat16, team, (4, 5, 10), 8, 8, stages=2, lengths=lengths,
         packed=packed, seed=4,
+    )  # fmt: skip
+
+
+@TEAMS
+def test_slices_take_rows_in_an_order(team):
+    """Of the batch, whose results stay where they are; a chain, whose stages take the same rows."""
+    lengths, order = [1, 6, 0, 2, 7, 2, 3], [4, 1, 6, 3, 5, 0, 2]
+    check(
+        "LSTM", "ffma_narrow", torch.float32, team, (7, 7, 10), 8, 2, stages=2, lengths=lengths,
+        order=order, seed=6,
     )  # fmt: skip
 
 

@@ -313,3 +313,14 @@ def test_a_plan_in_words(monkeypatch):
     monkeypatch.setenv("FUSEDRNN_PLAN", "fastest")
     with pytest.raises(ValueError, match="FUSEDRNN_PLAN has 'fastest'"):
         cuda.plan(config, torch.float32, 5, 6, False, spec)
+
+
+def test_float32_is_multiplied_as_torch_permits_recurrent_layers():
+    def words(recurrent, products, capability=90):
+        return _C.cuda_products(recurrent=recurrent, products=products, capability=capability)
+
+    assert words(False, False) == "in float32"
+    assert words(True, True).startswith("in TF32")
+    assert words(False, True).startswith("in float64")
+    assert "two of bfloat16" in words(True, False) and "two of bfloat16" in words(True, False, 80)
+    assert words(True, False, 75) == "in float32"  # no bfloat16

@@ -322,6 +322,13 @@ def test_backward_after_the_switch_went_off(gpu, monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+def test_explain_says_how_float32_is_multiplied(device, monkeypatch):
+    job = Job(dtype=torch.float32)
+    assert "products over all steps in float32" in fusedrnn.explain(job.fused, job.x)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert "each number as two of bfloat16" in fusedrnn.explain(job.fused, job.x)
+
+
 # ---- what is left to torch.nn ----
 
 

@@ -418,6 +418,21 @@ def test_float32_where_tf32_is_not_permitted():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def test_large_products_where_tf32_is_permitted_to_recurrent_layers():
+    """On tensor cores, but 16 bits are right, of TF32 10. One step has no product with W_hh."""
+    plain, fused = make_pair("rnn", 1024, 64)
+    x = torch.randn(1, 2580, 1024)
+    exact = run(copy.deepcopy(plain).double(), x.double(), None)
+    fused = fused.cuda()
+    for permitted, least, most in ((False, 0, 1e-6), (True, 2e-6, 2e-5)):
+        torch.backends.cudnn.allow_tf32 = permitted
+        assert ("bfloat16" in fusedrnn.explain(fused, x.cuda())) == permitted
+        found = run(fused, x, None)
+        for name in ("output", "grad x", "grad weight_ih_l0"):
+            error = (found[name].double() - exact[name]).norm() / exact[name].norm()
+            assert least <= error <= most, (name, permitted)
+
+
 def test_out_of_memory_leaves_the_module_usable():
     _, fused = make_pair("gru", 4, 8)
     fused = fused.cuda()

@@ -3,6 +3,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/elementwise.h"
 #include "cuda/primitives.h"
+#include "cuda/row_sums.h"
 #include "cuda/tokens.h"
 
 namespace fusedrnn {
@@ -51,6 +52,17 @@ __global__ void clamp_kernel(const int64_t* given, int64_t* lengths, int64_t bat
   }
 }
 
+// Every row counts those that come before it: some microseconds for a batch of thousands.
+__global__ void order_kernel(const int64_t* lengths, int64_t* order, int64_t batch) {
+  for (int64_t b = first_index(); b < batch; b += index_stride()) {
+    const int64_t mine = lengths[b];
+    int64_t place = 0;
+    for (int64_t other = 0; other < batch; other++)
+      place += lengths[other] > mine || (lengths[other] == mine && other < b);
+    order[place] = b;
+  }
+}
+
 template <class S>
 __global__ void layer_input_kernel(const __grid_constant__ LayerInput p) {
   using C = Compute<S>;
@@ -84,25 +96,6 @@ __global__ void gather_kernel(const __grid_constant__ Integers p, const S* w, in
   }
 }
 
-// A block takes a value and kThreads columns at a time, and goes through all tokens. The sum is
-// compensated (Kahan): a value may have very many.
-template <class S>
-__global__ void sum_rows_kernel(const __grid_constant__ Integers p, const S* rows, int64_t stride,
-                                int64_t columns, Compute<S>* out) {
-  using C = Compute<S>;
-  for (int64_t value = blockIdx.y; value < p.width; value += gridDim.y)
-    for (int64_t j = first_index(); j < columns; j += index_stride()) {
-      C sum = 0, lost = 0;
-      for (int64_t token = 0; token < p.tokens.tokens; token++) {
-        if (p.values[token] != value) continue;
-        const C term = to_compute(rows[token * stride + j]) - lost, next = sum + term;
-        lost = next - sum - term;
-        sum = next;
-      }
-      out[value * columns + j] = sum;
-    }
-}
-
 template <class S>
 __global__ void times_saved_kernel(const __grid_constant__ SavedProduct p) {
   using C = Compute<S>;
@@ -125,6 +118,22 @@ __global__ void input_gradient_kernel(const __grid_constant__ InputGradient p) {
     if (p.mask) value *= C(p.mask[i]) * C(p.scale);
     if (p.c) value += static_cast<const C*>(p.c)[i];
     static_cast<C*>(p.out)[i] = value;
+  }
+}
+
+__global__ void split_kernel(const __grid_constant__ SplitFloat32 p) {
+  const uint32_t columns = uint32_t(p.columns);
+  for (int64_t i = first_index(); i < p.rows * p.columns; i += index_stride()) {
+    const uint32_t row = uint32_t(i) / columns, column = uint32_t(i) % columns;
+    const float x = p.in[row * p.stride + column];
+    const BFloat16 high = from_compute<BFloat16>(x), zero = from_compute<BFloat16>(0.f);
+    const float rest = x - to_compute(high);
+    const bool finite = rest - rest == 0;
+    const BFloat16 low = finite ? from_compute<BFloat16>(rest) : zero, again = finite ? high : zero;
+    BFloat16* const to = static_cast<BFloat16*>(p.parts) + row * p.parts_stride + column;
+    to[0] = high;
+    to[p.next_part] = p.left ? again : low;
+    to[2 * p.next_part] = p.left ? low : again;
   }
 }
 
@@ -206,6 +215,11 @@ int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t
   return launch(clamp_kernel, grid_for(batch), stream, given, lengths, batch, steps);
 }
 
+int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, void* stream) {
+  if (batch == 0) return 0;
+  return launch(order_kernel, grid_for(batch), stream, lengths, order, batch);
+}
+
 int layer_input(const LayerInput& p, void* stream) {
   const int64_t count = p.tokens.tokens * p.width;
   if (count == 0) return 0;
@@ -224,14 +238,41 @@ int gather_rows(const Integers& p, const void* w, int64_t columns, void* out, vo
   });
 }
 
-int sum_rows(const Integers& p, const void* rows, int64_t stride, int64_t columns, void* out,
-             void* stream) {
-  if (p.width == 0 || columns == 0) return 0;
+int64_t sum_rows_workspace(const RowSums& p) {
+  if (p.tokens == 0) return 0;
+  const row_sums::Division d = row_sums::divide(p.tokens, p.width);
+  return d.chunks * p.columns * compute_bytes(p.dtype) +
+         (2 * p.tokens + (d.runs << d.bits)) * int64_t(sizeof(uint32_t));
+}
+int sum_rows(const RowSums& p, void* stream) {
+  if (p.width == 0 || p.columns == 0) return 0;
+  int error = to_compute_type(p.dtype, nullptr, p.out, p.width * p.columns, stream);
+  if (error || p.tokens == 0) return error;
+  if (p.tokens > UINT32_MAX) return kInvalidValue;
+  const row_sums::Division d = row_sums::divide(p.tokens, p.width);
+  char* const partial = static_cast<char*>(p.workspace);
+  uint32_t* const order =
+      reinterpret_cast<uint32_t*>(partial + d.chunks * p.columns * compute_bytes(p.dtype));
+  uint32_t* orders[] = {order, order + p.tokens};
+  const uint32_t* sorted = nullptr;
+  error = row_sums::sort_tokens(p, d, orders, order + 2 * p.tokens, &sorted, stream);
+  if (error) return error;
+  const int64_t blocks = row_sums::divide_up(p.columns, row_sums::kColumns);
+  const Grid grid{dim3(unsigned(blocks), unsigned(d.chunks)), dim3(row_sums::kColumns)};
   return with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    return launch(sum_rows_kernel<S>, grid_for(columns, p.width), stream, p,
-                  static_cast<const S*>(rows), stride, columns, static_cast<Compute<S>*>(out));
+    using C = Compute<S>;
+    const row_sums::Chunks<C> chunks{p, d.chunk, sorted, reinterpret_cast<C*>(partial)};
+    const int failed = launch(row_sums::add_chunks_kernel<S>, grid, stream, chunks);
+    return failed ? failed : launch(row_sums::add_partial_sums_kernel<C>, grid, stream, chunks);
   });
+}
+
+int split_float32(const SplitFloat32& p, void* stream) {
+  const int64_t count = p.rows * p.columns;
+  if (count == 0) return 0;
+  if (count > UINT32_MAX) return kInvalidValue;
+  return launch(split_kernel, grid_for(count), stream, p);
 }
 
 int times_saved(const SavedProduct& p, void* stream) {

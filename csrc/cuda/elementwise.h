@@ -24,6 +24,9 @@ int copy_to_device(const int64_t* host, int64_t* device, int64_t count, void* st
 int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t steps,
                   void* stream);
 
+// The rows by falling length, those of a length in their order.
+int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, void* stream);
+
 // out = in times the dropout mask, zeros where a row has no step; storage type [tokens, width].
 struct LayerInput {
   DType dtype;
@@ -49,11 +52,33 @@ struct Integers {
 // without a vector gives NaN, for the host cannot look at it without waiting.
 int gather_rows(const Integers&, const void* w, int64_t columns, void* out, void* stream);
 
-// The gradient of w: out = for each value the sum of its tokens' rows, in their order. rows of the
-// storage type [tokens, stride], zeros where a row has no step; out of the compute type
-// [width, columns].
-int sum_rows(const Integers&, const void* rows, int64_t stride, int64_t columns, void* out,
-             void* stream);
+// The gradient of w: out = for each value the sum of its tokens' rows. Integers outside [0, width)
+// are left out.
+struct RowSums {
+  DType dtype;
+  int64_t tokens, width, columns;
+  const int64_t* values;  // [tokens]
+  const void* rows;       // storage type [tokens, stride], zeros where a row has no step
+  int64_t stride;
+  void* workspace;  // of sum_rows_workspace() bytes
+  void* out;        // compute type [width, columns]
+};
+int64_t sum_rows_workspace(const RowSums&);
+int sum_rows(const RowSums&, void* stream);
+
+// The parts that stand for a float32 matrix in a product of bfloat16. With x = high + low, each
+// rounded to bfloat16, a b is high high + high low + low high, but for 2^-17 of it: the parts of a
+// left operand are {high, high, low}, those of a right one {high, low, high}. Of what is not finite
+// the first part alone is not zero.
+struct SplitFloat32 {
+  int64_t rows, columns;            // at most 2^32 - 1 elements
+  int64_t stride;                   // of rows of `in`
+  int64_t parts_stride, next_part;  // of rows of `parts`; from one part to the next
+  bool left;
+  const float* in;
+  void* parts;  // bfloat16
+};
+int split_float32(const SplitFloat32&, void* stream);
 
 // out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
 // saved of the storage type, `width` elements of each token.

@@ -18,6 +18,8 @@ struct Tokens {
   const int64_t* lengths;      // [batch], each in [0, steps]; null: all rows have `steps` steps
   const int64_t* offsets;      // [steps]: first(t) of packed rows; null: padded
   const int64_t* batch_sizes;  // [steps] on the host: rows that packed data has at a step
+  // [batch] the rows from the longest to the shortest, where backends should take them so, or null.
+  const int64_t* order;
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };

@@ -5,14 +5,9 @@
 
 #include "plan/cpu_plan.h"
 #include "plan/cuda_plan.h"
+#include "plan/products.h"
 
 namespace fusedrnn {
-
-// torch's switches for float32 on CUDA: whether TF32 is permitted.
-struct Float32Switches {
-  bool recurrent;  // torch.backends.cudnn.rnn.fp32_precision, which also follows cudnn.allow_tf32
-  bool products;   // torch.backends.cuda.matmul.fp32_precision, which ATen's products obey
-};
 
 // Instruction sets that kernels were compiled for: a name, and whether this processor has it.
 struct InstalledVariant {

@@ -115,6 +115,12 @@ PyObject* cuda_plan(const NamedArguments& a) {
   return Py_BuildValue("(si)", found.text.c_str(), found.family);
 }
 
+PyObject* cuda_products(const NamedArguments& a) {
+  const Float32Switches permitted{a.flag("recurrent"), a.flag("products")};
+  const Float32Products found = float32_products(permitted, int(a.integer("capability")));
+  return PyUnicode_FromString(in_words(found, permitted));
+}
+
 PyObject* cuda_families(PyObject*, PyObject*) {
   return guarded([] {
     PyObject* list = PyList_New(0);
@@ -229,6 +235,7 @@ PyMethodDef methods[] = {
     by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
     {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
     by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words; its family's index"),
+    by_name<cuda_products>("cuda_products", "how float32 is multiplied over all steps, in words"),
     {"cuda_families", cuda_families, METH_NOARGS, "the kernel families: see Family in families.py"},
     {"cuda_versions", cuda_versions, METH_NOARGS, "of the binary's CUDA runtime, of the driver"},
     by_name<cuda_plans>("cuda_plans", "[(FUSEDRNN_PLAN, estimated microseconds)], fastest first"),

@@ -127,10 +127,20 @@ void weight_gradients(const CudaCall& call, const LayerBackward& a, const Differ
   };
   if (wanted(kWeightIH)) {
     Tensor by_value = call.empty({input ? 0 : p.input_size, G}, call.compute());
-    if (!input)
-      call.check(sum_rows(integers, d.dgates.const_data_ptr(), d.dgates.stride(0), G,
-                          by_value.mutable_data_ptr(), call.stream()),
-                 "adding rows of gradients");
+    if (!input) {
+      RowSums sums{integers.dtype,
+                   integers.tokens.tokens,
+                   integers.width,
+                   G,
+                   integers.values,
+                   d.dgates.const_data_ptr(),
+                   d.dgates.stride(0),
+                   nullptr,
+                   by_value.mutable_data_ptr()};
+      const Tensor workspace = call.bytes(sum_rows_workspace(sums));
+      sums.workspace = workspace.mutable_data_ptr();
+      call.check(sum_rows(sums, call.stream()), "adding rows of gradients");
+    }
     for (const GateRange& range : ranges) {
       Tensor to = part(gradient(kWeightIH), range.gate * H, range.count * H);
       if (input)

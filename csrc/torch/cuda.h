@@ -4,6 +4,7 @@
 #include "cuda/stack.h"
 #include "cuda/stepwise/layer.h"
 #include "plan/cuda_plan.h"
+#include "plan/products.h"
 #include "torch/call.h"
 #include "torch/cuda_device.h"
 #include "torch/cuda_standing.h"
@@ -21,9 +22,10 @@ class CudaCall : public Call {
   // Throws where a launch returned an error: see check_launch.
   void check(int error, const char* what) const;
 
-  // out = a b, sums in the compute type; a and b alike, out of theirs or of the compute type.
+  // out = a b, sums in the compute type; a and b alike, out of theirs or of the compute type,
+  // contiguous. Of float32 as torch's switches say: see plan/products.h.
   void multiply(const Tensor& a, const Tensor& b, Tensor out) const;
-  // The same on bare memory.
+  // The same on bare memory, for the product of a step: too small to be split.
   Multiply multiply() const;
 
   Tensor tensor_at(const void* data, const std::vector<int64_t>& sizes, ScalarType) const;
@@ -48,9 +50,14 @@ class CudaCall : public Call {
 
  private:
   CurrentDevice device_;
-  bool through_float64_;  // products, because ATen's in float32 would be TF32
+  void multiply_whole(const Tensor& a, const Tensor& b, const Tensor& out) const;
+  void multiply_split(const Tensor& a, const Tensor& b, const Tensor& out) const;
+  // The parts of a float32 matrix, behind each other along `depth`, which a product adds up over.
+  Tensor parts_of(Tensor, int64_t depth, bool left) const;
+
+  Float32Products float32_products_;
   Tokens tokens_;
-  Tensor lengths_, offsets_;  // what tokens_ points to
+  Tensor lengths_, offsets_, order_;  // what tokens_ points to
 };
 
 }  // namespace fusedrnn

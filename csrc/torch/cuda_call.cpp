@@ -1,12 +1,17 @@
+#include <algorithm>
 #include <array>
 #include <iterator>
 
+#include "cuda/device.h"
 #include "cuda/elementwise.h"
 #include "torch/cuda.h"
 #include "torch/host.h"
 
 namespace fusedrnn {
 namespace {
+
+using torch::stable::narrow;
+using torch::stable::transpose;
 
 // out = a b by ATen, with the result in out's type.
 void aten_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -41,16 +46,21 @@ const uint8_t* byte(const OptionalTensor& t, int64_t i) {
 }  // namespace
 
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
-    : Call(in, config), device_(x), through_float64_(false), tokens_{} {
+    : Call(in, config), device_(x), float32_products_(Float32Products::kAten), tokens_{} {
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
-  bool tf32 = false;
+  bool tf32 = false, products = false;
   if (problem.dtype == DType::kFloat32) {
     const Float32Switches permitted = host().float32_switches();
     tf32 = permits_tf32(permitted.recurrent);
-    through_float64_ = permitted.products && !tf32;
+    products = permitted.products;
   }
   plan = permitted_plan(problem, {steps, batch, backward, tf32}, device_);
   family = family_of(problem, backward, plan);
+  if (tf32 != products) {
+    DeviceSpec device{};
+    check(device_spec(&device), "asking the device");
+    float32_products_ = float32_products({tf32, products}, device.capability);
+  }
 
   if (packed()) {
     std::vector<int64_t> first(steps), row_steps(batch);
@@ -73,6 +83,13 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
                         stream()),
           "copying lengths");
     tokens_.lengths = at;
+    // Launches that follow each other end with their longest row each. Packed rows are in order.
+    if (plan.backend != CudaBackend::kStepwise && plan.launches() > 1) {
+      order_ = empty({batch}, ScalarType::Long);
+      int64_t* order = static_cast<int64_t*>(order_.mutable_data_ptr());
+      check(order_by_length(at, order, batch, stream()), "ordering rows");
+      tokens_.order = order;
+    }
   }
 }
 
@@ -81,10 +98,59 @@ void CudaCall::check(int error, const char* what) const {
 }
 
 void CudaCall::multiply(const Tensor& a, const Tensor& b, Tensor out) const {
-  if (!through_float64_) return aten_mm(a, b, out);
+  const bool large = a.size(1) > 0 && out.numel() >= kLeastSplit / a.size(1);
+  if (large && float32_products_ == Float32Products::kSplit && b.numel() <= UINT32_MAX)
+    multiply_split(a, b, out);
+  else
+    multiply_whole(a, b, out);
+}
+
+// Of a part of the rows of a at a time, or of its columns and the rows of b: what there is more of.
+void CudaCall::multiply_split(const Tensor& a, const Tensor& b, const Tensor& out) const {
+  Tensor left = a, right = b, to = out;
+  const int64_t M = a.size(0), K = a.size(1), N = b.size(1), count = std::max(M, K);
+  const bool by_rows = M >= K;
+  const int64_t most = std::max<int64_t>(1, kSplitAtOnce / (by_rows ? K : std::max(M, N)));
+  Tensor right_parts = empty({0}, ScalarType::BFloat16);
+  if (by_rows) right_parts = parts_of(b, 0, false);
+  for (int64_t at = 0; at < count; at += most) {
+    const int64_t n = std::min(most, count - at);
+    if (by_rows) {
+      aten_mm(parts_of(narrow(left, 0, at, n), 1, true), right_parts, narrow(to, 0, at, n));
+      continue;
+    }
+    const Tensor sum = at ? empty({M, N}, out.scalar_type()) : out;
+    aten_mm(parts_of(narrow(left, 1, at, n), 1, true), parts_of(narrow(right, 0, at, n), 0, false),
+            sum);
+    if (at)
+      check(input_gradient({problem.dtype, out.const_data_ptr(), sum.const_data_ptr(), nullptr,
+                            nullptr, 1, M * N, to.mutable_data_ptr()},
+                           stream()),
+            "adding products");
+  }
+}
+
+Tensor CudaCall::parts_of(Tensor matrix, int64_t depth, bool left) const {
+  if (matrix.stride(0) != 1 && matrix.stride(1) != 1) matrix = torch::stable::contiguous(matrix);
+  const bool turned = matrix.stride(1) != 1;  // columns follow each other in memory, not rows
+  if (turned) matrix = transpose(matrix, 0, 1), depth = 1 - depth;
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  Tensor parts = depth == 0 ? empty({3 * rows, columns}, ScalarType::BFloat16)
+                            : empty({rows, 3 * columns}, ScalarType::BFloat16);
+  check(split_float32(
+            {rows, columns, matrix.stride(0), parts.size(1), depth == 0 ? rows * columns : columns,
+             left, static_cast<const float*>(matrix.const_data_ptr()), parts.mutable_data_ptr()},
+            stream()),
+        "splitting a matrix");
+  return turned ? transpose(parts, 0, 1) : parts;
+}
+
+void CudaCall::multiply_whole(const Tensor& a, const Tensor& b, const Tensor& out) const {
+  if (float32_products_ != Float32Products::kFloat64) return aten_mm(a, b, out);
   const Tensor wide = empty({out.size(0), out.size(1)}, ScalarType::Double);
   aten_mm(torch::stable::to(a, ScalarType::Double), torch::stable::to(b, ScalarType::Double), wide);
-  torch::stable::copy_(out, wide);
+  Tensor to = out;
+  torch::stable::copy_(to, wide);
 }
 
 Tensor CudaCall::tensor_at(const void* data, const std::vector<int64_t>& sizes,
@@ -106,7 +172,7 @@ Multiply CudaCall::multiply() const {
                          ? torch::stable::from_blob(const_cast<void*>(p.w), {p.depth, p.columns},
                                                     {1, p.depth}, x.device(), type())
                          : storage(p.w, p.depth, p.columns, p.columns);
-    multiply(a, w, tensor_at(p.out, {p.rows, p.columns}, compute()));
+    multiply_whole(a, w, tensor_at(p.out, {p.rows, p.columns}, compute()));
   };
 }
 

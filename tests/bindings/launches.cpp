@@ -1,5 +1,6 @@
 // The structures of kernel launches, for the emulator: their bytes, and where their pointers lie.
 #include "bindings/bindings.h"
+#include "cuda/elementwise.h"
 #include "cuda/persistent/persistent.h"
 #include "cuda/stepwise/cell_step.h"
 #include "emulator/programs.h"
@@ -65,7 +66,7 @@ void persistent(py::module_& m, const char* name, const py::class_<Stage>& stage
   fields(type, NAMED(cell), NAMED(dtype), NAMED(engine), NAMED(cluster), NAMED(chained),
          NAMED(stages), NAMED(batch), NAMED(hidden_size), NAMED(steps), NAMED(mask_scale),
          NAMED(c_stride), NAMED(shape), NAMED(first_slice), NAMED(slices));
-  pointers(type, NAMED(lengths), NAMED(offsets));
+  pointers(type, NAMED(lengths), NAMED(offsets), NAMED(order));
   const py::dict table = type.attr("pointers"), of_stage = stage.attr("pointers");
   for (int i = 0; i < kMaxStages; i++)
     for (const auto& [field, offset] : of_stage)
@@ -98,6 +99,13 @@ void bind_persistent_backward(py::module_& m) {
   persistent<PersistentBackward>(m, "PersistentBackward", type);
 }
 
+void bind_row_sums(py::module_& m) {
+  using T = RowSums;
+  auto type = launch<T>(m, "RowSums");
+  fields(type, NAMED(dtype), NAMED(tokens), NAMED(width), NAMED(columns), NAMED(stride));
+  pointers(type, NAMED(values), NAMED(rows), NAMED(out));
+}
+
 void bind_program(py::module_& m) {
   using T = Program;
   auto type = launch<T>(m, "Program");
@@ -113,5 +121,6 @@ void bind_launches(py::module_& m) {
   bind_cell_backward(m);
   bind_persistent_forward(m);
   bind_persistent_backward(m);
+  bind_row_sums(m);
   bind_program(m);
 }

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/elementwise.h"
 #include "cuda/persistent/persistent.h"
 #include "cuda/stepwise/cell_step.h"
 #include "emulator/programs.h"
@@ -41,14 +42,18 @@ int planned(P p, F launch) {
 int planned_forward(const PersistentForward& p, void*) { return planned(p, persistent_forward); }
 int planned_backward(const PersistentBackward& p, void*) { return planned(p, persistent_backward); }
 
+// The workspace too is made here, and full of NaN.
+int planned_sum_rows(RowSums p, void*) {
+  std::vector<char> workspace(size_t(sum_rows_workspace(p)), char(0xff));
+  p.workspace = workspace.data();
+  return sum_rows(p, nullptr);
+}
+
 const Entry kEntries[] = {
-    LAUNCH(cell_forward, CellForward),
-    LAUNCH(cell_backward, CellBackward),
-    LAUNCH(projection_forward, CellForward),
-    LAUNCH(projection_backward, CellBackward),
-    LAUNCH(planned_forward, PersistentForward),
-    LAUNCH(planned_backward, PersistentBackward),
-    LAUNCH(program, Program),
+    LAUNCH(cell_forward, CellForward),          LAUNCH(cell_backward, CellBackward),
+    LAUNCH(projection_forward, CellForward),    LAUNCH(projection_backward, CellBackward),
+    LAUNCH(planned_forward, PersistentForward), LAUNCH(planned_backward, PersistentBackward),
+    LAUNCH(planned_sum_rows, RowSums),          LAUNCH(program, Program),
 };
 
 [[noreturn]] void stop(const char* what) {

@@ -19,12 +19,12 @@ struct Element {
   __device__ Element(const Persistent& p, int rank, int64_t slice) {
     const int units = p.shape.units, rows = p.shape.rows, i = int(threadIdx.x);
     row = i / units, unit = i % units;
-    b = slice * rows + row, j = int64_t(rank) * units + unit;
+    b = p.row_at(slice * rows + row), j = int64_t(rank) * units + unit;
     in_block = row < rows;
     exists = in_block && b < p.batch && j < p.hidden_size;
     last = 0;
     for (int r = 0; r < rows; r++) {
-      const int64_t other = slice * rows + r;
+      const int64_t other = p.row_at(slice * rows + r);
       if (other < p.batch && length_of(p, other) > last) last = length_of(p, other);
     }
     length = exists ? length_of(p, b) : 0;

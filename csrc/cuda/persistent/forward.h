@@ -54,7 +54,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     if (follows()) load(s.input, stage.w_ih, p.layout.x_gate);
     for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
-      const int64_t b = team.slice * s.rows + row;
+      const int64_t b = p.row_at(team.slice * s.rows + row);
       bool initial = row < s.rows && b < p.batch && column < H;
       if (initial && p.resets)
         initial = !fusedrnn::begins_anew(p, p.resets, stage.reverse, time(0), b, length_of(p, b));
@@ -107,7 +107,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     S* x_in = reinterpret_cast<S*>(shared + s.input_x);
     const Share mine(s.rows);
     for (int row = mine.row; row < s.rows; row += mine.rows) {
-      const int64_t b = team.slice * s.rows + row;
+      const int64_t b = p.row_at(team.slice * s.rows + row);
       const bool runs = b < p.batch && t < length_of(p, b);
       const int64_t token = runs ? token_of(p, t, b) : 0;
       const S* const from = static_cast<const S*>(below.y) + token * below.y_stride;

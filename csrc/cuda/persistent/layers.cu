@@ -18,6 +18,7 @@ P problem_of(const CudaPlan& plan, const Layer& layer, size_t stages) {
   p.stages = int(stages);
   p.batch = layer.tokens.batch, p.hidden_size = layer.hidden_size, p.steps = layer.tokens.steps;
   p.lengths = layer.tokens.lengths, p.offsets = layer.tokens.offsets;
+  p.order = layer.tokens.order;
   p.mask_scale = float(layer.mask_scale);
   p.resets = layer.resets;
   p.zoneout_h = float(layer.zoneout_h.rate), p.zoneout_c = float(layer.zoneout_c.rate);

@@ -79,6 +79,8 @@ struct Persistent {
   // too; they are null where every row has `steps` steps.
   const int64_t* lengths;  // [batch], each in [0, steps]
   const int64_t* offsets;  // [steps], or null
+  // The rows of the batch in the order in which slices take them; null: their own.
+  const int64_t* order;
   float mask_scale;
   const uint8_t* resets;       // [tokens], or null: see begins_anew() in cuda/tokens.h
   float zoneout_h, zoneout_c;  // 0: none
@@ -93,6 +95,10 @@ struct Persistent {
   int* tell_host;
   int launch_code;
 
+  // The row of the batch in a place of the slices; no row from `batch` on.
+  FUSEDRNN_HD int64_t row_at(int64_t place) const {
+    return order && place < batch ? order[place] : place;
+  }
   FUSEDRNN_HD int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
   // Whether blocks exchange through global memory, and whether some wait for what others write
   // there: those have to know that all run.
