@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jvp, stack_module_state, vmap
 
 import fusedrnn
 from benchmarks import compact, machine, measure, report
@@ -53,7 +53,8 @@ class Line:
 
 
 def plain_forward(self: Any, input: Any, hx: Any = None, **kwargs: Any) -> Any:
-    call = (input, None, None, self._weights(), *[None] * 7, 0.0, *self._config())
+    hx = (*hx, None)[:2] if isinstance(hx, tuple) else (hx, None)
+    call = (input, *hx, self._weights(), *[None] * 7, 0.0, *self._config())
     y, hn, cn, *_ = reference.forward(*call)
     return y, (hn, cn) if self.mode == "LSTM" else hn
 
@@ -275,6 +276,70 @@ def gradient_penalty(dtype: torch.dtype) -> dict[str, Call]:
     return named([partial(penalise, m) for m in (layer, plain, fused)])
 
 
+STATE = "GRU", (28, 64)  # differentiated by its first state, 35 steps of one row
+
+
+def last_of(module: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+    return module(x, h)[1].flatten()
+
+
+def loss_at(module: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+    return module(x, h)[0].square().sum()
+
+
+def rows(values: Tensor, leaf: Tensor) -> list[Tensor]:
+    """The gradients of each of `values` in a loop, as a matrix."""
+    each = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in values.flatten()]
+    return [torch.stack(each).flatten(1)]
+
+
+def state_jacobian(dtype: torch.dtype) -> dict[str, Call]:
+    """Of the last state by the initial one."""
+    layer, fused, plain = twins(dtype, 0, *STATE)
+    x, h = torch.randn(35, 1, STATE[1][0]).to(dtype), torch.zeros(1, 1, STATE[1][1], dtype=dtype)
+
+    def backward(module: nn.Module) -> list[Tensor]:
+        leaf = h.clone().requires_grad_()
+        return rows(last_of(module, x, leaf), leaf)
+
+    def columns(module: nn.Module) -> list[Tensor]:
+        of = partial(last_of, module, x)
+        units = torch.eye(h.numel(), dtype=dtype).unflatten(1, h.shape)
+        return [torch.stack([jvp(of, (h,), (unit,))[1] for unit in units], 1)]
+
+    def at_once(module: nn.Module) -> list[Tensor]:
+        return [jacfwd(partial(last_of, module, x))(h).flatten(1)]
+
+    return {
+        "loop, torch.nn": partial(backward, layer),
+        "loop, fusedrnn": partial(backward, fused),
+        "loop of jvp, fusedrnn": partial(columns, fused),
+        "jacfwd, plain PyTorch": partial(at_once, plain),
+        "jacfwd, fusedrnn": partial(at_once, fused),
+    }
+
+
+def state_hessian(dtype: torch.dtype) -> dict[str, Call]:
+    layer, fused, plain = twins(dtype, 0, *STATE)
+    x, h = torch.randn(35, 1, STATE[1][0]).to(dtype), torch.zeros(1, 1, STATE[1][1], dtype=dtype)
+
+    def loop(module: nn.Module) -> list[Tensor]:
+        leaf = h.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss_at(module, x, leaf), leaf, create_graph=True)
+        return rows(first, leaf)
+
+    def at_once(module: nn.Module) -> list[Tensor]:
+        found = hessian(partial(loss_at, module, x))(h)
+        return [found.reshape(h.numel(), h.numel())]
+
+    return {
+        "loop, torch.nn": partial(loop, layer),
+        "loop, fusedrnn": partial(loop, fused),
+        "hessian, plain PyTorch": partial(at_once, plain),
+        "hessian, fusedrnn": partial(at_once, fused),
+    }
+
+
 JOBS = (
     Job("gradients of each sample", "LSTM 64->128, T=50, 32 samples", per_sample),
     *(
@@ -287,6 +352,8 @@ JOBS = (
     Job("forward in training", "LSTM 28->256, T=35, B=32", training_forward),
     Job("forward mode", "the same, by input and weights", directional),
     Job("gradient penalty", "the same", gradient_penalty),
+    Job("jacobian", "GRU 28->64, T=35, B=1, last state by the first", state_jacobian),
+    Job("Hessian", "the same, of a loss by the first state", state_hessian),
 )
 
 

@@ -106,7 +106,7 @@ class _Fold:
         count = len(reserve) * self.members
         reserve = torch.cat([*repeated, reserve.new_empty(0)]).view(count, reserve.shape[1])
         states = [
-            t if t.dim() == 1 else self.rows(t, None, row)
+            t if t.dim() == 1 else self.rows(t, None, row).contiguous()  # of one row a view
             for t, row in ((y, rows[0]), (hs, rows[3]), (cs, rows[4]))
         ]
         return states[0], reserve, *states[1:]

@@ -19,6 +19,7 @@ from fusedrnn.on_import import when_imported
 
 def _scan(
     advance: reference.Advance,
+    of_input: reference.OfInput,
     constants: reference.Constants,
     state: reference.State,
     steps: reference.Steps,
@@ -28,6 +29,7 @@ def _scan(
     # torch.scan itself would start torch.compile inside of the tracing that asks for it.
     from torch._higher_order_ops.scan import scan_op
 
+    steps = steps._replace(x=of_input.gates(steps.x))
     if reverse:
         steps = pytree.tree_map_only(Tensor, lambda s: s.flip(0), steps)
     groups = [pytree.tree_flatten(group) for group in (state, steps, constants)]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from fusedrnn import reference
+from fusedrnn.recomputed import each_chunk, fresh
 
 if TYPE_CHECKING:
     from fusedrnn.ops import Call
@@ -47,7 +47,9 @@ def plain_gradients(
             leaf if leaf is None else _with_tangent_of(t, leaf)
             for t, leaf in zip(call.differentiable(), leaves, strict=True)
         ]
-        outputs = reference.forward(*call.with_differentiable(tuple(sources)).arguments())
+        outputs = reference.forward(
+            *call.with_differentiable(tuple(sources)).arguments(), loop=each_chunk
+        )
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     found = iter(
         torch.autograd.grad(
@@ -67,20 +69,6 @@ def _with_tangent_of(t: Any, leaf: Tensor) -> Tensor:
     return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)
 
 
-def _fresh(t: Tensor) -> Tensor:
-    """A tensor that requires a gradient and is a node of its own."""
-    source = t.view_as(t)
-    if source.requires_grad:
-        return source
-    # A tensor of a transform that has ended, as in jacrev of jacrev: operators see what it wrapped.
-    before = _functorch.get_inplace_requires_grad_allowed()
-    _functorch.set_inplace_requires_grad_allowed(True)
-    try:
-        return source.detach().requires_grad_()
-    finally:
-        _functorch.set_inplace_requires_grad_allowed(before)
-
-
 def second_derivatives(
     grads_out: tuple[Tensor | None, ...],
     call: Call,
@@ -96,11 +84,11 @@ def second_derivatives(
         results = len(grads_out)
         # Fresh nodes: the graph that made the arguments is not differentiated here.
         sources = [
-            _fresh(t) if t is not None and t.requires_grad else t
+            fresh(t) if t is not None and t.requires_grad else t
             for t in (*grads_out, *call.tensors)
         ]
         here = call._replace(tensors=tuple(sources[results:]))
-        outputs = reference.forward(*here.arguments())
+        outputs = reference.forward(*here.arguments(), loop=each_chunk)
         pairs = [(o, g) for o, g in zip(outputs, sources[:results], strict=True) if g is not None]
         wanted = [
             (t, gg)
@@ -153,7 +141,7 @@ def of_members(
 
     with torch.enable_grad():
         sources = [
-            _fresh(t) if t is not None and t.requires_grad else t
+            fresh(t) if t is not None and t.requires_grad else t
             for t in (*grads_out, *call.tensors)
         ]
     parts = []
@@ -209,7 +197,7 @@ def _joined(parts: tuple[Tensor | None, ...], dim: int | None) -> Tensor | None:
 
 def leaf_of(t: Tensor) -> Tensor:
     """The same as a node of its own that requires a gradient, with its tangent."""
-    leaf = _fresh(t)
+    leaf = fresh(t)
     return leaf if t.requires_grad else _with_tangent_of(t, leaf)
 
 
@@ -226,7 +214,9 @@ def plain_tangents(given: TangentCall) -> tuple[tuple[Any, ...], tuple[Any, ...]
             leaf_of(t) if t is not None and t.is_floating_point() else t
             for t in call.differentiable()
         )
-        outputs = reference.forward(*call.with_differentiable(leaves).arguments())[:3]
+        outputs = reference.forward(*call.with_differentiable(leaves).arguments(), loop=each_chunk)[
+            :3
+        ]
         made = [o for o in outputs if o.requires_grad]  # cn may be empty
         pairs = [(o, u) for o, u in zip(outputs, given.u, strict=True) if o.requires_grad]
         forms = [leaf_of(torch.zeros_like(o) if u is None else u) for o, u in pairs]

@@ -126,11 +126,34 @@ def zone_out(zone: Tensor | float, before: Tensor, new: Tensor) -> Tensor:
 class Steps(NamedTuple):
     """What a layer reads at each of its T steps, and so (T, ...)."""
 
-    gx: Tensor  # x W_ih^T + b_ih
+    x: Tensor  # the layer's input; as `advance` takes it, x W_ih^T + b_ih
     anew: Tensor | None  # bool (T, B): the step is entered with states of zeros
     active: Tensor | None  # bool (T, B): the row has this step
     zone_h: Tensor | None
     zone_c: Tensor | None
+
+
+class OfInput(NamedTuple):
+    """The weights that a layer applies to its input."""
+
+    w_ih: Tensor
+    b_ih: Tensor | None
+    norm: Norm | None
+
+    def gates(self, x: Tensor) -> Tensor:
+        """x W_ih^T + b_ih of all steps; integers stand for one-hot vectors, a column of W_ih
+        each.
+        """
+        b_ih = self.b_ih
+        if not x.is_floating_point():
+            gx = embedding(x, self.w_ih.t())
+        elif self.norm is None:
+            gx, b_ih = linear(x, self.w_ih, b_ih), None
+        else:
+            gx = linear(x, self.w_ih)
+        if self.norm is not None:
+            gx = self.norm.gates(gx, self.norm.gain_ih)
+        return plus(gx, b_ih)
 
 
 class Constants(NamedTuple):
@@ -161,7 +184,7 @@ def advance(
         gh = plus(norm.gates(linear(operand, constants.w_hh), norm.gain_hh), constants.b_hh)
         if norm.gain_c is not None:
             step = partial(lstm_step, seen=norm.cell)
-    h_new, c_new = step(now.gx, gh, h, c)
+    h_new, c_new = step(now.x, gh, h, c)
     if constants.w_hr is not None:
         h_new = linear(h_new, constants.w_hr)
     h_new = zone_out(rates[0] if now.zone_h is None else now.zone_h, h, h_new)
@@ -179,12 +202,18 @@ Advance = Callable[[Constants, State, Steps], "tuple[State, State]"]
 
 
 def each_step(
-    advance: Advance, constants: Constants, state: State, steps: Steps, reverse: bool
+    advance: Advance,
+    of_input: OfInput,
+    constants: Constants,
+    state: State,
+    steps: Steps,
+    reverse: bool,
 ) -> tuple[State, State]:
     """The state after all steps, and what they put out, stacked: a loop in Python."""
     hs: list[Tensor] = []
     cs: list[Tensor] = []
-    count = len(steps.gx)
+    count = len(steps.x)
+    steps = steps._replace(x=of_input.gates(steps.x))
     # Not s[t], whose derivative has the size of s: T of them would be added up.
     each = [None if s is None else s.unbind() for s in steps]
     for t in reversed(range(count)) if reverse else range(count):
@@ -207,7 +236,7 @@ def each_step(
     return state, (y, c_all)
 
 
-Loop = Callable[[Advance, Constants, State, Steps, bool], "tuple[State, State]"]
+Loop = Callable[[Advance, OfInput, Constants, State, Steps, bool], "tuple[State, State]"]
 
 
 def layer(
@@ -233,15 +262,6 @@ def layer(
     w_ih, w_hh, *more = weights
     b_ih, b_hh = more[:2] if bias else (None, None)
     w_hr = more[2 * bias] if len(more) > 2 * bias else None
-    if not x.is_floating_point():
-        gx = embedding(x, w_ih.t())
-    elif norm is None:
-        gx, b_ih = linear(x, w_ih, b_ih), None
-    else:
-        gx = linear(x, w_ih)
-    if norm is not None:
-        gx = norm.gates(gx, norm.gain_ih)
-    gx = plus(gx, b_ih)
     active = anew = None
     if lengths is not None:
         active = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
@@ -259,9 +279,10 @@ def layer(
     constants = Constants(w_hh, b_hh, w_hr, regularisers.h_mask, norm)
     (h, c), (y, cs) = loop(
         partial(advance, step, (rates[0], rates[1])),
+        OfInput(w_ih, b_ih, norm),
         constants,
         (h, c),
-        Steps(gx, anew, active, *masks),
+        Steps(x, anew, active, *masks),
         reverse,
     )
     return y, h, c, cs

@@ -39,16 +39,11 @@ Tensors = tuple[Tensor | None, ...]
 def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
     config, x = ops.Config(*call.constants[1:]), call.tensors[0]
-    _, _, _, _, h_mask, *_ = call.non_differentiable()
     assert x is not None
     return (
         x.device.type == "cpu"
-        and not config.proj_size
-        and not config.zoneout_h
-        and not config.zoneout_c
         and not config.all_states
         and not config.layer_norm
-        and h_mask is None
         and not call.stacked
         and not batched_gradients.are_batched(call.tensors)
     )

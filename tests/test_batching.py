@@ -291,6 +291,16 @@ def test_batched_gradients(cell, kind):
             close(a[m], b)
 
 
+def test_batched_gradients_of_one_row():
+    module = make("lstm", num_layers=2)
+    x = torch.randn(3, 1, 3, dtype=torch.float64)
+    rows = [
+        torch.autograd.functional.jacobian(lambda x: module(x)[0][-1], x, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    close(*rows)
+
+
 def test_batched_gradients_are_differentiable():
     """And the older vmap nests: its levels are folded one after the other."""
     from torch._vmap_internals import _vmap

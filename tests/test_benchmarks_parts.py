@@ -208,3 +208,10 @@ def test_transforms(tmp_path, capsys):
     wrong = {"right": lambda: [torch.ones(2)], "wrong": lambda: [torch.tensor([1.0, 1.1])]}
     with pytest.raises(AssertionError, match="a job, wrong: off by 1.0e-01"):
         transforms.check(transforms.Job("a job", "", lambda dtype: wrong), wrong)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "Hessian"])
+def test_transforms_of_states(name, monkeypatch):
+    monkeypatch.setattr(transforms, "STATE", ("GRU", (3, 4)))
+    job = next(job for job in transforms.JOBS if job.name == name)
+    transforms.check(job, job.peers(torch.float32))

@@ -7,11 +7,12 @@ from test_ops import arguments
 from torch import func
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+import fusedrnn
 from fusedrnn import derivatives, ops, reference, tangents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
 
-CELLS = ["rnn", "relu", "gru", "lstm"]  # projections run in the plain implementation
+CELLS = ["rnn", "relu", "gru", "lstm", "lstm-proj"]
 RESETS = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1]]).bool()
 
 
@@ -88,6 +89,8 @@ CALLS = {
     "weights": ({"kind": "padded"}, "weights"),
     "resets": ({"kind": "lengths"}, "all"),
     "integers": ({"kind": "lengths"}, "all"),
+    "regularisers": ({"kind": "lengths", "mask": True, "changed": True}, "all"),
+    "zoneout in evaluation": ({"kind": "packed", "changed": True}, "half"),
 }
 
 
@@ -101,7 +104,10 @@ def test_values(cell, name):
         call["resets"] = RESETS
     if name == "integers":
         call["x"] = torch.randint(2, call["x"].shape[:2])
+    if name == "zoneout in evaluation":
+        call |= {"zone_h": None, "zone_c": None, "h_mask": None, "resets": None}
     del call["save"]
+    call["all_states"] = False
     case = given(call, some)
     check_equal(by_kernels(*case), by_reference(*case))
     again = tangents.forward_tangent(
@@ -179,10 +185,11 @@ def backward_call(case, members):
 
 
 @pytest.mark.usefixtures("filled")
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
 def test_opcheck(cell):
-    call = arguments(cell, kind="packed", mask=True)
+    call = arguments(cell, kind="packed", mask=True, changed=True)
     del call["save"]
+    call["all_states"] = False
     call, y, reserve, direction, *_ = case = given(call, "half")
     v = tangents.direction_arguments(direction, y)
     for save in (False, True):
@@ -334,11 +341,12 @@ def test_gradient_penalties_run_in_kernels(cell, monkeypatch):
     close(found[1], found[0])
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm-proj"])
 def test_gradients_of_the_tangents(cell):
     """F' by kernels and further by kernels and the plain implementation."""
-    call = arguments(cell)
+    call = arguments(cell, changed=cell == "lstm-proj")
     del call["save"]
+    call["all_states"] = False
     call, _, _, direction, *_ = given(call)
 
     def tangent(*tensors):
@@ -346,7 +354,7 @@ def test_gradients_of_the_tangents(cell):
         y, _, _, reserve, *_ = ops.forward(*inner.arguments(), True)
         v = tangents.direction_arguments(tensors[len(direction) :], y)
         results = tangents.forward_tangent(*v, y.detach(), reserve, False, *inner.arguments())
-        return results[: 3 if cell == "lstm" else 2]
+        return results[: 3 if cell.startswith("lstm") else 2]
 
     leaves = [
         None if t is None else t.clone().requires_grad_()
@@ -410,6 +418,25 @@ def test_ensembles(cell, outer, monkeypatch):
     close(found, expected)
 
 
+def test_options_run_in_kernels(monkeypatch):
+    options = {"proj_size": 2, "dropout": 0.5, "recurrent_dropout": 0.5, "zoneout": (0.3, 0.4)}
+    layer = fusedrnn.LSTM(2, 3, num_layers=2, dtype=torch.float64, **options)
+    x, v = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+
+    def derivatives_of_layer():
+        torch.manual_seed(3)  # of the masks
+        tangent = func.jvp(lambda x: smooth(layer, x), (x,), (v,))[1]
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(smooth(layer, leaf), leaf, create_graph=True)
+        return tangent, *torch.autograd.grad(dx.square().sum(), [leaf, *layer.parameters()])
+
+    with monkeypatch.context() as plain:
+        plain.setattr(tangents, "has_kernels", lambda call: False)
+        expected = derivatives_of_layer()
+    monkeypatch.setattr(reference, "forward", None)
+    close(derivatives_of_layer(), expected)
+
+
 @pytest.mark.usefixtures("kernels_only")
 def test_outputs_may_be_written_between_the_derivatives():
     _, fused = make_pair("lstm", 2, 3)
@@ -463,19 +490,8 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     ]
 
 
-OPTIONS = {
-    "projection": {"proj_size": 2},
-    "zoneout": {"zoneout": 0.3},
-    "recurrent dropout": {"recurrent_dropout": 0.3},
-    "layer normalisation": {"layer_norm": True},
-}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_what_has_no_kernel_is_refused_by_the_op(option):
-    import fusedrnn
-
-    layer = fusedrnn.LSTM(2, 3, **OPTIONS[option])
+def test_what_has_no_kernel_is_refused_by_the_op():
+    layer = fusedrnn.LSTM(2, 3, layer_norm=True)
     x = torch.randn(4, 2, 2)
     seen = []
     layer._run = lambda call, more: seen.append(call) or fusedrnn.LSTM._run(layer, call, more)

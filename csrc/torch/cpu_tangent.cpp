@@ -14,16 +14,15 @@ struct TangentCall {
 
   TangentCall(const CpuCall& call, const Tangents& given) {
     const Problem& p = call.problem;
-    FUSEDRNN_EXPECT(
-        !p.proj_size && !p.zoneout && !p.all_states && !p.layer_norm && !call.regularisers.h_mask,
-        "fusedrnn: derivatives of a call with proj_size, recurrent_dropout, zoneout, "
-        "return_all or layer_norm have no kernel");
+    FUSEDRNN_EXPECT(!p.all_states && !p.layer_norm,
+                    "fusedrnn: derivatives of a call with return_all or layer_norm have no kernel");
     FUSEDRNN_EXPECT(!given.x || !p.one_hot, "fusedrnn: integer input has no tangent");
-    const std::vector<int64_t> states{call.directions(), call.batch, p.hidden_size};
+    const std::vector<int64_t> states{call.directions(), call.batch, p.out_size()},
+        cells{call.directions(), call.batch, p.hidden_size};
     x = checked("the tangent of the input", given.x, call, call.token_sizes(p.input_size));
     hx = checked("the tangent of hx", given.hx, call, states);
     FUSEDRNN_EXPECT(!given.cx || traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
-    cx = checked("the tangent of cx", given.cx, call, states);
+    cx = checked("the tangent of cx", given.cx, call, cells);
     FUSEDRNN_EXPECT(given.weights.size() == call.weights.size(), "fusedrnn: expected ",
                     call.weights.size(), " tangents of weights, got ", given.weights.size());
     for (size_t i = 0; i < call.weights.size(); i++) {

@@ -137,21 +137,29 @@ void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int
   }
 }
 
+// The rows of a task in one direction after the other, and the gradients that they carry from step
+// to step: those of one backward pass, or the tangents of them.
 template <class Cell, class S>
-class BackwardPass {
+struct BackwardRows {
   using C = Compute<S>;
   using X = Operand<S>;
   using Direction = BackwardDirection<S>;
 
- public:
-  BackwardPass(const Backward& backward, const Rows& task, Member& member)
+  const Backward& call;
+  const Problem& p;
+  const Sequence& seq;
+  const TaskRows rows;
+  const BackwardBuffers<S> buf;
+  const LayerInput<S> input;
+  const Columns units, outputs, inputs;  // of this thread: hidden units, of h, of the layer's input
+  const bool adds_direct;                // whether dL/dh_{t-1} has a part beside W_hh
+
+  BackwardRows(const Backward& backward, const Rows& task, const Member& me, Scratch& common,
+               Scratch& own)
       : call(backward),
         p(backward.problem),
         seq(backward.seq),
-        me(member),
         rows(seq, task.first, task.end),
-        common{static_cast<char*>(task.common)},
-        own{static_cast<char*>(task.own)},
         buf(p, rows.count, common, own),
         input(call, call.layer, nullptr),
         units(share<X>(p.hidden_size, me.index, me.count)),
@@ -159,43 +167,8 @@ class BackwardPass {
         inputs(share<X>(input.width, me.index, me.count)),
         adds_direct(Cell::kUsesHPrev || p.zoneout) {}
 
-  void run() {
-    if (me.index == 0) clear_row_ends<S>(p, buf);
-    const PackedOffsets offsets = backward_offsets<X>(p, call.layer);
-    for (int64_t dir = 0; dir < p.num_directions; dir++) {
-      const X* const packed =
-          call.packed ? static_cast<const X*>(call.packed) + dir * offsets.total : nullptr;
-      run_direction(Direction(call, dir, packed, offsets));
-    }
-  }
-
- private:
-  void run_direction(const Direction& d) {
-    read_gradients(d);
-    const int64_t steps = rows.chunk_steps<X>();
-    for (int64_t end = rows.longest; end > 0; end -= min(end, steps)) {
-      const int64_t begin = max(0, end - steps);
-      X* gates = buf.gates;
-      for (int64_t i = end - 1; i >= begin; i--) {
-        const int64_t t = rows.time(d.dir, i), n = rows.active(t);
-        if (p.proj_size) project(d, t, n);
-        for (int64_t r = 0; r < n; r++) compute_cells(d, t, r, gates + r * buf.ld_gates);
-        me.barrier();
-        recurrent_step(d, i, n, gates);
-        gates += n * buf.ld_gates;
-      }
-      if (call.grad_in)
-        multiply_gates<S>(Cell::x_ranges(), d.w_ih, p.hidden_size,
-                          (gates - buf.gates) / buf.ld_gates, buf.gates, buf.ld_gates, inputs,
-                          buf.input, buf.ld_input, nullptr, false);
-      me.barrier();  // the next chunk's gates replace these
-      if (call.grad_in) write_input_gradients(d, begin, end);
-    }
-    write_gradients(d);
-  }
-
   // dL/dh and dL/dc of the final states.
-  void read_gradients(const Direction& d) {
+  void read_gradients(const Direction& d) const {
     const int64_t H = p.hidden_size, P = p.out_size();
     for (int64_t r = 0; r < rows.count; r++) {
       const int64_t state = d.index * seq.batch + rows.row(r);
@@ -209,37 +182,26 @@ class BackwardPass {
     }
   }
 
-  // dL/dh of the projected output, and from it through W_hr that of what was projected.
-  void project(const Direction& d, int64_t t, int64_t n) {
-    const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
+  // dL/dh of the projected output of n rows, as factors too.
+  void read_projected(const Direction& d, int64_t t, int64_t n) const {
+    const int64_t P = p.out_size(), D = p.num_directions;
     for (int64_t r = 0; r < n; r++) {
       const int64_t token = seq.token(t, rows.row(r));
-      const C* const dy = static_cast<const C*>(call.grad_out) + (token * D + d.dir) * P;
+      const C* const dy =
+          call.grad_out ? static_cast<const C*>(call.grad_out) + (token * D + d.dir) * P : nullptr;
       C *const dproj = static_cast<C*>(call.dproj) + (d.dir * seq.tokens + token) * P,
                *const dh = buf.dh + r * buf.ld_dh;
       const ZoneoutMask<C> zoneout(call.zoneout_h, d.index * seq.tokens + token, P);
       for (int64_t j = 0; j < P; j++) {
-        C all = dh[j] + dy[j];
+        C all = dy ? dh[j] + dy[j] : dh[j];
         dh[j] = zoneout ? zone_out_backward(zoneout.load(j, 1)[0], all) : C(0);
         dproj[j] = all;
       }
       to_operands(buf.dproj + r * buf.ld_proj, buf.ld_proj / kPlanes<X>, dproj, P);
     }
-    gemm(n, H, P, buf.dproj, buf.ld_proj, d.w_hr, buf.dhidden, H, {});
   }
 
-  // The cells of a row of a step: from dL/dh and dL/dc to the gradients of its gates.
-  void compute_cells(const Direction& d, int64_t t, int64_t r, X* factors) {
-    const int64_t token = seq.token(t, rows.row(r));
-    const BackwardRow<S> row = row_of(d, t, r, token, factors);
-    if constexpr (kIsNormed<Cell>)
-      normed_backward<Cell>(p.hidden_size, row, NormWeights<S>(d.weights),
-                            d.scales + token * Cell::kScales,
-                            d.dnormed + token * p.normed_columns());
-    else
-      cell_backward_row<Cell, S>(p.hidden_size, units.begin, units.end, row);
-  }
-
+  // The arrays of row r of step t.
   FUSEDRNN_INLINE BackwardRow<S> row_of(const Direction& d, int64_t t, int64_t r, int64_t token,
                                         X* factors) const {
     const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
@@ -275,7 +237,7 @@ class BackwardPass {
     } else {
       row.dh = dh;
       row.zoneout_h = ZoneoutMask<C>(call.zoneout_h, state_row, P);
-      row.dy = static_cast<const C*>(call.grad_out) + (token * D + d.dir) * P;
+      if (call.grad_out) row.dy = static_cast<const C*>(call.grad_out) + (token * D + d.dir) * P;
     }
     row.dgates = d.dgates + token * p.slot_columns();
     row.factors = factors;
@@ -283,20 +245,15 @@ class BackwardPass {
     return row;
   }
 
-  // dL/dh of the step before: the gradients of the gates times W_hh, and the direct part.
-  void recurrent_step(const Direction& d, int64_t step, int64_t n, const X* gates) {
-    const int64_t t = rows.time(d.dir, step);
-    const bool multiplies = step > 0 || call.dhx;  // the initial state is before the first step
-    if (multiplies)
-      multiply_gates<S>(Cell::h_ranges(), d.w_hh, p.hidden_size, n, gates, buf.ld_gates, outputs,
-                        call.h_mask ? buf.dropped : buf.dh, buf.ld_dh,
-                        adds_direct && !call.h_mask ? buf.dh : nullptr,
-                        call.pass.alternates && step % 2);
-    for (int64_t r = 0; (call.h_mask || seq.resets) && r < n; r++) finish_row(d, t, r, multiplies);
-  }
+  // Where the gradients of gates times W_hh go, and what is added to them there.
+  C* product() const { return call.h_mask ? buf.dropped : buf.dh; }
+  const C* addend() const { return adds_direct && !call.h_mask ? buf.dh : nullptr; }
 
   // The gradient of recurrent dropout. A state of zeros gets none.
-  void finish_row(const Direction& d, int64_t t, int64_t r, bool multiplied) {
+  void finish_rows(const Direction& d, int64_t t, int64_t n, bool multiplied) const {
+    for (int64_t r = 0; (call.h_mask || seq.resets) && r < n; r++) finish_row(d, t, r, multiplied);
+  }
+  void finish_row(const Direction& d, int64_t t, int64_t r, bool multiplied) const {
     const int64_t H = p.hidden_size, P = p.out_size(), b = rows.row(r);
     C *const dh = buf.dh + r * buf.ld_dh, *const dropped = buf.dropped + r * buf.ld_dh;
     if (call.h_mask && multiplied) {
@@ -311,7 +268,7 @@ class BackwardPass {
   }
 
   // Adds the chunk's gradients of the layer's input to those of the other direction.
-  void write_input_gradients(const Direction& d, int64_t begin, int64_t end) {
+  void write_input_gradients(const Direction& d, int64_t begin, int64_t end) const {
     C* src = buf.input;
     for (int64_t i = end - 1; i >= begin; i--) {
       const int64_t t = rows.time(d.dir, i), n = rows.active(t);
@@ -330,7 +287,7 @@ class BackwardPass {
   }
 
   // dL/dh and dL/dc of the initial states.
-  void write_gradients(const Direction& d) {
+  void write_gradients(const Direction& d) const {
     const int64_t H = p.hidden_size, P = p.out_size();
     for (int64_t r = 0; r < rows.count; r++) {
       const int64_t state = d.index * seq.batch + rows.row(r);
@@ -343,17 +300,93 @@ class BackwardPass {
       if (Cell::kHasCell) write(call.dcx, H, units, buf.dc + r * H);
     }
   }
+};
+
+template <class Cell, class S>
+class BackwardPass {
+  using C = Compute<S>;
+  using X = Operand<S>;
+  using Direction = BackwardDirection<S>;
+
+ public:
+  BackwardPass(const Backward& backward, const Rows& task, Member& member)
+      : call(backward),
+        p(backward.problem),
+        me(member),
+        common{static_cast<char*>(task.common)},
+        own{static_cast<char*>(task.own)},
+        of(backward, task, member, common, own),
+        buf(of.buf) {}
+
+  void run() {
+    if (me.index == 0) clear_row_ends<S>(p, buf);
+    const PackedOffsets offsets = backward_offsets<X>(p, call.layer);
+    for (int64_t dir = 0; dir < p.num_directions; dir++) {
+      const X* const packed =
+          call.packed ? static_cast<const X*>(call.packed) + dir * offsets.total : nullptr;
+      run_direction(Direction(call, dir, packed, offsets));
+    }
+  }
+
+ private:
+  void run_direction(const Direction& d) {
+    of.read_gradients(d);
+    const int64_t steps = of.rows.template chunk_steps<X>();
+    for (int64_t end = of.rows.longest; end > 0; end -= min(end, steps)) {
+      const int64_t begin = max(0, end - steps);
+      X* gates = buf.gates;
+      for (int64_t i = end - 1; i >= begin; i--) {
+        const int64_t t = of.rows.time(d.dir, i), n = of.rows.active(t);
+        if (p.proj_size) project(d, t, n);
+        for (int64_t r = 0; r < n; r++) compute_cells(d, t, r, gates + r * buf.ld_gates);
+        me.barrier();
+        recurrent_step(d, i, n, gates);
+        gates += n * buf.ld_gates;
+      }
+      if (call.grad_in)
+        multiply_gates<S>(Cell::x_ranges(), d.w_ih, p.hidden_size,
+                          (gates - buf.gates) / buf.ld_gates, buf.gates, buf.ld_gates, of.inputs,
+                          buf.input, buf.ld_input, nullptr, false);
+      me.barrier();  // the next chunk's gates replace these
+      if (call.grad_in) of.write_input_gradients(d, begin, end);
+    }
+    of.write_gradients(d);
+  }
+
+  // From dL/dh of the projected output, through W_hr, that of what was projected.
+  void project(const Direction& d, int64_t t, int64_t n) const {
+    of.read_projected(d, t, n);
+    gemm(n, p.hidden_size, p.out_size(), buf.dproj, buf.ld_proj, d.w_hr, buf.dhidden, p.hidden_size,
+         {});
+  }
+
+  // The cells of a row of a step: from dL/dh and dL/dc to the gradients of its gates.
+  void compute_cells(const Direction& d, int64_t t, int64_t r, X* factors) const {
+    const int64_t token = of.seq.token(t, of.rows.row(r));
+    const BackwardRow<S> row = of.row_of(d, t, r, token, factors);
+    if constexpr (kIsNormed<Cell>)
+      normed_backward<Cell>(p.hidden_size, row, NormWeights<S>(d.weights),
+                            d.scales + token * Cell::kScales,
+                            d.dnormed + token * p.normed_columns());
+    else
+      cell_backward_row<Cell, S>(p.hidden_size, of.units.begin, of.units.end, row);
+  }
+
+  // dL/dh of the step before: the gradients of the gates times W_hh, and the direct part.
+  void recurrent_step(const Direction& d, int64_t step, int64_t n, const X* gates) const {
+    const bool multiplies = step > 0 || call.dhx;  // the initial state is before the first step
+    if (multiplies)
+      multiply_gates<S>(Cell::h_ranges(), d.w_hh, p.hidden_size, n, gates, buf.ld_gates, of.outputs,
+                        of.product(), buf.ld_dh, of.addend(), call.pass.alternates && step % 2);
+    of.finish_rows(d, of.rows.time(d.dir, step), n, multiplies);
+  }
 
   const Backward& call;
   const Problem& p;
-  const Sequence& seq;
   Member& me;
-  const TaskRows rows;
   Scratch common, own;
-  const BackwardBuffers<S> buf;
-  const LayerInput<S> input;
-  const Columns units, outputs, inputs;  // this member's: of the cells, of h, of the layer's input
-  const bool adds_direct;                // part of dL/dh_{t-1} does not pass through W_hh
+  const BackwardRows<Cell, S> of;
+  const BackwardBuffers<S>& buf;
 };
 
 }  // namespace

@@ -82,6 +82,25 @@ void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t bl
     }
 }
 
+// Rows of the compute type as factors: where that is the operand type, the rows themselves.
+template <class X, class C>
+const X* factors(const C* same, const X* converted) {
+  if constexpr (kDepth<X> == 1) {
+    if (same) return same;
+  }
+  return converted;
+}
+
+// Applies zoneout of h to its projection, `h` of a row; `h_prev` is that of the step before.
+template <class C>
+void zone_out_projected(const ZoneoutMask<C>& zoneout, int64_t P, const C* h_prev, C* h) {
+  constexpr int w = Lanes<C>::kWidth;
+  for (int64_t j = 0; zoneout && j < P; j += w) {
+    const int64_t n = min(w, P - j);
+    store(h + j, zone_out(zoneout.load(j, n), load(h_prev + j, n), load(h + j, n)), n);
+  }
+}
+
 // One layer and direction: its arrays and packed weights.
 template <class S>
 struct ForwardDirection {
@@ -242,22 +261,14 @@ class ForwardPass {
       for (int64_t j = 0; j < P; j++) h[j] = 0;
       for (int64_t j = 0; Cell::kHasCell && j < H; j++) row.c[j] = 0;
     }
-    X* const factors = buf.operand + r * buf.ld_operand;
+    X* const operand = buf.operand + r * buf.ld_operand;
     if (call.h_mask) {
       const C* const mask = static_cast<const C*>(call.h_mask) + (d.index * seq.batch + b) * P;
-      make_operands(factors, buf.ld_operand / kPlanes<X>, P,
+      make_operands(operand, buf.ld_operand / kPlanes<X>, P,
                     [&](int64_t j, int64_t n) { return load(h + j, n) * load(mask + j, n); });
     } else if (kDepth<X> > 1) {
-      to_operands(factors, buf.ld_operand / kPlanes<X>, h, P);
+      to_operands(operand, buf.ld_operand / kPlanes<X>, h, P);
     }
-  }
-
-  // Rows of the compute type as factors: where that is the operand type, the rows themselves.
-  static const X* factors(const C* same, const X* converted) {
-    if constexpr (kDepth<X> == 1) {
-      if (same) return same;
-    }
-    return converted;
   }
 
   // h W_hh^T is added to the gates of n rows, and their cells are computed: during the next
@@ -313,12 +324,7 @@ class ForwardPass {
     for (int64_t r = 0; r < n; r++) {
       const int64_t token = seq.token(t, rows.row(r));
       C *const h_prev = buf.h[0] + r * buf.ld_h, *const h = buf.h[1] + r * buf.ld_h;
-      const ZoneoutMask<C> zoneout(call.zoneout_h, d.index * seq.tokens + token, P);
-      for (int64_t j = 0; zoneout && j < P; j += G::kWidth) {
-        const int64_t width = min(G::kWidth, P - j);
-        store(h + j, zone_out(zoneout.load(j, width), load(h_prev + j, width), load(h + j, width)),
-              width);
-      }
+      zone_out_projected<C>({call.zoneout_h, d.index * seq.tokens + token, P}, P, h_prev, h);
       convert_row(d.out + (token * D + d.dir) * P, h, P);
     }
   }

@@ -16,8 +16,12 @@ namespace {
 template <class S>
 struct TangentBuffers : ForwardBuffers<S> {
   TangentRow<S>* row;  // of each row of the batch, at this step
+  // The values whose tangents `hidden` has.
+  Compute<S>* hidden_values;
   TangentBuffers(const Problem& p, int64_t rows, Scratch& memory)
-      : ForwardBuffers<S>(p, rows, memory, memory), row(memory.take<TangentRow<S>>(rows)) {}
+      : ForwardBuffers<S>(p, rows, memory, memory), row(memory.take<TangentRow<S>>(rows)) {
+    hidden_values = memory.take<Compute<S>>(p.proj_size ? rows * this->ld_hidden : 0);
+  }
 };
 
 template <class Cell, class S>
@@ -72,6 +76,7 @@ class ForwardTangentPass {
         const int64_t t = rows.time(dir, i), n = rows.active(t);
         for (int64_t r = 0; r < n; r++) prepare(d, t, r, gates + r * buf.ld_gates);
         recurrent_step(d.value, i % 2, n, gates);
+        if (p.proj_size) project(d, t, n);
         finish(n);
         gates += n * buf.ld_gates;
       }
@@ -114,8 +119,11 @@ class ForwardTangentPass {
     if (dw_hh) {
       each_token(dir, begin, end, [&](int64_t q, int64_t t, int64_t b) {
         const S* const h = h_before(d.value, t, b);
-        make_operands(buf.input + q * buf.ld_input, plane, p.out_size(),
-                      [&](int64_t j, int64_t n) { return load_or_zero(h, j, n); });
+        const C* const mask = mask_of(d.value, b);
+        make_operands(buf.input + q * buf.ld_input, plane, p.out_size(), [&](int64_t j, int64_t n) {
+          const Vec<C> values = load_or_zero(h, j, n);
+          return mask ? values * load(mask + j, n) : values;
+        });
       });
       add_product(d.tangent.w_hh, kFirstHSlot, tokens);
     }
@@ -140,25 +148,38 @@ class ForwardTangentPass {
     return static_cast<const S*>(primal.hx) + (d.index * seq.batch + b) * p.out_size();
   }
 
+  // Recurrent dropout of a row, or null.
+  const C* mask_of(const Direction& d, int64_t b) const {
+    if (!primal.h_mask) return nullptr;
+    return static_cast<const C*>(primal.h_mask) + (d.index * seq.batch + b) * p.out_size();
+  }
+
   // Sets up the row of a step, and the factors of its recurrent product.
   void prepare(const Both& d, int64_t t, int64_t r, C* gates) {
-    const int64_t H = p.hidden_size, D = p.num_directions, dir = d.value.dir;
-    const int64_t b = rows.row(r), token = seq.token(t, b);
+    const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, dir = d.value.dir;
+    const int64_t b = rows.row(r), token = seq.token(t, b),
+                  state_row = d.value.index * seq.tokens + token;
     C *const dh = buf.h[0] + r * buf.ld_h, *const dc = buf.c + r * H;
     int64_t before;
     const auto start = seq.start(dir, t, b, &before);
-    if (start == Sequence::Start::kZeros)
-      for (int64_t j = 0; j < H; j++) {
-        dh[j] = 0;
-        if (Cell::kHasCell) dc[j] = 0;
-      }
+    if (start == Sequence::Start::kZeros) {
+      for (int64_t j = 0; j < P; j++) dh[j] = 0;
+      for (int64_t j = 0; Cell::kHasCell && j < H; j++) dc[j] = 0;
+    }
     TangentRow<S>& row = buf.row[r] = {};
     row.gates = gates;
     row.saved = d.value.saved + token * Cell::kSaved * H;
-    row.h = d.value.out + (token * D + dir) * H;
+    row.h = d.value.out + (token * D + dir) * P;
     row.h_prev = h_before(d.value, t, b);
-    row.dh = dh, row.dh_new = buf.h[1] + r * buf.ld_h;
-    row.dy = d.tangent.out + (token * D + dir) * H;
+    row.dh = dh;
+    if (p.proj_size) {
+      row.dh_new = buf.hidden + r * buf.ld_hidden;
+      row.hidden = buf.hidden_values + r * buf.ld_hidden;
+    } else {
+      row.dh_new = buf.h[1] + r * buf.ld_h;
+      row.dy = d.tangent.out + (token * D + dir) * P;
+      row.zoneout_h = ZoneoutMask<C>(primal.zoneout_h, state_row, P);
+    }
     row.dsaved = d.tangent.saved ? d.tangent.saved + token * Cell::kSaved * H : nullptr;
     if (Cell::kHasCell) {
       row.c = d.value.cells.row(token);
@@ -167,14 +188,20 @@ class ForwardTangentPass {
       else if (start == Sequence::Start::kInitial && primal.cx)
         row.c0 = static_cast<const S*>(primal.cx) + (d.value.index * seq.batch + b) * H;
       row.dc = dc, row.saved_dc = d.tangent.cells.row(token);
+      row.zoneout_c = ZoneoutMask<C>(primal.zoneout_c, state_row, H);
+    } else if (Reserve::keeps_candidates(p)) {
+      row.candidate = d.value.cells.row(token), row.dcandidate = d.tangent.cells.row(token);
     }
-    if (kDepth<X> > 1)
-      to_operands(buf.operand + r * buf.ld_operand, buf.ld_operand / kPlanes<X>, dh, H);
+    X* const operand = buf.operand + r * buf.ld_operand;
+    if (const C* const mask = mask_of(d.value, b))
+      make_operands(operand, buf.ld_operand / kPlanes<X>, P,
+                    [&](int64_t j, int64_t n) { return load(dh + j, n) * load(mask + j, n); });
+    else if (kDepth<X> > 1)
+      to_operands(operand, buf.ld_operand / kPlanes<X>, dh, P);
   }
 
   void recurrent_step(const Direction& d, bool descending, int64_t n, C* gates) {
-    const X* dh = buf.operand;
-    if constexpr (kDepth<X> == 1) dh = buf.h[0];
+    const X* const dh = factors<X, C>(primal.h_mask ? nullptr : buf.h[0], buf.operand);
     const TangentRow<S>* const row = buf.row;
     G::each(p.hidden_size, me, descending, [&](int64_t block, int64_t blocks) {
       C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
@@ -182,6 +209,27 @@ class ForwardTangentPass {
                       buf.ld_gates, {sums, buf.ld_gates});
       for (int64_t r = 0; r < n; r++) cell_tangent<Cell, S>(p.hidden_size, block, blocks, row[r]);
     });
+  }
+
+  // dh = dhidden W_hr^T + hidden dW_hr^T, and its zoneout.
+  void project(const Both& d, int64_t t, int64_t n) {
+    const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions;
+    auto multiply = [&](const Factor<S>& w_hr, const C* hidden, Addend<C> addend) {
+      for (int64_t r = 0; kDepth<X> > 1 && r < n; r++)
+        to_operands(buf.projected + r * buf.ld_projected, buf.ld_projected / kPlanes<X>,
+                    hidden + r * buf.ld_hidden, H);
+      w_hr.multiply(0, P, n, factors<X, C>(hidden, buf.projected), buf.ld_projected, buf.h[1],
+                    buf.ld_h, addend);
+    };
+    multiply(d.value.w_hr, buf.hidden, {});
+    if (d.tangent.weights.w_hr) multiply(d.tangent.w_hr, buf.hidden_values, {buf.h[1], buf.ld_h});
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t token = seq.token(t, rows.row(r));
+      C *const before = buf.h[0] + r * buf.ld_h, *const dh = buf.h[1] + r * buf.ld_h;
+      zone_out_projected<C>({primal.zoneout_h, d.value.index * seq.tokens + token, P}, P, before,
+                            dh);
+      convert_row(d.tangent.out + (token * D + d.value.dir) * P, dh, P);
+    }
   }
 
   // Hands dh to the next step, with that of rows that are not active.

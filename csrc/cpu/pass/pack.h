@@ -116,7 +116,7 @@ class ForwardPacking {
     if (w.w_hh && (kDepth<X> > 1 || !call.pass.unpacked_hh))
       pack_groups(panels + offsets.w_hh, static_cast<const S*>(w.w_hh), p.hidden_size, p.out_size(),
                   ranges.h, gates, slots - gates, part, parts);
-    if (p.proj_size && part == parts - 1) pack_projection();
+    if (w.w_hr && part == parts - 1) pack_projection();
   }
 
   // Weights that are stored in fewer bytes.
@@ -227,8 +227,7 @@ void pack_backward(const Backward& call, int64_t which, void* packed, int64_t pa
   if (call.dhx || call.seq.length[call.seq.order[0]] > 1) pack_ranges(panels, ranges.h, w.w_hh, P);
   if (call.grad_in)
     pack_ranges(panels + offsets.w_ih, ranges.x, w.w_ih, p.product_input(call.layer));
-  if (p.proj_size)
-    pack_rows(panels + offsets.w_hr, static_cast<const S*>(w.w_hr), 0, H, P, part, parts);
+  if (w.w_hr) pack_rows(panels + offsets.w_hr, static_cast<const S*>(w.w_hr), 0, H, P, part, parts);
 }
 
 }  // namespace

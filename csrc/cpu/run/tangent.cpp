@@ -1,5 +1,6 @@
 // The derivatives of forward and backward in one direction, as phases.
 #include <algorithm>
+#include <iterator>
 
 #include "cpu/run/run.h"
 #include "cpu/run/tasks.h"
@@ -10,6 +11,9 @@ namespace {
 RowsScratch tangent_scratch(const CpuRun& run, const Problem& p) {
   return {0, run.kernels.tangent_scratch(p, run.plan.rows_per_task)};
 }
+
+// Weights whose gradients are two sums.
+constexpr WeightKind kMatrices[] = {kWeightIH, kWeightHH, kWeightHR};
 
 // All layers of backward, the last one first: weights and their tangents are packed, rows go back
 // through time, then come the gradients of weights, in two sums.
@@ -24,6 +28,8 @@ class BackwardTangentLayers {
         layers_(p_.num_layers - a.tangent.lowest),
         packed_bytes_(most_packed() * size_),
         dgates_(2, columns_ * p_.slot_columns()),
+        dproj_(2, p_.proj_size ? columns_ * p_.out_size() : 0),
+        hidden_(2, p_.proj_size ? columns_ * p_.hidden_size : 0),
         between_(layers_ > 1 ? 4 : 0, columns_ * p_.out_size()),
         packed_(2, p_.num_directions * packed_bytes_),
         more_(1, a.tangent.member_count * most_weights() * size_),
@@ -56,8 +62,21 @@ class BackwardTangentLayers {
       most = std::max(most, run_.kernels.backward_offsets(p_, layer).total);
     return most;
   }
+  // Of the matrix of a kind.
+  int64_t elements(int64_t layer, WeightKind kind) const {
+    switch (kind) {
+      case kWeightIH:
+        return p_.gate_rows() * p_.layer_input(layer);
+      case kWeightHH:
+        return p_.gate_rows() * p_.out_size();
+      default:
+        return p_.proj_size * p_.hidden_size;
+    }
+  }
   int64_t weight_elements(int64_t layer) const {
-    return p_.num_directions * p_.gate_rows() * (p_.layer_input(layer) + p_.out_size());
+    int64_t sum = 0;
+    for (const WeightKind kind : kMatrices) sum += elements(layer, kind);
+    return p_.num_directions * sum;
   }
   int64_t most_weights() const {
     int64_t most = 0;
@@ -78,6 +97,7 @@ class BackwardTangentLayers {
       b.grad_hn = of.grad_hn, b.grad_cn = of.grad_cn, b.grad_out = from_above;
       if (layer > a_.tangent.lowest) b.grad_in = between_.data(2 * place + i % 2);
       b.dgates = dgates_.data(place);
+      b.dproj = dproj_.data(place), b.hidden = hidden_.data(place);
     };
     set(arguments_[i].primal, a_.primal, 0, grad_out);
     Backward& tangent = arguments_[i].tangent;
@@ -101,11 +121,13 @@ class BackwardTangentLayers {
             }};
   }
 
-  // Where member m's gradients of a layer's matrices go for now: W_ih, then W_hh, by directions.
-  char* more(int64_t layer, int64_t m, int64_t dir, WeightKind kind) const {
-    const int64_t rows = p_.gate_rows(), in = p_.layer_input(layer), out = p_.out_size();
-    const int64_t place =
-        m * weight_elements(layer) + dir * rows * (in + out) + (kind == kWeightHH ? rows * in : 0);
+  // Where member m's gradients of a layer's matrices go for now: by directions, then by kinds.
+  char* more(int64_t layer, int64_t m, int64_t dir, WeightKind wanted) const {
+    int64_t place = m * weight_elements(layer) + dir * (weight_elements(layer) / p_.num_directions);
+    for (const WeightKind kind : kMatrices) {
+      if (kind == wanted) break;
+      place += elements(layer, kind);
+    }
     return more_.data() + place * size_;
   }
 
@@ -122,6 +144,7 @@ class BackwardTangentLayers {
         WeightGradients other{};
         if (to.w_ih && dx) other.w_ih = more(d.layer, m, dir, kWeightIH);
         if (to.w_hh) other.w_hh = more(d.layer, m, dir, kWeightHH);
+        if (to.w_hr) other.w_hr = more(d.layer, m, dir, kWeightHR);
         sums_[2 * i].push_back(to), sums_[2 * i + 1].push_back(other);
       }
   }
@@ -146,6 +169,7 @@ class BackwardTangentLayers {
               const BackwardTangent& both = arguments_[i];
               Backward b = sum ? both.tangent : both.primal;
               b.dgates = sum ? both.primal.dgates : both.tangent.dgates;
+              b.dproj = sum ? both.primal.dproj : both.tangent.dproj;
               b.seq = a_.tangent.members[m].of(b.seq);
               b.one_hot = a_.tangent.members[m].of(both.primal.one_hot);
               b.dweights = to.data() + m * p_.num_directions;
@@ -156,14 +180,13 @@ class BackwardTangentLayers {
   Phase add(int64_t i) {
     const std::vector<WeightGradients>& sums = sums_[2 * i + 1];
     if (!any(sums)) return {};
-    return {int64_t(2 * sums.size()), 0, [this, i](int64_t task, char*) {
-              const WeightKind kind = task % 2 ? kWeightHH : kWeightIH;
-              void* const to = sums_[2 * i][task / 2][kind];
-              const void* const from = sums_[2 * i + 1][task / 2][kind];
+    const int64_t kinds = std::size(kMatrices);
+    return {kinds * int64_t(sums.size()), 0, [this, i, kinds](int64_t task, char*) {
+              const WeightKind kind = kMatrices[task % kinds];
+              void* const to = sums_[2 * i][task / kinds][kind];
+              const void* const from = sums_[2 * i + 1][task / kinds][kind];
               if (!to || !from) return;
-              const int64_t layer = arguments_[i].primal.layer,
-                            n = p_.gate_rows() *
-                                (kind == kWeightHH ? p_.out_size() : p_.layer_input(layer));
+              const int64_t n = elements(arguments_[i].primal.layer, kind);
               if (size_ == sizeof(double))
                 add_to(static_cast<double*>(to), static_cast<const double*>(from), n);
               else
@@ -181,7 +204,7 @@ class BackwardTangentLayers {
   // Bytes: of the compute type; of one column of all tokens and directions.
   const int64_t size_, columns_;
   const int64_t layers_, packed_bytes_;
-  const ScratchMemory dgates_;   // two: of the primal pass, and their tangents
+  const ScratchMemory dgates_, dproj_, hidden_;  // two: of the primal pass, and their tangents
   const ScratchMemory between_;  // gradients of the inputs of two layers that take turns, likewise
   const ScratchMemory packed_;
   const ScratchMemory more_;
