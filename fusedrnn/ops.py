@@ -298,15 +298,19 @@ class BackwardCall(NamedTuple):
         return BackwardCall(grads, made, needs, members, Call.of(*call))
 
 
-# What calling an op calls, half a microsecond sooner.
-_RAW = {op: getattr(op, "_op", op) for op in (forward, infer, backward, infer_quantized)}
+def call_below_autograd(op: Any, *arguments: Any) -> Any:
+    """Calls an op where `can_skip_dispatch`.
+
+    Calling the op itself would ask every argument once more whether it overrides torch, and look
+    for overloads: 2 to 5 us.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch._C._dispatch_call_boxed(op._handle, *arguments)
 
 
 def _below_autograd(op: Any, keys: Any, arguments: tuple) -> Any:
-    """`keys`: the dispatcher's key set, None where the dispatcher did not call."""
+    """Calls an op with the key set with which the dispatcher called."""
     with torch._C._AutoDispatchBelowAutograd():
-        if keys is None:
-            return _RAW.get(op, op)(*arguments)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
@@ -320,7 +324,9 @@ def _derivatives_on() -> Iterator[None]:
 
 
 def _below_function(op: Any, keys: Any, arguments: tuple) -> Any:
-    """The same inside autograd.Function."""
+    """The same inside autograd.Function; `keys`: None where `can_skip_dispatch`."""
+    if keys is None:
+        return call_below_autograd(op, *arguments)
     if not torch._C._are_functorch_transforms_active():
         return _below_autograd(op, keys, arguments)
     with _derivatives_on():
@@ -351,17 +357,18 @@ class _Forward(Node):
         ctx: Any, keys: Any, save: bool, constants: tuple, others: tuple | None, *of_graph: Any
     ):
         x, hx, cx, *weights = of_graph
-        dual = in_forward_mode()
+        direct = keys is None  # as can_skip_dispatch says: without forward mode and torch.func
+        dual = not direct and in_forward_mode()
         save = save or dual
         arguments = (x, hx, cx, weights, *(others or NO_OTHERS), *constants, save)
         results = _below_function(forward, keys, arguments)
         y, _, _, reserve, *states = results
-        plain = keys is None and not constants[ALL_STATES]  # then hs and cs are empty
+        plain = direct and not constants[ALL_STATES]  # then hs and cs are empty
         ctx.set_materialize_grads(False)
         # torch.nn allows its output to be written in place. So y is saved with a version counter of
         # its own; where the output's counter has changed, backward computes y again. Tensors of
         # torch.func's transforms cannot be given other data: there the output is a copy.
-        if torch._C._are_functorch_transforms_active():
+        if not direct and torch._C._are_functorch_transforms_active():
             with _derivatives_on():
                 output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
         else:
@@ -411,7 +418,7 @@ class _Forward(Node):
             elif torch.is_grad_enabled() or not can_skip_dispatch((*grads, *tensors, *others)):
                 found = backward(*grads, *rest)
             else:
-                found = _below_autograd(backward, None, (*grads, *rest))
+                found = call_below_autograd(backward, *grads, *rest)
         except RuntimeError as error:
             if NOTHING_RUNS not in str(error):
                 raise
@@ -587,7 +594,7 @@ def run(call: tuple, graph: bool, save: bool) -> tuple:
             None, save, constants, given.non_differentiable(), *given.differentiable()
         )
     else:
-        results = _below_autograd(forward, None, (*call, save))
+        results = call_below_autograd(forward, *call, save)
     return results[:3] + (results[4:] or (None, None))
 
 

@@ -139,8 +139,9 @@ class Quantized(LayerBase):
             return None
         x = input.transpose(0, 1) if self.batch_first else input
         try:
-            with torch._C._AutoDispatchBelowAutograd():
-                y, hn, cn = ops.infer_quantized(x, h, c, self._stored_weights(), *self._rest())
+            y, hn, cn = ops.call_below_autograd(
+                ops.infer_quantized, x, h, c, self._stored_weights(), *self._rest()
+            )
         except RuntimeError as error:
             if "fusedrnn: " not in str(error):
                 raise
