@@ -530,3 +530,13 @@ def test_input_of_no_width(dtype, batch):
 
     for none, zeros in zip(states(0), states(1), strict=True):
         assert torch.equal(none, zeros)
+
+
+def test_backward_expects_all_states_that_forward_returned():
+    call = arguments("lstm") | {"all_states": True, "save": True}
+    y, _, _, reserve, _, cs = ops.forward(*call.values())
+    needs = [True, False, False, *[True] * len(call["weights"])]
+    del call["save"]
+    rest = (needs, 0, *call.values())
+    with pytest.raises(RuntimeError, match="expected hs of shape .*, got none"):
+        ops.backward(torch.ones_like(y), *[None] * 4, y, reserve, None, cs, *rest)
