@@ -106,7 +106,8 @@ class _Fold:
         count = len(reserve) * self.members
         reserve = torch.cat([*repeated, reserve.new_empty(0)]).view(count, reserve.shape[1])
         states = [
-            t if t.dim() == 1 else self.rows(t, None, row).contiguous()  # of one row a view
+            # Of one row a view, which is not contiguous.
+            t if t is None or t.dim() == 1 else self.rows(t, None, row).contiguous()
             for t, row in ((y, rows[0]), (hs, rows[3]), (cs, rows[4]))
         ]
         return states[0], reserve, *states[1:]
@@ -135,11 +136,11 @@ def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
 
 
 def _infer(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    call = ops.Call.of(*ops.plain_call(*arguments, save=False)[:-1])
+    call = ops.Call.of(*ops.plain_call(*arguments)[0])
     dims = (*in_dims[:4], *[None] * (len(call.arguments()) - 4))
     fold = _Fold(call, ops.Call.of(*dims).tensors, info.batch_size)
     results = ops.infer(*fold.call().arguments()[:4], *arguments[4:])
-    rows = call.result_row_dims()[:3]
+    rows = (*call.result_row_dims()[:3], 0)
     pairs: Any = [
         (None, None) if t is None else fold.unfolded(t, row)
         for t, row in zip(results, rows, strict=True)

@@ -130,10 +130,9 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     return y, hn, cn, y.new_empty((0, 0), dtype=torch.uint8), hs, cs
 
 
-def infer(x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any) -> tuple:
-    others = (*[None] * ops.NON_DIFFERENTIABLE, 0.0, *ops.Config(*stack), False)
-    y, hn, cn, *_ = forward(x, hx, cx, weights, *others)
-    return y, hn, cn if stack[0] == "LSTM" else None
+def infer(*arguments: Any) -> tuple:
+    call, save = ops.plain_call(*arguments)
+    return ops.plain_results(call, save, forward(*call, save))
 
 
 def backward(*arguments: Any) -> Any:

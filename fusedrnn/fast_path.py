@@ -25,7 +25,7 @@ def _call(
     if graph:
         constants = (0.0, *stack, *ops.NO_OPTIONS)
         return ops.apply_forward(None, save, constants, None, x, hx, cx, *weights)
-    return ops.call_below_autograd(ops.infer, x, hx, cx, weights, *stack)
+    return ops.call_below_autograd(ops.infer, x, hx, cx, weights, *stack)[:3]
 
 
 def run(layer: LayerBase, input: Any, hx: Any) -> Any:

@@ -52,7 +52,7 @@ def forward(*arguments: Any, out_val: Any = None) -> int:
 def infer(
     x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any, out_val: Any = None
 ) -> int:
-    return _products(x, weights, ops.Config(*stack))
+    return _products(x, weights, ops.Config(*stack[: ops.STACK]))
 
 
 def infer_quantized(

@@ -136,7 +136,7 @@ class Fused(LayerBase):
             return reference.forward(*call)
         if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:
             # Each argument costs time. With gradients its Autograd key calls the other op.
-            return *ops.infer(*call[:4], *self._stack()), None, None
+            return *ops.infer(*call[:4], *self._stack())[:3], None, None
         # A trace is replayed with and without gradients.
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if tracing:

@@ -1,9 +1,9 @@
 """The ops: their arguments and results, their fake implementations, their derivatives.
 
 `torch.ops.fusedrnn.forward` runs a whole stack of layers and `torch.ops.fusedrnn.backward` its
-back-propagation through time. `torch.ops.fusedrnn.infer` is forward of a plain call without
-gradients; it has few arguments and results, which dominate the cost of a small call. All are
-defined in csrc/torch. Arguments, with T steps, B rows of the batch, D directions, H hidden
+back-propagation through time. `torch.ops.fusedrnn.infer` is forward of a plain call, without
+reserve unless `save`; it has few arguments and results, which dominate the cost of a small call.
+All are defined in csrc/torch. Arguments, with T steps, B rows of the batch, D directions, H hidden
 units, P = proj_size or H, L layers:
 
     x            (T, B, input_size), or (tokens, input_size) with batch_sizes (packed); or integers
@@ -27,9 +27,10 @@ units, P = proj_size or H, L layers:
 forward returns y (like x, width D * P), hn, cn (empty but for an LSTM), and the reserve; then, with
 all_states and else empty, hs (L - 1, T, B, D * P), the outputs of all layers but the last, and an
 LSTM's cs (L, T, B, D * H), in float64 for float64 and float32 for the rest.
-infer returns y, hn, and cn of an LSTM, else None.
+infer returns y, hn, cn of an LSTM, and the reserve with `save`; None for what there is not.
 `torch.ops.fusedrnn.infer_quantized` is infer with weights that fusedrnn/quantized.py packs, in
-float32, with batch_sizes or lengths, the input's width and the format of the weights.
+float32, with batch_sizes or lengths, the input's width and the format of the weights, and without
+reserve.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
 the others are empty. `members` is 0, or a number that divides B: then row b belongs to member
 b % members, and the gradients of weights (members, ...) are sums over each member's rows. Of an
@@ -147,9 +148,9 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fusedrnn::infer")
-def _fake_infer(x, hx, cx, weights, *stack):  # type: ignore[no-untyped-def]
-    y, hn, cn, *_ = _fake_forward(*plain_call(x, hx, cx, weights, *stack, save=False))
-    return y, hn, cn if stack[0] == "LSTM" else None
+def _fake_infer(*arguments):  # type: ignore[no-untyped-def]
+    call, save = plain_call(*arguments)
+    return plain_results(call, save, _fake_forward(*call, save))
 
 
 @torch.library.register_fake("fusedrnn::infer_quantized")
@@ -221,6 +222,8 @@ NO_OTHERS = (None,) * NON_DIFFERENTIABLE
 BATCH_SIZES = 3  # among Call.tensors
 FIRST_WEIGHT = 3 + NON_DIFFERENTIABLE  # among Call.tensors
 ALL_STATES = 1 + Config._fields.index("all_states")  # among Call.constants
+STACK = len(Config._fields) - len(Config._field_defaults)  # of Config, what infer takes
+STACK_IN = slice(1, 1 + STACK)  # among Call.constants
 
 
 class Call(NamedTuple):
@@ -277,16 +280,24 @@ class Call(NamedTuple):
         return self.tensors[3 : 3 + NON_DIFFERENTIABLE]
 
 
-def plain_call(x: Any, hx: Any, cx: Any, weights: Any, *stack: Any, save: bool) -> tuple:
-    """The arguments of forward from those of infer."""
-    return (x, hx, cx, weights, *[None] * NON_DIFFERENTIABLE, 0.0, *Config(*stack), save)
+def plain_call(x: Any, hx: Any, cx: Any, weights: Any, *stack_and_save: Any) -> tuple[tuple, bool]:
+    """The arguments of forward without `save`, and `save`, from those of infer."""
+    stack, save = stack_and_save[:STACK], any(stack_and_save[STACK:])
+    return (x, hx, cx, weights, *NO_OTHERS, 0.0, *Config(*stack)), save
+
+
+def plain_results(call: tuple, save: bool, results: tuple) -> tuple:
+    """The results of infer from those of forward."""
+    y, hn, cn, reserve, *_ = results
+    lstm = call[4 + NON_DIFFERENTIABLE + 1] == "LSTM"
+    return y, hn, cn if lstm else None, reserve if save else None
 
 
 class BackwardCall(NamedTuple):
     """The arguments of the backward op."""
 
     grads: tuple[Tensor | None, ...]  # of y, hn, cn, hs, cs
-    made: tuple[Tensor, ...]  # y, reserve, hs, cs
+    made: tuple[Any, ...]  # y, reserve, hs, cs
     needs: list[bool]
     members: int
     call: Call
@@ -360,10 +371,12 @@ class _Forward(Node):
         direct = keys is None  # as can_skip_dispatch says: without forward mode and torch.func
         dual = not direct and in_forward_mode()
         save = save or dual
-        arguments = (x, hx, cx, weights, *(others or NO_OTHERS), *constants, save)
-        results = _below_function(forward, keys, arguments)
-        y, _, _, reserve, *states = results
-        plain = direct and not constants[ALL_STATES]  # then hs and cs are empty
+        if others is None:
+            results = call_below_autograd(infer, x, hx, cx, weights, *constants[STACK_IN], save)
+        else:
+            arguments = (x, hx, cx, weights, *others, *constants, save)
+            results = _below_function(forward, keys, arguments)
+        y, reserve = results[0], results[3]
         ctx.set_materialize_grads(False)
         # torch.nn allows its output to be written in place. So y is saved with a version counter of
         # its own; where the output's counter has changed, backward computes y again. Tensors of
@@ -373,12 +386,12 @@ class _Forward(Node):
                 output, kept_y, results = _NOTHING, y, (y.clone(), *results[1:])
         else:
             output, kept_y = _version_of(y), y.data
-        kept = () if plain else states
-        ctx.save_for_backward(kept_y, reserve, *kept, *(others or ()), *of_graph)
-        ctx.rest = output, output._version, constants, save, others is None, plain and states
+        states = results[4:] if constants[ALL_STATES] else (None, None)
+        ctx.save_for_backward(kept_y, reserve, *states, *(others or ()), *of_graph)
+        ctx.rest = output, output._version, constants, save, others is None
         if dual:
             ctx.for_jvp = Call.of(*arguments[:-1]), (kept_y, reserve)
-        if plain:
+        if direct and not constants[ALL_STATES]:  # then hs and cs are empty
             return results[:3]
         ctx.mark_non_differentiable(reserve)
         return results
@@ -392,14 +405,9 @@ class _Forward(Node):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        output, version, constants, saved, no_others, states = ctx.rest
-        y, reserve, *tensors = ctx.saved_tensors
-        if states:
-            hs, cs = states
-            grads = (*grads, None, None)
-        else:
-            hs, cs, *tensors = tensors
-            grads = (*grads[:3], *grads[4:])
+        output, version, constants, saved, no_others = ctx.rest
+        y, reserve, hs, cs, *tensors = ctx.saved_tensors
+        grads = (*grads, None, None) if len(grads) == 3 else (*grads[:3], *grads[4:])
         others = NO_OTHERS
         if not no_others:
             others, tensors = tensors[:NON_DIFFERENTIABLE], tensors[NON_DIFFERENTIABLE:]
@@ -599,10 +607,10 @@ def run(call: tuple, graph: bool, save: bool) -> tuple:
 
 
 def _infer_autograd(keys: Any, *arguments: Any) -> tuple:
-    x, hx, cx, weights, *stack = arguments
+    x, hx, cx, weights, *_ = arguments
     if _has_tangent(x, hx, cx, *weights) or _needs_graph(x, hx, cx, *weights):
-        y, hn, cn, *_ = forward(*plain_call(*arguments, save=True))
-        return y, hn, cn if stack[0] == "LSTM" else None
+        call, save = plain_call(*arguments)
+        return plain_results(call, save, forward(*call, True))
     return _below_autograd(infer, keys, arguments)
 
 

@@ -154,25 +154,28 @@ INFER = ["x", "hx", "cx", "weights", *ops.Config._fields[:6]]
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_infer_is_forward_with_nothing_kept(cell, integers, states):
+def test_infer_is_forward_of_a_plain_call(cell, integers, states):
     call = arguments(cell, states=states)
     if integers:
         call["x"] = torch.randint(INPUT, (T, B))
     few = [call[name] for name in INFER]
-    torch.library.opcheck(ops.infer, tuple(few))
-    results, full = ops.infer(*few), ops.forward(*call.values())
-    assert (results[2] is None) == (call["mode"] != "LSTM")
-    for ours, other in zip(results, full, strict=False):
-        assert ours is None or torch.equal(ours, other)
+    save = not states
+    torch.library.opcheck(ops.infer, (*few, save))
+    full = ops.forward(*(call | {"save": True}).values())
+    for results in (ops.infer(*few), ops.infer(*few, True)):
+        assert (results[2] is None) == (call["mode"] != "LSTM")
+        for ours, other in zip(results, full, strict=False):
+            assert ours is None or torch.equal(ours, other)
+    assert ops.infer(*few)[3] is None and results[3] is not None
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_infer_has_derivatives_where_they_are_wanted(cell):
-    """A user's own call; modules call forward then."""
+    """A user's own call."""
     call = arguments(cell, grad=True)
     few = [call[name] for name in INFER]
     leaves = [t for t in (*few[:3], *few[3]) if t is not None]
-    results = [t for t in ops.infer(*few) if t is not None]
+    results = [t for t in ops.infer(*few, True)[:3] if t is not None]
     found = torch.autograd.grad([t.sum() for t in results], leaves)
     full = torch.autograd.grad([t.sum() for t in ops.forward(*call.values())[:3]], leaves)
     for a, b in zip(found, full, strict=True):
@@ -198,7 +201,7 @@ def test_traced_integers_keep_their_gradient(tmp_path):
 
 
 def test_which_op_a_module_calls():
-    """infer for what needs nothing else, in eager mode."""
+    """infer for a plain call, in eager mode."""
     seen = []
 
     class Record(TorchDispatchMode):
@@ -222,10 +225,9 @@ def test_which_op_a_module_calls():
         assert op_of(x) == op_of(x[:, 0]) == op_of(x[..., 0].long().clamp(0, 1)) == ops.infer
         assert op_of(x, random_state(layer, B)) == ops.infer
         assert op_of(x, lengths=LENGTHS) == op_of(x, return_all=True) == ops.forward
+    assert op_of(x) == op_of(x.requires_grad_()) == ops.infer
+    layer.zoneout = 0.1
     assert op_of(x) == ops.forward
-    layer.requires_grad_(False)
-    assert op_of(x) == ops.infer
-    assert op_of(x.requires_grad_()) == ops.forward
 
 
 @pytest.mark.usefixtures("filled")
@@ -523,7 +525,18 @@ def test_input_of_no_width(dtype, batch):
     def states(width):
         weights = [t.to(dtype) for t in (torch.zeros(64, width), w_hh, b_ih, b_hh)]
         x = torch.zeros(4, batch, width, dtype=dtype)
-        return torch.ops.fusedrnn.infer(x, None, None, weights, "LSTM", 16, 0, 1, True, False)
+        found = torch.ops.fusedrnn.infer(x, None, None, weights, "LSTM", 16, 0, 1, True, False)
+        return found[:3]
 
     for none, zeros in zip(states(0), states(1), strict=True):
         assert torch.equal(none, zeros)
+
+
+def test_backward_expects_all_states_that_forward_returned():
+    call = arguments("lstm") | {"all_states": True, "save": True}
+    y, _, _, reserve, _, cs = ops.forward(*call.values())
+    needs = [True, False, False, *[True] * len(call["weights"])]
+    del call["save"]
+    rest = (needs, 0, *call.values())
+    with pytest.raises(RuntimeError, match="expected hs of shape .*, got none"):
+        ops.backward(torch.ones_like(y), *[None] * 4, y, reserve, None, cs, *rest)

@@ -188,15 +188,16 @@ ForwardOutputs Call::outputs(Save save) const {
   const int64_t reserve_row = Reserve(p).bytes_per_token();
   checked_product(tokens, std::max(reserve_row, 8 * out_width()));
   Tensor reserve, hs = reserve, cs = reserve, cn = reserve;
+  const bool all = save == Save::kReserve || save == Save::kEmpty;
   if (save != Save::kNothing) {
-    const int64_t rows = save == Save::kReserve ? tokens : 0;
+    const int64_t rows = fills_reserve(save) ? tokens : 0;
     reserve = rows * reserve_row ? make_pooled(like, {rows, reserve_row}, ScalarType::Byte)
                                  : empty({rows, reserve_row}, ScalarType::Byte);
-    hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   }
+  if (all) hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   if (traits(p.cell).has_cell)
     cn = empty({directions(), batch, p.hidden_size}, type());
-  else if (save != Save::kNothing)
+  else if (all)
     cn = empty({0}, type());
   return {empty(token_sizes(out_width()), type()),
           empty({directions(), batch, p.out_size()}, type()),
@@ -232,8 +233,15 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
   check_saved("the output", saved.y, outputs, call.type());
   check_saved("the reserve", saved.reserve, {call.tokens, Reserve(p).bytes_per_token()},
               ScalarType::Byte);
-  check_saved("hs", saved.hs, call.hs_sizes(), call.type());
-  check_saved("cs", saved.cs, call.cs_sizes(), call.compute());
+  auto check_states = [&](const char* name, const OptionalTensor& t,
+                          const std::vector<int64_t>& sizes, ScalarType type) {
+    const bool asked_for = sizes.size() > 1;
+    FUSEDRNN_EXPECT(t || !asked_for, "fusedrnn: expected ", name, " of shape ", show(sizes),
+                    ", got none");
+    if (t) check_saved(name, *t, sizes, type);
+  };
+  check_states("hs", saved.hs, call.hs_sizes(), call.type());
+  check_states("cs", saved.cs, call.cs_sizes(), call.compute());
   auto gradient = [&](const char* name, const OptionalTensor& g,
                       const std::vector<int64_t>& sizes) -> OptionalTensor {
     if (!g) return std::nullopt;

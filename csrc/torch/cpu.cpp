@@ -19,7 +19,7 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
 
   // A reserve of no bytes (one-layer RNN) still says that outputs are held.
   static char nothing;
-  if (save == Save::kReserve)
+  if (fills_reserve(save))
     a.reserve = reserve.numel() ? static_cast<char*>(reserve.mutable_data_ptr()) : &nothing;
   const CpuPlan plan = call.plan(a, false);
   run_forward({kernels_of(plan), plan, call.pool}, a);

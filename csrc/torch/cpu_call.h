@@ -80,10 +80,10 @@ struct CpuCall : Call {
   }
 
   // Backward only reads them.
-  void fill_states(Common& a, const Tensor& hs, const Tensor& cs) const {
+  void fill_states(Common& a, const OptionalTensor& hs, const OptionalTensor& cs) const {
     if (!problem.all_states) return;
-    a.hs = const_cast<void*>(hs.const_data_ptr());
-    if (traits(problem.cell).has_cell) a.cs = const_cast<void*>(cs.const_data_ptr());
+    a.hs = const_cast<void*>(pointer(hs));
+    if (traits(problem.cell).has_cell) a.cs = const_cast<void*>(pointer(cs));
   }
 
  private:

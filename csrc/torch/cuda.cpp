@@ -203,7 +203,7 @@ ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch;
   const int64_t size = bytes(p.dtype), out = p.out_size();
-  const bool saves = save == Save::kReserve;
+  const bool saves = fills_reserve(save);
   auto [y, hn, cn, reserve, hs, cs] = call.outputs(save);
   if (B == 0) return {y, hn, cn, reserve, hs, cs};
   // The kernels write no cell states where a row has no step.

@@ -34,10 +34,10 @@ class CudaCall : public Call {
   Layer layer_of(int64_t layer, int64_t dir) const;
   // The cell states or candidates, slots and, of an inner layer, outputs: in the reserve, or in hs
   // and cs where all states are results. Null where there are none.
-  char* cells_in(const Tensor& reserve, const Tensor& cs, int64_t layer, int64_t dir) const;
+  char* cells_in(const Tensor& reserve, const OptionalTensor& cs, int64_t layer, int64_t dir) const;
   char* slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
   char* scales_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
-  Tensor output_in(const Tensor& reserve, const Tensor& hs, int64_t layer) const;
+  Tensor output_in(const Tensor& reserve, const OptionalTensor& hs, int64_t layer) const;
 
   // What a layer reads [tokens, width]: x, or the output of the layer below through the mask. With
   // `exact` rows that have no step are zeros, and not whatever the user left there.

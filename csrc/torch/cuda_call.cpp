@@ -198,12 +198,12 @@ Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
   return a;
 }
 
-char* CudaCall::cells_in(const Tensor& reserve, const Tensor& cs, int64_t layer,
+char* CudaCall::cells_in(const Tensor& reserve, const OptionalTensor& cs, int64_t layer,
                          int64_t dir) const {
   const Problem& p = problem;
   if (p.all_states && traits(p.cell).has_cell)
     return byte_at(
-        cs, (layer * tokens * p.num_directions + dir) * p.hidden_size * compute_bytes(p.dtype));
+        *cs, (layer * tokens * p.num_directions + dir) * p.hidden_size * compute_bytes(p.dtype));
   if (!Reserve::keeps_cells(p) && !Reserve::keeps_candidates(p)) return nullptr;
   return byte_at(reserve, Reserve(p).cell_offset(layer, dir, tokens));
 }
@@ -215,10 +215,10 @@ char* CudaCall::scales_in(const Tensor& reserve, int64_t layer, int64_t dir) con
   if (!problem.layer_norm) return nullptr;
   return byte_at(reserve, Reserve(problem).scales_offset(layer, dir, tokens));
 }
-Tensor CudaCall::output_in(const Tensor& reserve, const Tensor& hs, int64_t layer) const {
+Tensor CudaCall::output_in(const Tensor& reserve, const OptionalTensor& hs, int64_t layer) const {
   const char* const at =
       problem.all_states
-          ? byte_at(hs, layer * tokens * out_width() * fusedrnn::bytes(problem.dtype))
+          ? byte_at(*hs, layer * tokens * out_width() * fusedrnn::bytes(problem.dtype))
           : byte_at(reserve, Reserve(problem).output_offset(layer, tokens));
   return tensor_at(at, {tokens, out_width()}, type());
 }

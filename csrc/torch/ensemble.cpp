@@ -126,8 +126,9 @@ BackwardOutputs backward_each(const Inputs& in, const Config& config, const Outp
                   " weights, got ", wanted.members);
   std::vector<BackwardOutputs> all;
   for (int64_t m = 0; m < count; m++) {
-    auto states = [&](const Tensor& t) {
-      return t.dim() == 1 ? t : torch::stable::contiguous(ensemble.rows(t, tokens + 1, m));
+    auto states = [&](const OptionalTensor& t) {
+      if (!t || t->dim() == 1) return t;
+      return OptionalTensor(torch::stable::contiguous(ensemble.rows(*t, tokens + 1, m)));
     };
     const OutputGradients own{ensemble.rows(grad.y, tokens, m), ensemble.rows(grad.hn, 1, m),
                               ensemble.rows(grad.cn, 1, m), ensemble.rows(grad.hs, tokens + 1, m),

@@ -23,24 +23,30 @@ struct OutputGradients {
   OptionalTensor y, hn, cn, hs, cs;
 };
 
-// What forward leaves for backward. hs and cs, the states of all layers and steps, are empty unless
-// asked for.
+// What forward leaves for backward. hs and cs, the states of all layers and steps, are absent or
+// empty unless asked for.
 struct SavedForBackward {
-  Tensor y, reserve, hs, cs;
+  Tensor y, reserve;
+  OptionalTensor hs, cs;
 };
 
 using States = std::tuple<Tensor, Tensor, OptionalTensor>;  // y, hn, an LSTM's cn
+using PlainOutputs = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;  // and the reserve
 using ForwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // these, reserve, hs, cs
 using BackwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // of x, hx, cx, weights
 
-// What forward leaves beside y, hn and cn.
+// What forward leaves beside y, hn and an LSTM's cn. Each tensor costs time in Python.
 enum class Save {
-  kReserve,
-  kEmpty,    // a reserve of no rows
-  kNothing,  // reserve, hs and cs are no tensors, nor is cn where there is none
+  kReserve,      // and hs, cs, and another cell's cn, which are empty unless asked for
+  kEmpty,        // the same with a reserve of no rows
+  kReserveOnly,  // the rest are no tensors
+  kNothing,      // all of them are no tensors
 };
+inline bool fills_reserve(Save save) {
+  return save == Save::kReserve || save == Save::kReserveOnly;
+}
 
 // What backward computes. needs: whether the gradients of x, hx, cx and each weight are wanted; the
 // others come back empty. members: 0 sums weight gradients over all rows; else row b of the batch
@@ -147,21 +153,24 @@ void forward(StableIValue* stack, uint64_t count, uint64_t) {
       stack, implementation(in, config, save ? Save::kReserve : Save::kEmpty));
 }
 
-inline void finish_infer(StableIValue* stack, const ForwardOutputs& outputs) {
-  const auto& [y, hn, cn, reserve, hs, cs] = outputs;
-  torch::stable::detail::box_from_tuple(
-      stack, States{y, hn, cn.defined() ? OptionalTensor(cn) : std::nullopt});
+inline OptionalTensor if_defined(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
 inline constexpr const char* kInferSchema =
-    "infer(" FUSEDRNN_TENSORS ", " FUSEDRNN_STACK ") -> (Tensor, Tensor, Tensor?)";
+    "infer(" FUSEDRNN_TENSORS ", " FUSEDRNN_STACK
+    ", bool save=False) -> (Tensor, Tensor, Tensor?, Tensor?)";
 template <ForwardFunction& implementation>
 void infer(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments args(stack, count);
   const Inputs in = take_tensors(args);
   const Config config = take_stack(args);
+  const bool save = args.take<bool>();
   args.end();
-  finish_infer(stack, implementation(in, config, Save::kNothing));
+  const auto [y, hn, cn, reserve, hs, cs] =
+      implementation(in, config, save ? Save::kReserveOnly : Save::kNothing);
+  torch::stable::detail::box_from_tuple(stack,
+                                        PlainOutputs{y, hn, if_defined(cn), if_defined(reserve)});
 }
 
 inline constexpr const char* kInferQuantizedSchema =
@@ -176,20 +185,21 @@ void infer_quantized(StableIValue* stack, uint64_t count, uint64_t) {
   args >> config.input_size >> config.stored;
   args.end();
   FUSEDRNN_EXPECT(!config.stored.empty(), "fusedrnn: expected weights in int8 or bfloat16");
-  finish_infer(stack, implementation(in, config, Save::kNothing));
+  const auto [y, hn, cn, reserve, hs, cs] = implementation(in, config, Save::kNothing);
+  torch::stable::detail::box_from_tuple(stack, States{y, hn, if_defined(cn)});
 }
 
 inline constexpr const char* kBackwardSchema =
     "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
-    "Tensor y, Tensor reserve, Tensor hs, Tensor cs, bool[] needs, int members, " FUSEDRNN_CALL
+    "Tensor y, Tensor reserve, Tensor? hs, Tensor? cs, bool[] needs, int members, " FUSEDRNN_CALL
     ") -> (Tensor, Tensor, Tensor, Tensor[])";
 template <BackwardFunction& implementation>
 void backward(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments args(stack, count);
   OutputGradients grad;
   args >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
-  const SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>(), args.take<Tensor>(),
-                               args.take<Tensor>()};
+  SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>()};
+  args >> saved.hs >> saved.cs;
   Wanted wanted;
   args >> wanted.needs >> wanted.members;
   const auto [in, config] = take_call(args);
