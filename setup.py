@@ -4,7 +4,7 @@
 The C++ is always compiled, the CUDA sources whenever nvcc is found. The environment decides:
 
   FUSEDRNN_CUDA=0|1       leave CUDA out | fail where there is no nvcc
-  FUSEDRNN_CUDA_ARCHS     GPU architectures in place of the default ones, e.g. "8.0;9.0a;12.0+PTX"
+  FUSEDRNN_CUDA_ARCHS     GPU architectures in place of the default ones, e.g. "8.0;9.0;12.0+PTX"
   TORCH_CUDA_ARCH_LIST    the same for all extensions of torch, where the one above is not set
   CUDA_HOME, CUDA_PATH    where nvcc is looked for before PATH and /usr/local/cuda
   CXX (or CC), CXXFLAGS, NVCCFLAGS, LDFLAGS, MAX_JOBS    have their usual meaning
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,14 +34,19 @@ BUILD = Path("build/ninja")  # relative to ROOT, like every path in build.ninja
 LIBRARY = BUILD / "libfusedrnn.so"
 BINARY = BUILD / "fusedrnn_C.abi3.so"
 KERNELS = Path("csrc/cpu/kernels.cpp")
+DEVICE = Path("csrc/cuda/device.cpp")  # C++, but nvcc knows where the headers of CUDA are
 VERSIONED = ("library.cpp", "module.cpp")  # which are told the version
 VERSION = re.findall(r'"(.+)"', (ROOT / "fusedrnn/_version.py").read_text())[0]
 
 MIN_TORCH = (2, 10)  # the first release whose stable ABI has all that csrc/torch calls
 MIN_NVCC = (12, 4)  # C++20 and sm_90a came with 12.0, but before 12.4 nvcc refuses g++ 13
 MIN_ARCH = (7, 5)
-# Code for 8.0 runs on 8.6 and 8.9 too. 9.0a because 9.0 has no wgmma.
-ARCHS = ("7.5", "8.0", "9.0a", "10.0", "12.0")
+ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.6 and 8.9 too
+# nvcc makes PTX, which takes longest, and from it machine code for each GPU. The kernels tell only
+# these GPUs apart (__CUDA_ARCH__): the PTX of the newest that is no newer than a GPU will do.
+# Kernels of clusters, in files of their own, use what came with 9.0; no other kernel does.
+PTX = ("7.5", "8.0")
+CLUSTER_PTX = ("9.0",)
 
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
 # KERNELS is compiled once with each of these. They are linked in this order, weakest first: of an
@@ -83,8 +89,12 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"fusedrnn: {message}")
 
 
-def at_least(found: str, needed: tuple[int, int]) -> bool:
-    return tuple(map(int, re.findall(r"\d+", found)[:2])) >= needed
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
+def at_least(found: str, needed: tuple[int, ...]) -> bool:
+    return numbers(found) >= needed
 
 
 def check_python() -> None:
@@ -184,26 +194,40 @@ def select_archs(listing: str, asked: str) -> list[str]:
             fail(f"FUSEDRNN_CUDA_ARCHS has '{arch}', and this nvcc knows {names or 'none'}.")
     if archs:
         return archs
-    archs = [arch for arch in ARCHS if re.sub(r"\D", "", arch) in known]
-    # The PTX of 9.0a would serve no other GPU, that of 9.0 serves every newer one.
-    return [*archs, "9.0+PTX"] if archs[-1:] == ["9.0a"] else [*archs[:-1], f"{archs[-1]}+PTX"]
+    archs = [arch for arch in ARCHS if arch.replace(".", "") in known]
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
 def torch_archs(listed: str) -> str:
     """TORCH_CUDA_ARCH_LIST as FUSEDRNN_CUDA_ARCHS: without what is older than our kernels."""
-    archs = []
-    for number, suffix, ptx in re.findall(r"(\d+\.\d)([af]?)((?:\+PTX)?)", listed):
-        if number == "9.0":  # see ARCHS
-            archs += ["9.0a", *(["9.0+PTX"] if ptx else [])]
-        elif at_least(number, MIN_ARCH):
-            archs.append(number + suffix + ptx)
-    return ";".join(archs)
+    archs = re.findall(r"\d+\.\d[af]?(?:\+PTX)?", listed)
+    return ";".join(arch for arch in archs if at_least(arch, MIN_ARCH))
 
 
-def gencode(arch: str) -> str:
-    name = arch.removesuffix("+PTX").replace(".", "")
-    code = f"[sm_{name},compute_{name}]" if arch.endswith("+PTX") else f"sm_{name}"
-    return f"-gencode=arch=compute_{name},code={code}"
+def gencode(archs: Sequence[str], ptx: Sequence[str]) -> list[str]:
+    """nvcc's options for the GPUs in `archs`, by way of PTX for the ones in `ptx`, oldest first.
+
+    GPUs older than that get no code; if all are, kernels are empty, for one of them. With "+PTX"
+    the binary keeps all PTX that newer GPUs tell apart.
+    """
+    codes: dict[str, list[str]] = {}
+    for arch in archs:
+        name = arch.removesuffix("+PTX")
+        older = [p for p in ptx if at_least(name, numbers(p))]
+        if older:  # what is for one kind of GPU, "9.0a", has PTX of that kind
+            made = name if name[-1] in "af" else older[-1]
+            codes.setdefault(made, []).append(f"sm_{name}")
+        if arch != name:
+            for p in ptx[max(len(older) - 1, 0) :]:
+                codes.setdefault(p, []).append(f"compute_{p}")
+    if not codes:
+        name = archs[0].removesuffix("+PTX")
+        codes = {name: [f"sm_{name}"]}
+    options = [
+        f"-gencode=arch=compute_{made},code=[{','.join(dict.fromkeys(names))}]"
+        for made, names in codes.items()
+    ]
+    return [option.replace(".", "") for option in options]
 
 
 def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
@@ -223,18 +247,22 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
     rules = {"cxx": f"{compiler} {CXX_FLAGS} -Icsrc $flags {user('CXXFLAGS')} {OUTPUTS}"}
     cuda = sources("cuda/**/*.cu") if nvcc else []
     cuda_host = sources("cuda/**/*.cpp") if nvcc else []
+    codes: dict[Path, str] = {}  # GPU architectures of each source
     if nvcc and cuda:
         listing = ask_nvcc(nvcc, "--list-gpu-arch")
         asked = os.environ.get("FUSEDRNN_CUDA_ARCHS", "")
         archs = select_archs(listing, asked or torch_archs(os.environ.get(TORCH_LIST, "")))
         print(
             f"fusedrnn: CUDA kernels for {' '.join(archs)}: minutes of processor time;"
-            " FUSEDRNN_CUDA=0 leaves them out, FUSEDRNN_CUDA_ARCHS=9.0a compiles for one GPU"
+            " FUSEDRNN_CUDA=0 leaves them out, FUSEDRNN_CUDA_ARCHS=9.0 compiles for one GPU"
         )
         defines += ["-DFUSEDRNN_WITH_CUDA=1", f'-DFUSEDRNN_CUDA_ARCHS="{";".join(archs)}"']
         host = next(word for word in reversed(cxx) if word[0] != "-")  # CXX may be "ccache g++"
         compiler = words(nvcc, "-ccbin", host)
-        flags = f"{NVCC_FLAGS} {words(*map(gencode, archs))} -Icsrc {user('NVCCFLAGS')}"
+        flags = f"{NVCC_FLAGS} $flags -Icsrc {user('NVCCFLAGS')}"
+        for source in cuda:
+            clusters = source.name.startswith("cluster_")
+            codes[source] = words(*gencode(archs, CLUSTER_PTX if clusters else PTX))
         # Registers and spills of each kernel go to a log beside its object, all else is shown.
         rules["nvcc"] = (
             f"{compiler} {flags} {OUTPUTS} > $out.log 2>&1; status=$$?;"
@@ -260,10 +288,10 @@ def ninja_file(torch: Path, cxx: list[str], nvcc: str | None) -> str:
             version = [f'-DFUSEDRNN_VERSION="{VERSION}"'] if source.name in VERSIONED else []
             steps.append(("cxx", source, "", f"{where} {words(*defines, *version)}"))
     for source in sources("plan/*.cpp") + sources("cpu/**/*.cpp") + cuda_host:
-        if source != KERNELS:
+        if source not in (KERNELS, DEVICE):
             steps.append(("cxx", source, "", words(*defines)))
-    for source in cuda:
-        steps.append(("nvcc", source, "", ""))
+    for source in [*cuda, *(source for source in cuda_host if source == DEVICE)]:
+        steps.append(("nvcc", source, "", codes.get(source, "")))
 
     lines = [f"builddir = {BUILD}"]
     for rule, command in rules.items():

@@ -627,7 +627,7 @@ def test_microbenchmarks_compile(tmp_path):
         setup.find_nvcc() or pytest.skip("no nvcc (see setup.py for where it is looked for)")
     except SystemExit as error:
         pytest.skip(f"nvcc cannot be used: {error}")
-    path = micro.build("8.0;9.0a", tmp_path / "micro.so")
+    path = micro.build("8.0;9.0", tmp_path / "micro.so")
     library = ctypes.CDLL(str(path))  # it needs a driver to run, and none to be loaded
     library.micro_error.restype = ctypes.c_char_p
     assert library.micro_error(-1) == b"there is no such kernel"

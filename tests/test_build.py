@@ -170,8 +170,8 @@ def test_new_nvcc(build, release):
 @pytest.mark.parametrize(
     ("listing", "asked", "archs"),
     [
-        (NVCC_12_4, "", "7.5 8.0 9.0a 9.0+PTX"),
-        (NVCC_13_0, "", "7.5 8.0 9.0a 10.0 12.0+PTX"),
+        (NVCC_12_4, "", "7.5 8.0 9.0+PTX"),
+        (NVCC_13_0, "", "7.5 8.0 9.0 10.0 12.0+PTX"),
         (NVCC_13_0, "9.0a;8.0", "9.0a 8.0"),
         (NVCC_13_0, "8.0, 12.0+PTX", "8.0 12.0+PTX"),
     ],
@@ -188,8 +188,7 @@ def test_unknown_architectures(build, asked):
 
 
 def test_archs_of_torchs_variable(build, sources, script, monkeypatch, capsys):
-    assert build.torch_archs("7.0 7.5;8.6 9.0 10.0 12.0+PTX") == "7.5;8.6;9.0a;10.0;12.0+PTX"
-    assert build.torch_archs("9.0+PTX") == "9.0a;9.0+PTX"
+    assert build.torch_archs("7.0 7.5;8.6 9.0a 10.0 12.0+PTX") == "7.5;8.6;9.0a;10.0;12.0+PTX"
     assert build.torch_archs("") == build.torch_archs("7.0") == ""
     (sources / "cuda/stepwise").mkdir(parents=True)
     (sources / "cuda/stepwise/kernel.cu").touch()
@@ -198,7 +197,7 @@ def test_archs_of_torchs_variable(build, sources, script, monkeypatch, capsys):
     def compiled_for() -> set[str]:
         text = build.ninja_file(Path("/site/torch"), ["g++"], nvcc)
         assert "FUSEDRNN_CUDA=0 leaves them out" in capsys.readouterr().out
-        return set(re.findall(r"code=sm_(\w+)", text))
+        return set(re.findall(r"\bsm_(\w+)", text))
 
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
     monkeypatch.delenv("FUSEDRNN_CUDA_ARCHS", raising=False)
@@ -207,9 +206,34 @@ def test_archs_of_torchs_variable(build, sources, script, monkeypatch, capsys):
     assert compiled_for() == {"89"}
 
 
-def test_gencode(build):
-    assert build.gencode("9.0a") == "-gencode=arch=compute_90a,code=sm_90a"
-    assert build.gencode("12.0+PTX") == "-gencode=arch=compute_120,code=[sm_120,compute_120]"
+@pytest.mark.parametrize(
+    ("archs", "plain", "clusters"),
+    [
+        (
+            "7.5 8.0 9.0 10.0 12.0+PTX",
+            "75:sm_75 80:sm_80,sm_90,sm_100,sm_120,compute_80",
+            "90:sm_90,sm_100,sm_120,compute_90",
+        ),
+        ("9.0", "80:sm_90", "90:sm_90"),
+        ("9.0a 12.0", "90a:sm_90a 80:sm_120", "90a:sm_90a 90:sm_120"),
+        ("8.6", "80:sm_86", "86:sm_86"),  # empty kernels: the linker wants their names
+        # Every GPU that can compile the PTX further finds some that uses all it has.
+        ("7.5+PTX", "75:sm_75,compute_75 80:compute_80", "90:compute_90"),
+        ("12.0+PTX 12.0+PTX", "80:sm_120,compute_80", "90:sm_120,compute_90"),
+    ],
+)
+def test_gencode(build, archs, plain, clusters):
+    for ptx, expected in ((build.PTX, plain), (build.CLUSTER_PTX, clusters)):
+        options = build.gencode(archs.split(), ptx)
+        short = [re.sub(r"-gencode=arch=compute_(\w+),code=\[(.*)\]", r"\1:\2", o) for o in options]
+        assert short == expected.split()
+
+
+def test_sources_tell_no_other_gpus_apart(build):
+    """For all others the PTX of an older one does, see PTX in setup.py."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.*"))
+    asked = set(re.findall(r"__CUDA_ARCH__ *[<>=]+ *(\d+)0\b", text))
+    assert asked and asked <= {p.replace(".", "") for p in (*build.PTX, *build.CLUSTER_PTX)}
 
 
 # What is compiled, and how.
@@ -267,13 +291,20 @@ def test_cuda_sources_are_compiled_when_there_are_any(build, sources, script):
     assert "nvcc" not in without
     assert "WITH_CUDA" not in without
     (sources / "cuda/stepwise").mkdir(parents=True)
-    (sources / "cuda/stepwise/kernel.cu").touch()
+    for name in ("stepwise/kernel.cu", "cluster_kernel.cu", "device.cpp", "layers.cpp"):
+        (sources / "cuda" / name).touch()
     text = build.ninja_file(Path("/site/torch"), ["ccache", "g++", "-m64"], nvcc)
-    assert "build build/ninja/csrc/cuda/stepwise/kernel.o: nvcc " in text
+    rules = dict(re.findall(r"^build build/ninja/csrc/cuda/(\S+): (\w+) ", text, re.M))
+    assert rules.pop("layers.o") == "cxx"
+    assert set(rules) == {"stepwise/kernel.o", "cluster_kernel.o", "device.o"}
+    assert set(rules.values()) == {"nvcc"}
     assert f"{nvcc} -ccbin g++ " in text
-    library = flags_of(text)["torch/library.o"]
+    flags = flags_of(text)
+    assert ["sm_75" in flags[f"cuda/{name}"] for name in rules] == [False, True, False]
+    assert ["sm_90" in flags[f"cuda/{name}"] for name in rules] == [True, True, False]
+    library = flags["torch/library.o"]
     assert "-DFUSEDRNN_WITH_CUDA=1" in library
-    assert """'-DFUSEDRNN_CUDA_ARCHS="7.5;8.0;9.0a;10.0;12.0+PTX"'""" in library
+    assert """'-DFUSEDRNN_CUDA_ARCHS="7.5;8.0;9.0;10.0;12.0+PTX"'""" in library
     assert "cuda" not in build.ninja_file(Path("/site/torch"), ["g++"], None)
 
 

@@ -23,7 +23,7 @@ SHARED = (16 << 10, 64 << 10, 114 << 10, 227 << 10)  # bytes of a block, for clu
 
 
 def build(archs: str, target: Path = LIBRARY) -> Path:
-    """Compiles the library for architectures such as "9.0a", or setup.py's default ones."""
+    """Compiles the library for architectures such as "9.0", or setup.py's default ones."""
     spec = importlib.util.spec_from_file_location("fusedrnn_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     setup: Any = importlib.util.module_from_spec(spec)
@@ -34,7 +34,8 @@ def build(archs: str, target: Path = LIBRARY) -> Path:
     known = setup.select_archs(setup.ask_nvcc(nvcc, "--list-gpu-arch"), archs)
     host = next(word for word in reversed(setup.find_cxx()) if word[0] != "-")
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [nvcc, "-ccbin", host, *setup.NVCC_FLAGS.split(), *map(setup.gencode, known)]
+    codes = setup.gencode(known, (*setup.PTX, *setup.CLUSTER_PTX))
+    command = [nvcc, "-ccbin", host, *setup.NVCC_FLAGS.split(), *codes]
     command += ["-Icsrc", "-Werror", "all-warnings", "-shared", SOURCE, "-o", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,5 @@
-// What the planner has to know of a GPU, asked once for each.
+// What the planner has to know of a GPU, asked once for each, and what else the host asks of CUDA's
+// runtime.
 #pragma once
 #include "plan/cuda_plan.h"
 
@@ -25,5 +26,9 @@ int take_lost_block();
 
 // Whether a CUDA graph captures what is enqueued on the stream.
 bool is_capturing(void* stream);
+
+// Enqueues what fills memory with kMissing (cuda/primitives.h). Returns a cudaError_t, 0 for
+// success.
+int fill_missing(void* data, int64_t bytes, void* stream);
 
 }  // namespace fusedrnn

@@ -34,8 +34,8 @@ constexpr int kLooksAtFlag = 512, kLooksAtMbarrier = 16;  // between two looks a
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// Instructions of sm_90 and later. Kernels that use them are compiled for every architecture too,
-// and never launched where they would trap.
+// Instructions of sm_90 and later. Kernels that use them are in files that setup.py compiles for
+// these GPUs; elsewhere they would trap, and are never launched.
 #if __CUDA_ARCH__ >= 900
 #define FUSEDRNN_SM90(...) asm volatile(__VA_ARGS__)
 #else
@@ -463,9 +463,6 @@ int at_once(void (*kernel)(P...), int size, dim3 threads, size_t shared_bytes) {
   if (error != cudaSuccess) cudaGetLastError(), count = 0;
   return count;
 }
-inline int fill_missing(void* data, int64_t bytes, void* stream) {
-  return cudaMemsetAsync(data, 0xff, size_t(bytes), static_cast<cudaStream_t>(stream));
-}
 #else
 inline const char* error_name(int) { return "emulated launch failure"; }
 
@@ -477,10 +474,6 @@ int launch(void (*kernel)(P...), const Grid& grid, void*, const A&... args) {
 template <class... P>
 int at_once(void (*)(P...), int size, dim3, size_t) {
   return simt::kProcessors / size;
-}
-inline int fill_missing(void* data, int64_t bytes, void*) {
-  memset(data, 0xff, size_t(bytes));
-  return 0;
 }
 #endif
 

@@ -13,9 +13,6 @@ enum class CudaBackend : int { kStepwise, kGrid, kCluster, kCount };
 // What FUSEDRNN_PLAN calls them.
 inline constexpr const char* kCudaBackendNames[] = {"stepwise", "grid", "cluster"};
 
-constexpr int kLargestCluster = 16;
-constexpr int kMaxStages = 16;  // layers and directions of a persistent launch
-
 struct DeviceSpec {
   int capability;  // 90 for 9.0
   int processors;

@@ -5,7 +5,6 @@
 // owns `units` hidden units with all their gates and keeps their weights in shared memory for all
 // steps. A team of one block keeps all else there too: nothing is exchanged.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 
 #include "plan/problem.h"
@@ -28,6 +27,8 @@ FUSEDRNN_HD constexpr EngineTile tile_of(Engine e) {
                                     : EngineTile{16, 16, 8, 2};
 }
 
+constexpr int kLargestCluster = 16;
+constexpr int kMaxStages = 16;  // layers and directions of a persistent launch
 constexpr int kPersistentThreads = 256, kPersistentWarps = kPersistentThreads / 32;
 constexpr int kTileBytes = 512;
 constexpr int kTilesAtOnce = 2;  // rows of tiles that a warp multiplies with what it loads of x
@@ -75,7 +76,7 @@ inline ProductShape product_shape(const EngineTile& tile, int rows, int depth, i
   s.row_tiles = divide_up(rows, tile.rows), s.depth_tiles = divide_up(depth, tile.depth);
   // As few parts of the depth as keep every warp busy: each costs a sum to store and to add.
   int groups = 1;
-  while (groups * 2 <= std::min(divide_up(s.row_tiles, kTilesAtOnce), kPersistentWarps))
+  while (groups < kPersistentWarps && groups * 2 <= divide_up(s.row_tiles, kTilesAtOnce))
     groups *= 2;
   s.split = kPersistentWarps / groups;
   while (s.split > s.depth_tiles) s.split /= 2;
@@ -97,8 +98,8 @@ inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int
   const int gate_rows = traits(cell).gates * units;
   s.recurrent = product_shape(tile, gate_rows, hidden_size, units);
   s.input = s.recurrent;
-  const int width = std::max(s.team * units, s.recurrent.depth_tiles * tile.depth);
-  s.x_row = s.input_row = padded_row(width, tile.operand_bytes);
+  const int all = s.team * units, read = s.recurrent.depth_tiles * tile.depth;
+  s.x_row = s.input_row = padded_row(all > read ? all : read, tile.operand_bytes);
   SharedMemory memory;
   const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
   s.recurrent.weights = memory.take(weights);

@@ -6,12 +6,6 @@
 
 namespace fusedrnn {
 
-// The backends, a source file each direction: they are what takes long to compile.
-int cluster_forward(const PersistentForward&, void* stream);
-int cluster_backward(const PersistentBackward&, void* stream);
-int grid_forward(const PersistentForward&, void* stream);
-int grid_backward(const PersistentBackward&, void* stream);
-
 // Calls f with a value of the engine's type.
 template <class F>
 int with_engine(const Persistent& p, F f) {

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "plan/cuda_plan.h"
+#include "plan/persistent.h"
 
 namespace fusedrnn {
 
@@ -130,6 +130,12 @@ struct PersistentBackward : Persistent {
 // Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
 int persistent_forward(const PersistentForward&, void* stream);
 int persistent_backward(const PersistentBackward&, void* stream);
+
+// Those of a backend, a source file each direction: they are what takes long to compile.
+int cluster_forward(const PersistentForward&, void* stream);
+int cluster_backward(const PersistentBackward&, void* stream);
+int grid_forward(const PersistentForward&, void* stream);
+int grid_backward(const PersistentBackward&, void* stream);
 
 // How many clusters of `size` blocks, of so much shared memory each, run at once on the current
 // device; 0: none can.

@@ -1,4 +1,4 @@
-#include "cuda/persistent/launch.h"
+#include "cuda/persistent/persistent.h"
 
 namespace fusedrnn {
 

@@ -1,7 +1,7 @@
-#include "cuda/device.h"
 #include "cuda/persistent/layers.h"
+
+#include "cuda/device.h"
 #include "cuda/persistent/persistent.h"
-#include "cuda/primitives.h"
 
 namespace fusedrnn {
 namespace {

@@ -1,8 +1,16 @@
+// Compiled by nvcc, which knows where the runtime's header is, and by the emulator.
+#include "cuda/device.h"
+
+#if defined(__NVCC__)
+#include <cuda_runtime_api.h>
+#else
+#include "emulator/simt.h"
+#endif
+
+#include <cstring>
 #include <mutex>
 
-#include "cuda/device.h"
 #include "cuda/persistent/persistent.h"
-#include "cuda/primitives.h"
 
 namespace fusedrnn {
 
@@ -28,7 +36,7 @@ bool launch_was_refused(int error) {
   }
 }
 
-#if defined(__CUDACC__)
+#if defined(__NVCC__)
 namespace {
 
 int ask(int device, DeviceSpec* spec) {
@@ -111,8 +119,15 @@ bool is_capturing(void* stream) {
   if (error != cudaSuccess) cudaGetLastError();  // another stream's capture forbids to ask
   return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
 }
+int fill_missing(void* data, int64_t bytes, void* stream) {
+  return cudaMemsetAsync(data, 0xff, size_t(bytes), static_cast<cudaStream_t>(stream));
+}
 #else
 bool is_capturing(void*) { return simt::capturing(); }
+int fill_missing(void* data, int64_t bytes, void*) {
+  memset(data, 0xff, size_t(bytes));
+  return 0;
+}
 
 namespace {
 int word = 0;
