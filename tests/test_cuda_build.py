@@ -172,6 +172,10 @@ def test_tensor_cores_and_wide_loads_are_used(arch):
         wanted = ".16816.F32" if half else ".1688.F32.TF32"
         assert any(wanted in i for i in kinds) if half or tf32 else "FFMA" in used, (name, kinds)
         assert "LDS.128" in used, name  # weights, 16 bytes of each lane
+        if "forward" in name and (half or tf32):
+            # Of the recurrent product, with registers for a depth of 1, 2, 4 or 8 tiles, two rows
+            # or one, more products than reads.
+            assert sum(used[i] for i in kinds) >= used["LDS.128"] + 3 * 8, (name, used)
         assert not {i for i in used if i.startswith(("LDL", "STL"))}, name
         # What blocks send each other goes 16 bytes at a time, in a cluster counted where it lands.
         # Backward sends sums of 1, 2, 4 and 8 parts, for the layer and for the one below.

@@ -365,6 +365,24 @@ def test_odd_sizes(hidden, units, rows, batch, team):
     check("LSTM", "half", torch.bfloat16, team, (2, batch, hidden), units, rows, seed=6)
 
 
+@pytest.mark.parametrize("engine, dtype", KINDS, ids=lambda v: str(v).removeprefix("torch."))
+def test_weights_in_registers(engine, dtype):
+    """What a warp has in registers, what it reads beside, and an odd number of rows of tiles."""
+    rows = 2 if engine == "ffma_narrow" else 8
+    division = {"cell": bindings.Cell.LSTM, "engine": bindings.Engine[engine], "cluster": False}
+    for shape in (bindings.forward_shape, bindings.backward_shape):
+        made = shape(**division, hidden_size=257, units=24, rows=rows, chained=False)
+        assert made.kept == {"ffma": 0, "half": 4}.get(engine, 8)
+    check("LSTM", engine, dtype, "grid", (2, 1, 257), 24, rows, seed=7)
+
+
+@TEAMS
+@pytest.mark.parametrize("engine, dtype", [("tf32", torch.float32), ("half", torch.bfloat16)])
+def test_fewer_rows_than_tensor_cores_take(engine, dtype, team):
+    check("LSTM", engine, dtype, team, (3, 5, 33), 24, 2, seed=8)
+    check("GRU", engine, dtype, team, (3, 5, 33), 8, 4, stages=2, lengths=[1, 3, 2, 0, 3], seed=8)
+
+
 @pytest.mark.parametrize("hidden, batch", [(1, 9), (5, 33), (31, 5)])
 @pytest.mark.parametrize("mode", CELLS)
 def test_odd_sizes_of_a_block(mode, hidden, batch):

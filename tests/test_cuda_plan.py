@@ -175,7 +175,9 @@ def test_a_struck_family_is_not_planned(monkeypatch):
         ("RNN_TANH", "float32", True, 16),
         ("LSTM", "bfloat16", False, 8),
         ("GRU", "float16", False, 8),
-        ("RNN_TANH", "bfloat16", False, 16),
+        ("RNN_TANH", "bfloat16", False, 128),
+        ("LSTM", "bfloat16", False, 64),
+        ("GRU", "float32", True, 64),
         ("LSTM", "float32", False, 33),
     ],
 )

@@ -19,7 +19,7 @@ MODES = {"RNN": "RNN_TANH"}
 FREE = [  # what is fitted; the clock rate scales all of them and is measured by itself
     *("cluster_exchange", "grid_exchange", "value_exchange", "cell", "shared_bytes"),
     *("exchange_bytes", "launch", "stepwise_step"),
-    *("ffma_tile", "ffma_narrow_tile", "tf32_tile", "half_tile"),
+    *("ffma_tile", "ffma_narrow_tile", "tf32_tile", "half_tile", "tile_load", "uniform_read"),
 ]
 PRIOR = 1e-3  # weight of a constant's change, squared: what no plan tells of stays as it was
 

@@ -11,12 +11,30 @@ double product_macs(const Problem& p, bool tf32) {
   return p.dtype == DType::kFloat64 ? 16 : p.dtype == DType::kFloat32 ? (tf32 ? 200 : 64) : 400;
 }
 
-// Cycles to multiply a tile of weights with `columns` rows: the longer of reading and computing.
-double tile_cycles(const CudaModel& m, Engine e) {
-  return e == Engine::kFfma         ? m.ffma_tile
-         : e == Engine::kFfmaNarrow ? m.ffma_narrow_tile
-         : e == Engine::kTf32       ? m.tf32_tile
-                                    : m.half_tile;
+// Cycles to multiply a tile of weights, one of `at_once` rows of tiles, with the rows that the
+// engine takes: the longer of computing and of reading x, and weights that are not kept.
+double tile_cycles(const CudaModel& m, Engine e, int at_once, bool kept) {
+  const bool ffma = e == Engine::kFfma || e == Engine::kFfmaNarrow;
+  const double compute = e == Engine::kFfma         ? m.ffma_tile
+                         : e == Engine::kFfmaNarrow ? m.ffma_narrow_tile
+                         : e == Engine::kTf32       ? m.tf32_tile
+                                                    : m.half_tile;
+  // FFMA reads x row by row, the same 16 bytes for all lanes; tensor cores 4 bytes a lane, twice.
+  const double x = ffma ? tile_of(e).columns * m.uniform_read : 2 * 128 / m.shared_bytes;
+  return std::max(compute, x / at_once + (kept ? 0 : kTileBytes / m.shared_bytes));
+}
+
+// Cycles to multiply all tiles of a block with the rows that the engine takes at a time.
+double product_cycles(const CudaModel& m, Engine e, const ProductShape& s) {
+  const int kept_rows = kPersistentWarps / s.split * kTilesAtOnce, kept_depth = s.kept * s.split;
+  double cycles = 0;
+  for (int row = 0; row < s.row_tiles; row += kTilesAtOnce) {
+    const int at_once = std::min(kTilesAtOnce, s.row_tiles - row);
+    const int kept = row < kept_rows ? kept_depth : 0;
+    cycles += at_once * (kept * tile_cycles(m, e, at_once, true) +
+                         (s.depth_tiles - kept) * tile_cycles(m, e, at_once, false));
+  }
+  return cycles;
 }
 
 // The product of a layer's input and its weights, for all steps at once, outside the recurrence.
@@ -97,10 +115,9 @@ struct Candidate {
 
   // Fills in what follows from backend, engine, layers, units and rows. False: it does not fit.
   bool complete(int units, int rows) {
-    const EngineTile tile = tile_of(plan.engine);
     const bool chained = plan.layers > 1;
     const auto make = r.backward ? backward_shape : forward_shape;
-    if (units * round_up(rows, tile.columns) > kPersistentThreads) return false;
+    if (units * rows > kPersistentThreads) return false;
     plan.shape = make(p.cell, plan.engine, cluster(), int(p.hidden_size), units, rows, chained);
     PersistentShape& s = plan.shape;
     if (s.shared_bytes > device.shared_bytes) return false;
@@ -125,9 +142,11 @@ struct Candidate {
     const PersistentShape& s = plan.shape;
     const EngineTile tile = tile_of(plan.engine);
     const double tiles = double(s.recurrent.row_tiles) * s.recurrent.depth_tiles;
-    const double product = tiles * tile_cycles(m, plan.engine) * (s.rows / tile.columns);
+    const double rows_at_once = s.x_rows / tile.columns;
+    const double product = rows_at_once * product_cycles(m, plan.engine, s.recurrent);
+    const double other = rows_at_once * product_cycles(m, plan.engine, s.input);  // of a chain
     const double sums =
-        2.0 * s.recurrent.split * s.rows * s.recurrent.partial_row * 4 / m.shared_bytes;
+        2.0 * s.recurrent.split * s.x_rows * s.recurrent.partial_row * 4 / m.shared_bytes;
     const double moved = r.backward ? 2.0 * s.team * s.units * s.rows * 4
                                     : double(s.team) * s.units * s.rows * tile.operand_bytes;
     const double transfer = alone() ? 0 : moved / m.exchange_bytes;
@@ -137,14 +156,14 @@ struct Candidate {
                                         : m.value_exchange;
     double step = product + sums + m.cell + transfer;
     double window = 0;  // while the exchange is on its way
-    if (plan.layers > 1 && !r.backward) window = product + sums + m.cell;
-    if (plan.layers > 1 && r.backward) step += product + sums + transfer;
+    if (plan.layers > 1 && !r.backward) window = other + sums + m.cell;
+    if (plan.layers > 1 && r.backward) step += other + sums + transfer;
     step += std::max(latency, window);
     const double depth = (plan.layers - 1) * (r.backward ? 2.0 : 1.0);
     const int runs =
         together() ? plan.launches() : int((int64_t(plan.slices) * stages + teams - 1) / teams);
     const int groups = divide_up(int(p.num_layers), plan.layers);
-    const double weights = tiles * kTileBytes / m.exchange_bytes;
+    const double weights = (plan.layers > 1 ? 2 : 1) * tiles * m.tile_load;
     const double steps = double(r.steps) + depth;
     return groups * (input_cycles(p, r, device, m) + runs * (m.launch + weights + steps * step));
   }
@@ -226,9 +245,12 @@ bool each_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& d
         const bool can = half ? engine == Engine::kHalf
                               : engine != Engine::kHalf && (r.tf32 || engine != Engine::kTf32);
         if (forced.engine < 0 ? !chosen : !can || forced.engine != int(engine)) continue;
-        for (int rows : {2, 8, 16, 24, 32, 48, 64, 96, 128}) {
+        for (int rows : {2, 4, 8, 16, 24, 32, 48, 64, 96, 128}) {
           if (forced.rows) rows = forced.rows;
-          if (rows % tile_of(engine).columns || (narrow && rows > 2)) continue;
+          const int columns = tile_of(engine).columns;
+          // Tensor cores are fast enough for rows of zeros, which FFMA has another engine for.
+          const bool padded = (engine == Engine::kTf32 || half) && columns % rows == 0;
+          if ((rows % columns && !padded) || (narrow && rows > 2)) continue;
           // A chain is all layers, or as many as there is room for.
           for (int layers = int(std::min<int64_t>(p.num_layers, kMaxStages)); layers >= 1;
                layers--) {

@@ -2,8 +2,9 @@
 // memory: pure functions of sizes.
 //
 // A team of `team` blocks runs one layer in one direction for `rows` rows of the batch. Each block
-// owns `units` hidden units with all their gates and keeps their weights in shared memory for all
-// steps. A team of one block keeps all else there too: nothing is exchanged.
+// owns `units` hidden units with all their gates and keeps their weights in shared memory, and part
+// of them in registers too, for all steps. A team of one block keeps all else there too: nothing is
+// exchanged.
 #pragma once
 #include <cstdint>
 
@@ -16,15 +17,17 @@ namespace fusedrnn {
 enum class Engine : int { kFfma, kFfmaNarrow, kTf32, kHalf, kCount };
 
 // A tile of weights is 512 bytes, 16 of each lane: `rows` of the matrix, `depth` columns. It is
-// multiplied with `columns` rows of the batch.
+// multiplied with `columns` rows of the batch. The tiles that a warp multiplies first stay in its
+// registers: kTilesAtOnce rows, of a depth of 1, 2, 4 or 8, but at most `kept`. FFMA for 8 rows
+// keeps none: it gains little by it, and spills on sm_100.
 struct EngineTile {
-  int rows, depth, columns, operand_bytes;
+  int rows, depth, columns, operand_bytes, kept;
 };
 FUSEDRNN_HD constexpr EngineTile tile_of(Engine e) {
-  return e == Engine::kFfma         ? EngineTile{32, 4, 8, 4}
-         : e == Engine::kFfmaNarrow ? EngineTile{32, 4, 2, 4}
-         : e == Engine::kTf32       ? EngineTile{16, 8, 8, 4}
-                                    : EngineTile{16, 16, 8, 2};
+  return e == Engine::kFfma         ? EngineTile{32, 4, 8, 4, 0}
+         : e == Engine::kFfmaNarrow ? EngineTile{32, 4, 2, 4, 8}
+         : e == Engine::kTf32       ? EngineTile{16, 8, 8, 4, 8}
+                                    : EngineTile{16, 16, 8, 2, 8};
 }
 
 constexpr int kLargestCluster = 16;
@@ -37,12 +40,14 @@ constexpr int kTilesAtOnce = 2;  // rows of tiles that a warp multiplies with wh
 // tiles and, `split` ways, the depth; the sums of each part stand in `partial` on their own.
 struct ProductShape {
   int row_tiles, depth_tiles, split, split_bits;  // split = 1 << split_bits
+  int kept;                                       // tiles of depth that a warp has in registers
   int weights, partial;                           // where they begin, in bytes
   int partial_row;                                // floats from one row of the batch to the next
 };
 
 struct PersistentShape {
   int team, units, rows;
+  int x_rows;                     // rows, up to as many as the engine takes at a time: zeros
   int x_row;                      // operands from one row of the batch to the next
   int input_row;                  // the same of the input of a chained layer
   ProductShape recurrent, input;  // the second of chained layers only
@@ -81,6 +86,8 @@ inline ProductShape product_shape(const EngineTile& tile, int rows, int depth, i
   s.split = kPersistentWarps / groups;
   while (s.split > s.depth_tiles) s.split /= 2;
   while (1 << s.split_bits < s.split) s.split_bits++;
+  s.kept = tile.kept;
+  while (s.kept * s.split > s.depth_tiles) s.kept /= 2;
   // Other banks for the next row of the batch: as FFMA's threads read it, `units` after `units` of
   // a row, and as tensor cores' lanes store it.
   const int pad = tile.rows == 32 && units < 32 ? units : 4;
@@ -94,20 +101,21 @@ inline PersistentShape forward_shape(Cell cell, Engine engine, bool cluster, int
                                      int units, int rows, bool chained) {
   const EngineTile tile = tile_of(engine);
   PersistentShape s{};
-  s.units = units, s.rows = round_up(rows, tile.columns), s.team = divide_up(hidden_size, units);
+  s.team = divide_up(hidden_size, units), s.units = units;
+  s.rows = rows, s.x_rows = round_up(rows, tile.columns);
   const int gate_rows = traits(cell).gates * units;
   s.recurrent = product_shape(tile, gate_rows, hidden_size, units);
-  s.input = s.recurrent;
+  s.input = s.recurrent, s.input.kept = 0;
   const int all = s.team * units, read = s.recurrent.depth_tiles * tile.depth;
   s.x_row = s.input_row = padded_row(all > read ? all : read, tile.operand_bytes);
   SharedMemory memory;
   const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
   s.recurrent.weights = memory.take(weights);
   s.input.weights = chained ? memory.take(weights) : 0;
-  s.x = memory.take((cluster ? 2 : 1) * s.rows * s.x_row * tile.operand_bytes);
-  s.input_x = chained ? memory.take(s.rows * s.x_row * tile.operand_bytes) : 0;
+  s.x = memory.take((cluster ? 2 : 1) * s.x_rows * s.x_row * tile.operand_bytes);
+  s.input_x = chained ? memory.take(s.x_rows * s.x_row * tile.operand_bytes) : 0;
   s.recurrent.partial = s.input.partial =
-      memory.take(s.recurrent.split * s.rows * s.recurrent.partial_row * 4);
+      memory.take(s.recurrent.split * s.x_rows * s.recurrent.partial_row * 4);
   s.staging = memory.take(s.team > 1 ? s.rows * units * tile.operand_bytes : 0);
   s.arrivals = memory.take(cluster ? 16 : 0);
   s.shared_bytes = memory.used;
@@ -126,18 +134,19 @@ inline PersistentShape backward_shape(Cell cell, Engine engine, bool cluster, in
                                       int units, int rows, bool chained) {
   const EngineTile tile = tile_of(engine);
   PersistentShape s{};
-  s.units = units, s.rows = round_up(rows, tile.columns), s.team = divide_up(hidden_size, units);
+  s.team = divide_up(hidden_size, units), s.units = units;
+  s.rows = rows, s.x_rows = round_up(rows, tile.columns);
   s.recurrent = product_shape(tile, s.team * units, traits(cell).gates * units, units);
-  s.input = s.recurrent;
+  s.input = s.recurrent, s.input.kept = 0;
   // Slots before the recurrent ones come on top of a depth that is a whole number of tiles.
   const int first = (traits(cell).slots - traits(cell).gates) * units;
   s.x_row = padded_row(first + s.recurrent.depth_tiles * tile.depth, tile.operand_bytes);
   SharedMemory memory;
   const int weights = s.recurrent.row_tiles * s.recurrent.depth_tiles * kTileBytes;
-  const int partial = s.recurrent.split * s.rows * s.recurrent.partial_row * 4;
+  const int partial = s.recurrent.split * s.x_rows * s.recurrent.partial_row * 4;
   s.recurrent.weights = memory.take(weights);
   s.input.weights = chained ? memory.take(weights) : 0;
-  s.x = memory.take(s.rows * s.x_row * tile.operand_bytes);
+  s.x = memory.take(s.x_rows * s.x_row * tile.operand_bytes);
   s.recurrent.partial = memory.take(partial);
   s.input.partial = chained ? memory.take(partial) : 0;
   s.inbox = memory.take(cluster ? 2 * inbox_floats(s, chained) * 4 : 0);

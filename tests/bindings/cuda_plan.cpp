@@ -65,6 +65,7 @@ void bind_shape(py::module_& m) {
   using T = PersistentShape;
   auto type = structure<T>(m, "PersistentShape");
   fields(type, NAMED(team), NAMED(units), NAMED(rows), NAMED(shared_bytes));
+  type.def_property_readonly("kept", [](const T& s) { return s.recurrent.kept; });
   auto shape = [&](const char* name, auto function) {
     m.def(name, function, py::kw_only(), py::arg("cell"), py::arg("engine"), py::arg("cluster"),
           py::arg("hidden_size"), py::arg("units"), py::arg("rows"), py::arg("chained"));

@@ -49,7 +49,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     if (team.alone()) return;
     const float* partial = reinterpret_cast<const float*>(shared + product.partial) +
                            piece.row * product.partial_row + piece.unit;
-    const int from_part = s.rows * product.partial_row;
+    const int from_part = s.x_rows * product.partial_row;
     with_split(product, [&](auto split) {
       constexpr int kSplit = decltype(split)::kValue;
       auto sums_for = [&](int to) {
@@ -85,7 +85,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
   __device__ float received(Kind kind, const ProductShape& product, int64_t step) const {
     if (team.alone()) {
       float sums[1];
-      totals(sums, shared, product, s.rows, me.row, {me.unit});
+      totals(sums, shared, product, s.x_rows, me.row, {me.unit});
       return sums[0];
     }
     const float* from = kCluster ? own_inbox() : inbox_of(team.rank);
@@ -116,7 +116,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
     };
     load(s.recurrent, stage.w_hh, p.layout.h_gate + p.layout.first());
     if (feeds_next()) load(s.input, stage.w_ih, p.layout.x_gate);
-    for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
+    for (int i = threadIdx.x; i < s.x_rows * s.x_row; i += kPersistentThreads)
       reinterpret_cast<S*>(shared + s.x)[i] = E::operand(0);
     if constexpr (kCluster) arrivals().begin();
     team.begin();
@@ -204,6 +204,7 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
       return anew ? 0.f : sum;
     };
     set_up();
+    const Kept<E> kept(shared, s.recurrent);
 
     for (int64_t step = 0; step < me.last; step++) {
       const int64_t t = time(step), before = stage.reverse ? t + 1 : t - 1;
@@ -244,8 +245,8 @@ struct BackwardBlock : Block<PersistentBackward, typename E::Operand, kCluster> 
           if (k < layout.slots)
             gates[me.row * s.x_row + k * s.units + me.unit] = E::operand(runs ? slots[k] : 0.f);
       __syncthreads();
-      multiply<E>(shared, s.recurrent, s.rows, gates + layout.first() * s.units, s.x_row);
-      if (feeds_next()) multiply<E>(shared, s.input, s.rows, gates, s.x_row);
+      multiply<E>(shared, s.recurrent, kept, s.x_rows, gates + layout.first() * s.units, s.x_row);
+      if (feeds_next()) multiply<E>(shared, s.input, NoneKept{}, s.x_rows, gates, s.x_row);
       __syncthreads();
       send(kRecurrent, s.recurrent, step + 1);
       if (feeds_next()) send(kInput, s.input, step + 1);

@@ -33,7 +33,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
 
   __device__ S* x(int64_t step) const {
     S* buffers = reinterpret_cast<S*>(shared + s.x);
-    return kCluster ? buffers + step % 2 * (s.rows * s.x_row) : buffers;
+    return kCluster ? buffers + step % 2 * (s.x_rows * s.x_row) : buffers;
   }
   // Where teams that are not clusters exchange x of a step, from the second one on: [rows, units].
   __device__ Words* outside(int64_t step, int row, int unit) const {
@@ -52,7 +52,8 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     };
     load(s.recurrent, stage.w_hh, p.layout.h_gate + p.layout.first());
     if (follows()) load(s.input, stage.w_ih, p.layout.x_gate);
-    for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.rows * s.x_row; i += kPersistentThreads) {
+    for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.x_rows * s.x_row;
+         i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
       const int64_t b = p.row_at(team.slice * s.rows + row);
       bool initial = row < s.rows && b < p.batch && column < H;
@@ -63,7 +64,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       reinterpret_cast<S*>(shared + s.x)[i] = E::operand(value);
     }
     if (follows())
-      for (int i = threadIdx.x; i < s.rows * s.x_row; i += kPersistentThreads)
+      for (int i = threadIdx.x; i < s.x_rows * s.x_row; i += kPersistentThreads)
         reinterpret_cast<S*>(shared + s.input_x)[i] = E::operand(0);
     if constexpr (kCluster) arrivals().begin();
     team.begin();
@@ -130,9 +131,9 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       }
     }
     team.agree();
-    multiply<E>(shared, s.input, s.rows, x_in, s.x_row);
+    multiply<E>(shared, s.input, NoneKept{}, s.x_rows, x_in, s.x_row);
     __syncthreads();
-    if (me.in_block) totals(input, shared, s.input, s.rows, me.row, offsets_from(0).at);
+    if (me.in_block) totals(input, shared, s.input, s.x_rows, me.row, offsets_from(0).at);
     __syncthreads();  // the next product writes where these sums were
   }
 
@@ -228,6 +229,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       if (layout.has_cell) c = read<S>(stage.c0, at);
     }
     set_up();
+    const Kept<E> kept(shared, s.recurrent);
 
     float input[kMostSlots] = {};  // of the next step
     if (me.last > 0) read_input(0, input);
@@ -238,12 +240,12 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
       if (anew) h = c = 0;
       anew = more && begins_anew(time(step + 1));
       if (step > 0) await(step);
-      multiply<E>(shared, s.recurrent, s.rows, x(step), s.x_row);
+      multiply<E>(shared, s.recurrent, kept, s.x_rows, x(step), s.x_row);
       __syncthreads();
       float slots[kMostSlots];
       if (runs) {
         float sums[kMostSlots];
-        totals(sums, shared, s.recurrent, s.rows, me.row, offsets_from(layout.first()).at);
+        totals(sums, shared, s.recurrent, s.x_rows, me.row, offsets_from(layout.first()).at);
 #pragma unroll
         for (int k = 0; k < kMostSlots; k++) {
           slots[k] = bias[k];

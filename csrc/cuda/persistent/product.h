@@ -5,6 +5,8 @@
 // order in which lanes take them: each lane reads its 16 bytes of a tile at once, side by side with
 // the others. x has one padded row for each row of the batch.
 #pragma once
+#include <type_traits>
+
 #include "cuda/primitives.h"
 #include "plan/persistent.h"
 
@@ -148,8 +150,8 @@ struct Count {
   static constexpr int kValue = N;
 };
 
-// The part of a product that a warp computes at once: N rows of tiles, which begin at `from` one
-// after the other, times the first E::kTile.columns rows of x.
+// sums += N rows of tiles, which begin at `from` one after the other, times the first
+// E::kTile.columns rows of x.
 template <class E, int N>
 __device__ inline void multiply_tiles(float (&sums)[N][E::kSums], const Words* from, int next,
                                       int count, const typename E::Operand* x, int x_row,
@@ -163,26 +165,94 @@ __device__ inline void multiply_tiles(float (&sums)[N][E::kSums], const Words* f
   }
 }
 
+// Which tiles of a product are a warp's: of rows `first`, first + every, ... and as many more as
+// kTilesAtOnce, the depth from `begin` to `end`.
+struct WarpTiles {
+  int part, first, every, begin, end;
+
+  __device__ explicit WarpTiles(const ProductShape& s) {
+    const int warp = int(threadIdx.x) / 32;
+    part = warp & (s.split - 1);
+    first = (warp >> s.split_bits) * kTilesAtOnce;
+    every = (kPersistentWarps >> s.split_bits) * kTilesAtOnce;
+    begin = s.depth_tiles * part >> s.split_bits;
+    end = s.depth_tiles * (part + 1) >> s.split_bits;
+  }
+};
+
+// The first tiles of a warp, s.kept deep, which its threads keep in registers: every index is known
+// when the kernel is compiled.
+template <class E>
+struct KeptWeights {
+  static constexpr int kMost = E::kTile.kept;
+  static_assert(kMost == 8);
+  Words tile[kMost][kTilesAtOnce];
+
+  __device__ KeptWeights(const char* shared, const ProductShape& s) {
+    const WarpTiles mine(s);
+    const Words* const from = reinterpret_cast<const Words*>(shared + s.weights) +
+                              (mine.begin * s.row_tiles + mine.first) * 32 + threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < kMost; k++)
+#pragma unroll
+      for (int i = 0; i < kTilesAtOnce; i++)
+        tile[k][i] =
+            k < s.kept && mine.first + i < s.row_tiles ? from[(k * s.row_tiles + i) * 32] : Words{};
+  }
+
+  // As multiply_tiles, of the first N rows of tiles and the depth that is kept.
+  template <int N>
+  __device__ void multiply(float (&sums)[N][E::kSums], int depth, const typename E::Operand* x,
+                           int x_row, int lane) const {
+    auto first = [&](auto count) {
+#pragma unroll
+      for (int k = 0; k < decltype(count)::kValue; k++) {
+        Words some[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) some[i] = tile[k][i];
+        E::multiply(sums, some, x + k * E::kTile.depth, x_row, lane);
+      }
+    };
+    switch (depth) {
+      case 1:
+        return first(Count<1>{});
+      case 2:
+        return first(Count<2>{});
+      case 4:
+        return first(Count<4>{});
+      default:
+        return first(Count<8>{});
+    }
+  }
+};
+struct NoneKept {
+  NoneKept() = default;
+  __device__ NoneKept(const char*, const ProductShape&) {}
+};
+template <class E>
+using Kept = std::conditional_t<(E::kTile.kept > 0), KeptWeights<E>, NoneKept>;
+
 // partial[part][row of the batch][row of weights] = weights x, for all `rows` rows of the batch.
 // What it reads and what it writes is the caller's to order, by barriers before and after.
-template <class E>
-__device__ inline void multiply(char* shared, const ProductShape& s, int rows,
+template <class E, class K>
+__device__ inline void multiply(char* shared, const ProductShape& s, const K& kept, int rows,
                                 const typename E::Operand* x, int x_row) {
   const Words* tiles = reinterpret_cast<const Words*>(shared + s.weights);
   float* partial = reinterpret_cast<float*>(shared + s.partial);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int part = warp & (s.split - 1), group = warp >> s.split_bits;
-  const int groups = kPersistentWarps >> s.split_bits;
-  const int begin = s.depth_tiles * part >> s.split_bits;
-  const int end = s.depth_tiles * (part + 1) >> s.split_bits;
+  const int lane = threadIdx.x % 32;
+  const WarpTiles mine(s);
   for (int n = 0; n < rows; n += E::kTile.columns) {
-    float* to = partial + (part * rows + n) * s.partial_row;
-    const typename E::Operand* xs = x + n * x_row + begin * E::kTile.depth;
+    float* to = partial + (mine.part * rows + n) * s.partial_row;
+    const typename E::Operand* xs = x + n * x_row + mine.begin * E::kTile.depth;
     auto multiply_from = [&](int r, auto at_once) {
       constexpr int kRows = decltype(at_once)::kValue;
       float sums[kRows][E::kSums] = {};
-      multiply_tiles<E>(sums, tiles + (begin * s.row_tiles + r) * 32 + lane, s.row_tiles * 32,
-                        end - begin, xs, x_row, lane);
+      int done = 0;
+      if constexpr (std::is_same_v<K, KeptWeights<E>>)
+        if (r == mine.first) kept.multiply(sums, done = s.kept, xs, x_row, lane);
+      multiply_tiles<E>(sums, tiles + ((mine.begin + done) * s.row_tiles + r) * 32 + lane,
+                        s.row_tiles * 32, mine.end - mine.begin - done, xs + done * E::kTile.depth,
+                        x_row, lane);
 #pragma unroll
       for (int i = 0; i < kRows; i++)
 #pragma unroll
@@ -190,7 +260,7 @@ __device__ inline void multiply(char* shared, const ProductShape& s, int rows,
           to[E::sum_column(lane, j) * s.partial_row + (r + i) * E::kTile.rows +
              E::sum_row(lane, j)] = sums[i][j];
     };
-    for (int r = group * kTilesAtOnce; r < s.row_tiles; r += groups * kTilesAtOnce)
+    for (int r = mine.first; r < s.row_tiles; r += mine.every)
       if (r + 1 < s.row_tiles)
         multiply_from(r, Count<kTilesAtOnce>{});
       else
