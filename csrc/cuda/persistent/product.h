@@ -171,7 +171,7 @@ struct WarpTiles {
   int part, first, every, begin, end;
 
   __device__ explicit WarpTiles(const ProductShape& s) {
-    const int warp = int(threadIdx.x) / 32;
+    const int warp = int(threadIdx.x / 32);
     part = warp & (s.split - 1);
     first = (warp >> s.split_bits) * kTilesAtOnce;
     every = (kPersistentWarps >> s.split_bits) * kTilesAtOnce;
