@@ -189,7 +189,9 @@ def test_matches_the_reference(
         dtype=torch.float64,
     )  # fmt: skip
     module.train(training)
-    assert_matches_the_reference(module, kind, steps, batch, resets, threads)
+    # Of one unit the variance is 0: each layer divides what rounding leaves of 0 by sqrt(1e-5).
+    atol = 1e-9 if hidden == 1 else 1e-11
+    assert_matches_the_reference(module, kind, steps, batch, resets, threads, atol)
 
 
 @pytest.mark.usefixtures("filled")
