@@ -186,7 +186,8 @@ def test_faults_of_compiled_programs(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     text = out.read_text()
     names = [
-        re.search(r"programs_cu_\w{8}\d+([a-z_0-9]+?)E?NS_7Program", n) for n in ptx.kernels(text)
+        re.search(r"programs_cu_\w{8}\d+([a-z_0-9]+?)(?:I\w+EEv)?E?NS_7Program", n)
+        for n in ptx.kernels(text)
     ]
     assert all(names) and len(names) > 15
     wrong = {n[1] for n in names if n and any(n[0] in line for line in ptx.faults(text))}
