@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedrnn import reference
-from fusedrnn.recomputed import each_chunk, fresh
+from fusedrnn.recomputed import each_chunk, fresh, gradients_of
 
 if TYPE_CHECKING:
     from fusedrnn.ops import Call
@@ -105,19 +105,8 @@ def second_derivatives(
             allow_unused=True,
             materialize_grads=True,
         )
-        live = [(g, gg) for g, (_, gg) in zip(first, wanted, strict=True) if g.requires_grad]
-        leaves = [t for t in sources if t is not None and t.requires_grad]
-        second: Any = [None] * len(leaves)
-        if live:
-            second = torch.autograd.grad(
-                [g for g, _ in live],
-                leaves,
-                [gg for _, gg in live],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-    found = iter(second)
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in sources)
+    requires = [t is not None and t.requires_grad for t in sources]
+    return gradients_of(first, [gg for _, gg in wanted], sources, requires, create_graph)
 
 
 def of_members(

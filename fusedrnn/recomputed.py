@@ -41,6 +41,35 @@ def fresh(t: Tensor) -> Tensor:
         _functorch.set_inplace_requires_grad_allowed(before)
 
 
+def gradients_of(
+    results: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad where any of the tensors may be None; None for what is not wanted."""
+    pairs = [
+        (r, g)
+        for r, g in zip(results, grads, strict=True)
+        if r is not None and g is not None and r.requires_grad
+    ]
+    leaves = [t for t, w in zip(sources, wanted, strict=True) if t is not None and w]
+    found: Any = [None] * len(leaves)
+    if pairs:
+        found = torch.autograd.grad(
+            [r for r, _ in pairs],
+            leaves,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    rest = iter(found)
+    return tuple(
+        next(rest) if t is not None and w else None for t, w in zip(sources, wanted, strict=True)
+    )
+
+
 def _vjp(function: Function, wanted: Sequence[bool]) -> Function:
     """A function of its tensors and of the gradients of its results: the gradients of `wanted`."""
 
@@ -52,23 +81,7 @@ def _vjp(function: Function, wanted: Sequence[bool]) -> Function:
                 fresh(t) if t is not None and w else t for t, w in zip(tensors, wanted, strict=True)
             ]
             results = function(*sources)
-        pairs = [
-            (r, g)
-            for r, g in zip(results, grads, strict=True)
-            if r is not None and g is not None and r.requires_grad
-        ]
-        leaves = [t for t, w in zip(sources, wanted, strict=True) if t is not None and w]
-        found: Any = [None] * len(leaves)
-        if pairs:
-            found = torch.autograd.grad(
-                [r for r, _ in pairs],
-                leaves,
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        rest = iter(found)
-        return tuple(next(rest) if w else None for w in wanted)
+        return gradients_of(results, grads, sources, wanted, create_graph)
 
     return gradients
 

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 # ops imports this module: it is used in functions only.
 from fusedrnn import batched_gradients, derivatives, ops
 from fusedrnn.node import Node, apply
+from fusedrnn.recomputed import gradients_of
 
 forward_tangent = torch.ops.fusedrnn.forward_tangent.default
 backward_tangent = torch.ops.fusedrnn.backward_tangent.default
@@ -265,23 +266,7 @@ class _BackwardTangent(Node):
                 for t, n in zip(given.of_graph(), needs, strict=True)
             ]
             _, results = derivatives.plain_tangents(given.with_graph(leaves))
-        pairs = [
-            (r, g)
-            for r, g in zip(results, grads, strict=True)
-            if g is not None and r is not None and r.requires_grad
-        ]
-        wanted = [t for t, n in zip(leaves, needs, strict=True) if n]
-        found: Any = [None] * len(wanted)
-        if pairs:
-            found = torch.autograd.grad(
-                [r for r, _ in pairs],
-                wanted,
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        rest = iter(found)
-        return (None, None, *(next(rest) if n else None for n in needs))
+        return (None, None, *gradients_of(results, grads, leaves, needs, create_graph))
 
 
 def _plain(given: TangentCall) -> tuple[Tensors, Tensors]:
