@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import ops
+from fusedrnn.node import Node
 
 T, B, INPUT, HIDDEN, LAYERS = 3, 4, 2, 3, 2
 TOKENS = 7
@@ -540,3 +541,12 @@ def test_backward_expects_all_states_that_forward_returned():
     rest = (needs, 0, *call.values())
     with pytest.raises(RuntimeError, match="expected hs of shape .*, got none"):
         ops.backward(torch.ones_like(y), *[None] * 4, y, reserve, None, cs, *rest)
+
+
+def test_nodes_are_of_one_level():
+    """From torch 2.14 on Function.apply looks at the class, and refuses transforms of torch.func
+    to what has no setup_context.
+    """
+    nodes = Node.__subclasses__()
+    assert {ops._Forward, ops._Backward} < set(nodes)
+    assert not any(issubclass(node, torch.autograd.Function) for node in nodes)

@@ -185,7 +185,7 @@ def backward_call(case, members):
 
 
 @pytest.mark.usefixtures("filled")
-@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj"])
 def test_opcheck(cell):
     call = arguments(cell, kind="packed", mask=True, changed=True)
     del call["save"]
@@ -341,7 +341,7 @@ def test_gradient_penalties_run_in_kernels(cell, monkeypatch):
     close(found[1], found[0])
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm-proj"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj"])
 def test_gradients_of_the_tangents(cell):
     """F' by kernels and further by kernels and the plain implementation."""
     call = arguments(cell, changed=cell == "lstm-proj")
