@@ -1,5 +1,6 @@
 // The derivatives of forward and backward in one direction, as phases.
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 
 #include "cpu/run/run.h"
@@ -43,7 +44,7 @@ class BackwardTangentLayers {
     for (int64_t i = 0; i < layers_; i++) {
       set_arguments(i, grad_out, dgrad_out);
       grad_out = arguments_[i].primal.grad_in, dgrad_out = arguments_[i].tangent.grad_in;
-      phases.push_back(pack(i));
+      phases.push_back(prepare(i));
       phases.push_back(tasks_.phase(i, [this, i](int64_t, const Rows& rows, Member&) {
         run_.kernels.backward_tangent(arguments_[i], rows);
       }));
@@ -85,6 +86,15 @@ class BackwardTangentLayers {
     return most;
   }
 
+  // The gradient of the states of the layer below, to which this layer's is added.
+  const void* grad_below(const BackwardStack& of, const Backward& b) const {
+    return b.layer && b.grad_in ? of.grad_outputs(b.layer - 1) : nullptr;
+  }
+  void copy_below(const BackwardStack& of, const Backward& b) const {
+    if (const void* const below = grad_below(of, b))
+      std::memcpy(b.grad_in, below, columns_ * p_.out_size());
+  }
+
   void set_arguments(int64_t i, const void* grad_out, const void* dgrad_out) {
     const int64_t layer = p_.num_layers - 1 - i;
     auto set = [&](Backward& b, const BackwardStack& of, int64_t place, const void* from_above) {
@@ -96,6 +106,7 @@ class BackwardTangentLayers {
       b.y = of.y;
       b.grad_hn = of.grad_hn, b.grad_cn = of.grad_cn, b.grad_out = from_above;
       if (layer > a_.tangent.lowest) b.grad_in = between_.data(2 * place + i % 2);
+      b.onto_grad_in = grad_below(of, b), b.grad_cs = of.grad_cells(layer);
       b.dgates = dgates_.data(place);
       b.dproj = dproj_.data(place), b.hidden = hidden_.data(place);
     };
@@ -106,13 +117,16 @@ class BackwardTangentLayers {
     tangent.dhx = a_.tangent.dhx, tangent.dcx = a_.tangent.dcx;
   }
 
-  Phase pack(int64_t i) {
+  // Packs the weights, and copies the gradients that the layer's own are added to.
+  Phase prepare(int64_t i) {
     const int64_t each = pack_parts(run_.plan), parts = p_.num_directions * each;
     const int64_t layer = arguments_[i].primal.layer,
                   total = run_.kernels.backward_offsets(p_, layer).total * size_;
-    return {2 * parts, 0, [this, i, each, parts, layer, total](int64_t part, char*) {
+    return {2 * parts + 2, 0, [this, i, each, parts, layer, total](int64_t part, char*) {
               const int64_t place = part / parts, dir = part % parts / each;
               const BackwardTangent& both = arguments_[i];
+              if (part == 2 * parts) return copy_below(a_.primal, both.primal);
+              if (part > 2 * parts) return copy_below(a_.tangent, both.tangent);
               // Tangents need the primal weights wherever they need their own.
               Backward b = place ? both.tangent : both.primal;
               b.grad_in = both.tangent.grad_in, b.dhx = both.tangent.dhx;
@@ -221,7 +235,8 @@ void run_forward_tangent(const CpuRun& run, ForwardTangent& a) {
   const int64_t size = compute_bytes(p.dtype), stack = p.num_layers * p.num_directions;
   a.primal.pass = a.tangent.pass = run.plan.pass;
   // The tangents of outputs of the layers but the last, where they are not kept, take turns.
-  const int64_t turns = a.tangent.reserve ? 0 : std::min<int64_t>(2, p.num_layers - 1);
+  const bool held = a.tangent.reserve || a.tangent.hs;
+  const int64_t turns = held ? 0 : std::min<int64_t>(2, p.num_layers - 1);
   const ScratchMemory inner(turns,
                             a.primal.seq.tokens * p.num_directions * p.out_size() * bytes(p.dtype));
   for (int64_t i = 0; i < turns; i++) a.tangent.inner[i] = inner.data(i);
