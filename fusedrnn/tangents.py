@@ -37,11 +37,10 @@ Tensors = tuple[Tensor | None, ...]
 
 def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
-    config, x = ops.Config(*call.constants[1:]), call.tensors[0]
+    x = call.tensors[0]
     assert x is not None
     return (
         x.device.type == "cpu"
-        and not config.layer_norm
         and not call.stacked
         and not batched_gradients.are_batched(call.tensors)
     )

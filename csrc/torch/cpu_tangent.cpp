@@ -14,8 +14,6 @@ struct TangentCall {
 
   TangentCall(const CpuCall& call, const Tangents& given) {
     const Problem& p = call.problem;
-    FUSEDRNN_EXPECT(!p.layer_norm,
-                    "fusedrnn: derivatives of a call with layer_norm have no kernel");
     FUSEDRNN_EXPECT(!given.x || !p.one_hot, "fusedrnn: integer input has no tangent");
     const std::vector<int64_t> states{call.directions(), call.batch, p.out_size()},
         cells{call.directions(), call.batch, p.hidden_size};
