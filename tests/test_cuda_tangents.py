@@ -22,6 +22,7 @@ from test_tangents import (  # noqa: F401
     test_ensembles,
     test_forward_over_forward,
     test_gradient_penalties_run_in_kernels,
+    test_input_of_no_width,
     test_linearize_runs_in_kernels,
     test_members,
     test_odd_sizes_in_each_dtype,

@@ -174,6 +174,17 @@ def test_odd_sizes_in_each_dtype(cell, dtype):
     return None
 
 
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("some", ["all", "input", "weights"])
+def test_input_of_no_width(some):
+    """An empty tensor is a tangent of zeros, and all that W_ih of no columns has."""
+    call = long_call("gru", 3, 4, 2, 5, torch.float64)
+    call["argument 0"] = call["argument 0"][..., :0]
+    call["argument 3"] = [w[:, :0] if w.shape[1:] == (2,) else w for w in call["argument 3"]]
+    case = given(call, some)
+    check_equal(by_kernels(*case), by_reference(*case))
+
+
 def backward_call(case, members):
     """The arguments of backward_tangent; the input needs no gradient."""
     call, y, reserve, direction, u, du = case

@@ -307,7 +307,7 @@ TangentTensors::TangentTensors(const Call& call, const Tangents& given) {
   for (size_t i = 0; i < call.weights.size(); i++) {
     const auto sizes = call.weights[i].sizes();
     weights.push_back(
-        given.weights[i].numel() == 0 && call.weights[i].numel()
+        given.weights[i].numel() == 0
             ? given.weights[i]
             : *checked("the tangent of a weight", given.weights[i], {sizes.begin(), sizes.end()}));
   }

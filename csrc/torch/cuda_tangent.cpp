@@ -74,7 +74,8 @@ struct TangentCall : CudaCall {
     return a;
   }
 
-  // What a layer reads, its tangent, and the tangent beside the value; none of integers.
+  // What a layer reads, its tangent, and the tangent beside the value; none of integers. The value
+  // may be left out where only its tangent is used.
   struct Input {
     std::optional<Tensor> value, tangent, both;
 
@@ -85,9 +86,10 @@ struct TangentCall : CudaCall {
   };
   // below: the output of the layer below and its tangent.
   Input input_pair(int64_t layer, const std::optional<Tensor>& below,
-                   const std::optional<Tensor>& below_tangent, bool exact) const {
+                   const std::optional<Tensor>& below_tangent, bool with_value, bool exact) const {
     if (problem.indexed(layer)) return {};
-    Input found{input_of(layer, layer ? *below : x, exact), std::nullopt, std::nullopt};
+    Input found{};
+    if (with_value) found.value = input_of(layer, layer ? *below : x, exact);
     if (layer)
       found.tangent = input_of(layer, *below_tangent, exact);
     else if (v.x)
@@ -98,7 +100,7 @@ struct TangentCall : CudaCall {
   // What the input and the tangent of W_ih make of the tangents of a layer's gates; null for zeros.
   std::optional<Tensor> gates_of_input(int64_t layer, int64_t dir, Input& input) const {
     const Tensor w = weight(layer, dir, kWeightIH), dw = weight_tangent(layer, dir, kWeightIH);
-    const bool with_dw = dw.numel() > 0 || w.numel() == 0;
+    const bool with_dw = dw.numel() > 0;
     if (!input.tangent && !with_dw) return std::nullopt;
     const Tensor gates = empty({tokens, problem.gate_rows()}, compute());
     if (!input.tangent)
@@ -139,7 +141,10 @@ ForwardTangentOutputs run_forward_tangent(const Inputs& in, const Config& config
   for (int64_t layer = 0; layer < L; layer++) {
     const Tensor output = layer == L - 1 || save ? call.output(layer, dy, dreserve)
                                                  : call.empty({tokens, D * out}, call.type());
-    TangentCall::Input input = call.input_pair(layer, below, below_tangent, false);
+    bool moves = false;  // W_ih of a direction
+    for (int64_t dir = 0; dir < D; dir++)
+      moves |= call.weight_tangent(layer, dir, kWeightIH).numel() > 0;
+    TangentCall::Input input = call.input_pair(layer, below, below_tangent, moves, false);
     for (int64_t dir = 0; dir < D; dir++) {
       LayerForwardTangent both{};
       both.value = call.value_of(layer, dir);
@@ -290,7 +295,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
         std::optional<Tensor> below, below_tangent;
         if (layer) below = call.output(layer - 1, saved.y, saved.reserve);
         if (layer) below_tangent = call.output(layer - 1, saved.dy, saved.dreserve);
-        input = call.input_pair(layer, below, below_tangent, true);
+        input = call.input_pair(layer, below, below_tangent, true, true);
       }
       weight_gradients_of(call, layers[dir], differentials[dir], *input, wanted.needs, index, d);
     }
