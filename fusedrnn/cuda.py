@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
 from fusedrnn import _C
-from fusedrnn.ops import Config
+
+if TYPE_CHECKING:
+    from fusedrnn.ops import Config
 
 SWITCH = "FUSEDRNN_CUDA_KERNELS"
 POSITIONS = ("off", "verified", "on")
@@ -135,11 +137,13 @@ def plan(
     struck: tuple[int, ...] = (),
     forced: str | None = None,
     tf32: bool | None = None,
+    tangent: bool = False,
 ) -> Plan:
     """The plan of a call. Where it is forced, `struck` does not apply.
 
     `struck` are the indices of families that must not run; `forced` is in the words of
-    FUSEDRNN_PLAN, whose value it replaces, and `tf32` replaces torch's switch.
+    FUSEDRNN_PLAN, whose value it replaces, and `tf32` replaces torch's switch. `tangent`: of the
+    derivative of that pass in one direction.
 
     Raises:
         ValueError: what is forced cannot run, or all that could is struck out.
@@ -155,6 +159,7 @@ def plan(
             batch=batch,
             backward=backward,
             tf32=tf32 and dtype == torch.float32,
+            tangent=tangent,
             device=spec,
             forced=forced,
             struck=() if forced else struck,

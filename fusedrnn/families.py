@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn import _C, cuda, reference
-from fusedrnn.ops import Config
+from fusedrnn import _C, cuda, derivatives, reference, tangents
+from fusedrnn.ops import RESULTS, Call, Config
 
 MODES = tuple(reference.STEPS)
 # The largest error of a result, as a part of its largest element, that rounding explains.
@@ -42,6 +42,7 @@ class Family(NamedTuple):
     mode: str
     backward: bool
     chained: bool  # several layers in a launch
+    tangent: bool  # the derivative of that pass in one direction: see tangents.py
     name: str
 
     @property
@@ -107,7 +108,8 @@ def cases(family: Family) -> list[Case]:
     if family.exchange == "stepwise":
         configs = [config]
         configs += [config._replace(proj_size=3)] if family.mode == "LSTM" else []
-        configs += [config._replace(layer_norm=True)] if family.mode in ("GRU", "LSTM") else []
+        if family.mode in ("GRU", "LSTM") and not family.tangent:
+            configs += [config._replace(layer_norm=True)]
         return [Case(4, 5, c, "stepwise") for c in configs]
     narrow = family.arithmetic == "FFMA, 2 rows"
     plan = f"{family.backend},units=8,rows={2 if narrow else 8},layers={layers}"
@@ -183,7 +185,9 @@ class _Call:
         width = config.directions * config.out_size
         sizes = [(case.steps, case.batch, width), (states, case.batch, config.out_size)]
         sizes += [(states, case.batch, config.hidden_size)] if lstm else []
-        self.grads = [rounded(*size) for size in sizes]
+        self.grads, self.grad_tangents = ([rounded(*size) for size in sizes] for _ in range(2))
+        given = (self.x, self.hx, self.cx, *self.weights)
+        self.direction = [None if t is None else rounded(*t.shape) for t in given]
 
     def exact(self, backward: bool) -> list[Tensor]:
         given = (self.x, self.hx, self.cx, *self.weights)
@@ -216,6 +220,55 @@ class _Call:
                     *grads, None, None, y, *kept, needs, 0, x, hx, cx, weights, *self.rest
                 )
             return [g for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True) if need]
+
+    @staticmethod
+    def _of_all(grads: list[Tensor]) -> tuple[Any, ...]:
+        """Gradients of all results of forward."""
+        return (*grads, *[None] * RESULTS)[:RESULTS]
+
+    def exact_tangents(self, backward: bool) -> list[Tensor]:
+        """The derivatives of the same along `direction`."""
+
+        def wide(tensors: Any) -> tuple[Any, ...]:
+            return tuple(None if t is None else t.double() for t in tensors)
+
+        weights = [w.double() for w in self.weights]
+        call = Call.of(*wide((self.x, self.hx, self.cx)), weights, *self.rest)
+        dweights = [t.double() for t in self.direction[3:] if t is not None]
+        direction = (*wide(self.direction[:3]), *dweights)
+        needs = [t is not None for t in call.differentiable()]
+        given = tangents.TangentCall(
+            wide(self._of_all(self.grads)),
+            wide(self._of_all(self.grad_tangents)),
+            direction,
+            (),
+            needs,
+            0,
+            call,
+        )
+        found = derivatives.plain_tangents(given)[backward]
+        return [t.detach() for t in found if t is not None and t.numel()]
+
+    def found_tangents(
+        self, ops: Any, device: torch.device, backward: bool, plans: Any
+    ) -> list[Tensor]:
+        def moved(tensors: Any) -> list[Any]:
+            return [None if t is None else t.to(device) for t in tensors]
+
+        x, hx, cx, *weights = moved((self.x, self.hx, self.cx, *self.weights))
+        dx, dhx, dcx, *dweights = moved(self.direction)
+        call, direction = (x, hx, cx, weights, *self.rest), (dx, dhx, dcx, dweights)
+        with torch.no_grad(), plans(backward):
+            y, _, _, *made = ops.forward(*call, True)
+            dy, dhn, dcn, *dmade = ops.forward_tangent(*direction, y, *made, True, *call)
+            if not backward:
+                return [t for t in (dy, dhn, dcn) if t.numel()]
+            u, du = (moved(self._of_all(g)) for g in (self.grads, self.grad_tangents))
+            needs = [t is not None for t in (x, hx, cx, *weights)]
+            *states, dweights = ops.backward_tangent(
+                *u, *du, *direction, y, *made, dy, *dmade, needs, 0, *call
+            )
+            return [g for g, need in zip((*states, *dweights), needs, strict=True) if need]
 
 
 def _problem(found: list[Tensor], exact: list[Tensor], tolerance: float) -> str | None:
@@ -250,10 +303,13 @@ def problem(family: Family, ops: Any, device: torch.device) -> str | None:
                 return planned(case.plan, case.tf32)
             return planned("stepwise", case.tf32)
 
-        found = call.found(ops, device, family.backward, plans)
+        exact, run = call.exact, call.found
+        if family.tangent:
+            exact, run = call.exact_tangents, call.found_tangents
+        found = run(ops, device, family.backward, plans)
         # Normalisation magnifies rounding where a variance is small.
         tolerance = TOLERANCES[family.arithmetic] * (10 if case.config.layer_norm else 1)
-        wrong = _problem(found, call.exact(family.backward), tolerance)
+        wrong = _problem(found, exact(family.backward), tolerance)
         if wrong:
             return wrong
     return None

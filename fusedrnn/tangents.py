@@ -9,8 +9,8 @@ With `direction` tangents v of x, hx, cx and the weights:
 So F' is forward's jvp, and both are backward's. They are its vjp too: backward is B(u), the
 gradient of <F, u>, so the gradient of <B(u), v> by u is F'(v), and by x, hx, cx and weights it is
 B'(v, u), the second derivative being symmetric. Likewise the vjp of F' is B and B'. Tangents of
-weights without one are empty tensors. What the kernels do not take (`has_kernels`), and derivatives
-of B', are left to derivatives.py.
+weights without one are empty tensors. What the kernels do not take (`has_kernels`), or what a GPU
+has refused, and derivatives of B' are left to derivatives.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 # ops imports this module: it is used in functions only.
-from fusedrnn import batched_gradients, derivatives, ops
+from fusedrnn import batched_gradients, cuda, derivatives, ops
 from fusedrnn.node import Node, apply
 from fusedrnn.recomputed import gradients_of
 
@@ -35,12 +35,22 @@ backward_tangent = torch.ops.fusedrnn.backward_tangent.default
 Tensors = tuple[Tensor | None, ...]
 
 
+def _on_cuda(call: ops.Call, device: torch.device) -> bool:
+    config = ops.Config(*call.constants[1:])
+    return (
+        device.type == "cuda"
+        and not config.all_states
+        and not config.layer_norm
+        and cuda.missing(device) is None
+    )
+
+
 def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
     x = call.tensors[0]
     assert x is not None
     return (
-        x.device.type == "cpu"
+        (x.device.type == "cpu" or _on_cuda(call, x.device))
         and not call.stacked
         and not batched_gradients.are_batched(call.tensors)
     )
@@ -281,24 +291,35 @@ def _plain(given: TangentCall) -> tuple[Tensors, Tensors]:
 def _forward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
     given = TangentCall.of_forward(*arguments)
     tensors = given.of_graph()
-    if ops._has_tangent(*tensors):
-        (dy, dhn, dcn, dhs, dcs), _ = _plain(given)
-        return dy, dhn, dcn, given.made[1].new_empty((0, 0)), dhs, dcs
-    if not ops._needs_graph(*tensors):
-        return ops._below_autograd(forward_tangent, keys, arguments)
-    return apply(_ForwardTangent, keys, arguments, *tensors)
+    if not ops._has_tangent(*tensors):
+        try:
+            if not ops._needs_graph(*tensors):
+                return ops._below_autograd(forward_tangent, keys, arguments)
+            return apply(_ForwardTangent, keys, arguments, *tensors)
+        except RuntimeError as error:
+            if ops.NOTHING_RUNS not in str(error):
+                raise
+    (dy, dhn, dcn, dhs, dcs), _ = _plain(given)
+    return dy, dhn, dcn, given.made[1].new_empty((0, 0)), dhs, dcs
 
 
 def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
     given = TangentCall.of_backward(*arguments)
-    tensors = given.of_graph()
-    if ops._has_tangent(*tensors):
-        empty = given.made[0].new_empty(0)
-        dx, dhx, dcx, *dweights = (empty if g is None else g for g in _plain(given)[1])
-        return dx, dhx, dcx, dweights
-    if not ops._needs_graph(*tensors):
-        return ops._below_autograd(backward_tangent, keys, arguments)
-    dx, dhx, dcx, *dweights = apply(_BackwardTangent, keys, arguments, *tensors)
+    tensors, y, dreserve = given.of_graph(), given.made[0], given.made[ops.MADE + 1]
+    # Of F' in the plain implementation there is no reserve: torch.func's levels find that out.
+    lowest = not torch._C._are_functorch_transforms_active()
+    no_reserve = lowest and y.numel() > 0 and dreserve.shape[0] == 0
+    if not ops._has_tangent(*tensors) and not no_reserve:
+        try:
+            if not ops._needs_graph(*tensors):
+                return ops._below_autograd(backward_tangent, keys, arguments)
+            dx, dhx, dcx, *dweights = apply(_BackwardTangent, keys, arguments, *tensors)
+            return dx, dhx, dcx, dweights
+        except RuntimeError as error:
+            if ops.NOTHING_RUNS not in str(error):
+                raise
+    empty = y.new_empty(0)
+    dx, dhx, dcx, *dweights = (empty if g is None else g for g in _plain(given)[1])
     return dx, dhx, dcx, dweights
 
 

@@ -80,12 +80,12 @@ def test_every_family_of_cuda_has_a_case():
     )  # fmt: skip
     found = families.cuda_families()
     assert len({f.name for f in found}) == len({f.number for f in found}) == len(found)
-    assert len(found) == len(families.MODES) * 2 * (3 * 5 * 2 + 4)
+    assert len(found) == len(families.MODES) * 2 * (3 * 5 * 2 + 4 + 4)
     for family in found:
         for case in families.cases(family):
             plan = cuda.plan(
                 case.config, family.dtype, case.steps, case.batch, family.backward, spec,
-                forced=case.plan, tf32=case.tf32,
+                forced=case.plan, tf32=case.tf32, tangent=family.tangent,
             )  # fmt: skip
             assert plan.family == family.number, (family, plan)
         assert families.runs_on(family, spec)

@@ -477,6 +477,8 @@ def test_a_split_product_keeps_what_is_not_finite(precision):
 
 def addresses():
     """A program of its own, run under AddressSanitizer: every kind of call once."""
+    import test_cuda_tangents
+
     with instead_of_cpu("address", seed=1):
         for plan, test_ops.HIDDEN in (("", 3), *((plan, 9) for plan in SEVERAL_BLOCKS)):
             os.environ["FUSEDRNN_PLAN"] = plan
@@ -490,6 +492,8 @@ def addresses():
                                 cell=cell, kind=kind, mask=True, dtype=dtype, changed=changed
                             )
                             ops.backward(*call.values())
+                            if not plan:
+                                test_cuda_tangents.call_kernels(cell, kind, dtype, changed)
     print("no error")
 
 

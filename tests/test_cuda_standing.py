@@ -263,6 +263,107 @@ def test_a_check_inside_of_other_modes(gpu, checked):
     assert set(states(gpu).values()) == {"right"}
 
 
+# ---- derivatives of forward and of backward, which have families of their own ----
+
+DEPRECATED = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_check_of_derivatives_finds_a_lost_block(gpu, backward):
+    gpu.play("lose-block")
+    for family in families.cuda_families():
+        if family.tangent and (family.mode, family.backward) == ("LSTM", backward):
+            found = families.verify(family.number, "fusedrnn_emulated", "cpu")
+            assert found and "has an error of" in found
+
+
+def derivatives_of(module, x, v):
+    def loss(x):
+        return module(x)[0].sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    dx.square().sum().backward()
+    found = [leaf.grad, *(p.grad for p in module.parameters())]
+    module.zero_grad()
+    found += torch.func.jvp(loss, (x,), (v,))
+    found.append(torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1])
+    found.append(torch.func.hessian(loss)(x[:1]))
+    return [t.detach() for t in found]
+
+
+@DEPRECATED
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_derivatives_are_checked_once(gpu, checked, dtype, monkeypatch):
+    """FUSEDRNN_PLAN says nothing of them."""
+    job = Job(dtype=dtype, hidden=7)
+    if dtype == torch.float32:
+        monkeypatch.setenv("FUSEDRNN_PLAN", "grid")
+    v = torch.randn_like(job.x)
+    few = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fusedrnn")
+        for _ in range(2):
+            found = derivatives_of(job.fused, job.x, v)
+    torch.testing.assert_close(found, derivatives_of(job.plain, job.x, v), **few)
+    name = str(dtype).removeprefix("torch.")
+    of_tangents = [text for text in checked if "tangent" in text]
+    assert sorted(of_tangents) == [
+        f"stepwise GRU {way} tangent, {name}" for way in ("backward", "forward")
+    ]
+    assert set(states(gpu).values()) == {"right"}
+
+
+@DEPRECATED
+@pytest.mark.parametrize("wrong", ["forward tangent", "backward tangent", "tangent"])
+def test_plain_pytorch_runs_derivatives_that_are_wrong(gpu, wrong, monkeypatch):
+    """Also inside of torch.func's transforms; forward and backward keep their kernels."""
+    verify = families.verify
+
+    def some_are_wrong(number, namespace, device):
+        bad = wrong in families.by_number(number).name
+        return "is wrong" if bad else verify(number, namespace, device)
+
+    monkeypatch.setattr(families, "verify", some_are_wrong)
+    job = Job(dtype=torch.float64, hidden=7)
+    v = torch.randn_like(job.x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = derivatives_of(job.fused, job.x, v)
+        again = derivatives_of(job.fused, job.x, v)
+        of_rows = torch.func.vmap(lambda x, v: derivatives_of_rows(job.fused, x, v))
+        batched = of_rows(torch.stack([job.x, v]), torch.stack([v, job.x]))
+    expected = derivatives_of(job.plain, job.x, v)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-10)
+    for i, (a, b) in enumerate(((job.x, v), (v, job.x))):
+        expected = derivatives_of_rows(job.plain, a, b)
+        torch.testing.assert_close(batched[i], expected, rtol=1e-9, atol=1e-10)
+    of_wrong = {name for name, state in states(gpu).items() if state == "wrong"}
+    assert of_wrong and all(wrong in name for name in of_wrong)
+    texts = [str(w.message) for w in caught if "fusedrnn" in str(w.message)]
+    assert len(texts) == len(of_wrong)
+    assert all("will not run on cpu, because a small case is wrong" in text for text in texts)
+
+
+def derivatives_of_rows(module, x, v):
+    return torch.func.jvp(torch.func.grad(lambda x: module(x)[0].sin().sum()), (x,), (v,))[1]
+
+
+def test_forward_mode_where_nothing_runs(device, called):
+    """Plain PyTorch: cuDNN has none."""
+    job = Job(dtype=torch.float64, hidden=7)
+    v, expected = torch.randn_like(job.x), None
+    with forward_ad.dual_level():
+        expected = forward_ad.unpack_dual(job.plain(forward_ad.make_dual(job.x, v))[0]).tangent
+    device.play("refuse-all")
+    called.clear()
+    with forward_ad.dual_level(), pytest.warns(RuntimeWarning, match="refused the plan"):
+        found = forward_ad.unpack_dual(job.fused(forward_ad.make_dual(job.x, v))[0]).tangent
+    torch.testing.assert_close(found, expected)
+    assert not called
+
+
 # ---- captures ----
 
 

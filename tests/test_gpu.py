@@ -397,6 +397,30 @@ def test_second_derivatives(cell, backend):
     assert torch.autograd.gradgradcheck(lambda x: fused(x)[0], x)
 
 
+@pytest.mark.parametrize("backend", ["stepwise"], indirect=True)
+@pytest.mark.parametrize("cell", CELLS)
+def test_derivatives_run_in_kernels(cell, backend, monkeypatch):
+    """Forward mode, a Hessian times a vector, a gradient penalty; judged by the CPU's kernels."""
+    _, fused = make_pair(cell, 28, 33, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, v = torch.randn(2, 9, 5, 28, dtype=torch.float64)
+    monkeypatch.setattr(reference, "forward", None)
+
+    def derivatives(module, x, v):
+        def loss(x):
+            return module(x)[0].sin().sum()
+
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        penalty = torch.autograd.grad(dx.square().sum(), [leaf, *module.parameters()])
+        product = torch.func.jvp(torch.func.grad(loss), (x,), (v,))
+        found = (*torch.func.jvp(loss, (x,), (v,)), *product, *penalty)
+        return [t.detach().cpu() for t in found]
+
+    expected = derivatives(fused, x, v)
+    found = derivatives(fused.cuda(), x.cuda(), v.cuda())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_torch_compile(cell):
     _, fused = make_pair(cell, 6, 9, num_layers=2)

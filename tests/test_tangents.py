@@ -220,6 +220,17 @@ def test_odd_sizes_in_each_dtype(cell, dtype):
     return None
 
 
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("some", ["all", "input", "weights"])
+def test_input_of_no_width(some):
+    """An empty tensor is a tangent of zeros, and all that W_ih of no columns has."""
+    call = long_call("gru", 3, 4, 2, 5, torch.float64)
+    call["x"] = call["x"][..., :0]
+    call["weights"] = [w[:, :0] if w.shape[1:] == (2,) else w for w in call["weights"]]
+    case = given(call, some)
+    check_equal(by_kernels(*case), by_reference(*case))
+
+
 def backward_call(case, members):
     """The arguments of backward_tangent; the input needs no gradient."""
     call, made, direction, u, du = case
@@ -393,10 +404,10 @@ def test_gradient_penalties_run_in_kernels(cell, monkeypatch):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj", "gru normed", "lstm normed"])
-def test_gradients_of_the_tangents(cell):
+def test_gradients_of_the_tangents(cell, all_states=True):
     """F' by kernels and further by kernels and the plain implementation."""
     call = arguments(cell, changed=cell == "lstm-proj")
-    call["all_states"] = cell != "lstm"
+    call["all_states"] = all_states and cell != "lstm"
     call, _, direction, *_ = given(call)
 
     def tangent(*tensors):
@@ -468,10 +479,17 @@ def test_ensembles(cell, outer, monkeypatch):
     close(found, expected)
 
 
+OPTIONS = [
+    ("RNN", {"zoneout": 0.3}),
+    ("GRU", {"bidirectional": True}),
+    ("LSTM", {"proj_size": 2, "zoneout": (0.3, 0.4)}),
+]
+
+
 @pytest.mark.parametrize(
     ("cell", "changed"),
     [
-        ("LSTM", {"proj_size": 2, "zoneout": (0.3, 0.4)}),
+        *OPTIONS,
         ("LSTM", {"return_all": True}),
         ("LSTM", {"return_all": True, "proj_size": 2, "zoneout": (0.3, 0.4)}),
         ("GRU", {"return_all": True, "bidirectional": True}),
@@ -561,9 +579,10 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     ]
 
 
-def test_wrong_arguments():
+@pytest.mark.parametrize("all_states", [False, True])
+def test_wrong_arguments(all_states):
     call = arguments("lstm")
-    call["all_states"] = True
+    call["all_states"] = all_states
     call, made, direction, u, du = given(call)
     v = tangents.direction_arguments(direction, made[0])
 
@@ -578,13 +597,13 @@ def test_wrong_arguments():
         run(*v[:3], [v[3][1], *v[3][1:]])
     with pytest.raises(RuntimeError, match="tangents of weights, got 1"):
         run(*v[:3], v[3][:1])
-    with pytest.raises(RuntimeError, match="expected cs of shape .*, got none"):
-        run(*v, made=(*made[:3], None))
     dy, _, _, dreserve, *states = run(*v)
     needs = [True] * len(direction)
-    for dmade, error in (
-        ((dy, dreserve[:-1], *states), "expected the reserve of shape"),
-        ((dy, dreserve, states[0][:, :-1], states[1]), "expected hs of shape"),
-    ):
+    wrong = [((dy, dreserve[:-1], *states), "expected the reserve of shape")]
+    if all_states:
+        with pytest.raises(RuntimeError, match="expected cs of shape .*, got none"):
+            run(*v, made=(*made[:3], None))
+        wrong += [((dy, dreserve, states[0][:, :-1], states[1]), "expected hs of shape")]
+    for dmade, error in wrong:
         with pytest.raises(RuntimeError, match=error):
             tangents.backward_tangent(*u, *du, *v, *made, *dmade, needs, 0, *call.arguments())

@@ -141,6 +141,7 @@ struct PreviousStates {
   Layer layer;
   const void* y;
   void* out;
+  int64_t stride;
 };
 template <class S>
 __global__ void previous_kernel(const __grid_constant__ PreviousStates p) {
@@ -168,7 +169,7 @@ __global__ void previous_kernel(const __grid_constant__ PreviousStates p) {
           value =
               from_compute<S>(to_compute(value) * static_cast<const Compute<S>*>(layer.h_mask)[i]);
       }
-      static_cast<S*>(p.out)[from * width + i] = value;
+      static_cast<S*>(p.out)[(from + b) * p.stride + j] = value;
     }
   }
 }
@@ -290,9 +291,9 @@ int input_gradient(const InputGradient& p, void* stream) {
              : launch(input_gradient_kernel<float>, grid_for(p.count), stream, p);
 }
 
-int previous_states(const Layer& layer, const void* y, void* out, void* stream) {
+int previous_states(const Layer& layer, const void* y, void* out, int64_t stride, void* stream) {
   if (layer.tokens.tokens == 0) return 0;
-  const PreviousStates p{layer, y, out};
+  const PreviousStates p{layer, y, out, stride};
   return with_dtype(layer.dtype, [&](auto s) {
     return launch(previous_kernel<decltype(s)>,
                   grid_for(layer.tokens.batch * layer.out_size(), layer.tokens.steps), stream, p);

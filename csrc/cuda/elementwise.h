@@ -105,7 +105,7 @@ int input_gradient(const InputGradient&, void* stream);
 
 // out = for each token what was multiplied with W_hh there: h of the step before in its direction,
 // h0 at a row's first step, zeros where a sequence begins anew, all of them times h_mask. Zeros
-// where a row has no step. Storage type [tokens, out].
-int previous_states(const Layer&, const void* y, void* out, void* stream);
+// where a row has no step. Storage type [tokens, out], rows `stride` elements apart.
+int previous_states(const Layer&, const void* y, void* out, int64_t stride, void* stream);
 
 }  // namespace fusedrnn

@@ -65,9 +65,11 @@ struct LayerForward : Layer {
   void* scales;  // with layer normalisation: the reserve's, null as saved
 };
 
-struct LayerBackward : Layer {
-  const void* y;  // as forward left them
-  const void *saved, *saved_c, *scales;
+struct LayerSaved : Layer {  // as forward left it
+  const void *y, *saved, *saved_c, *scales;
+};
+
+struct LayerBackward : LayerSaved {
   // dL/dy, but for what a layer above in the same launch contributes; compute type [tokens, out],
   // null: zeros.
   const void* dy;
@@ -85,6 +87,30 @@ struct LayerBackward : Layer {
   // With layer normalisation: gradients of the normalised values, compute type [tokens,
   // Problem::normed_columns()], zeros where a row has no step.
   void* dnormed;
+};
+
+// The derivative of forward in one direction: `tangent` has the tangents of all that LayerForward
+// has, also of weights, biases and initial states, null for zeros; gates_x is the part of the input
+// and of the tangent of W_ih.
+struct LayerForwardTangent {
+  LayerForward tangent;
+  LayerSaved value;
+  const void* known_h;  // compute type [tokens, gates * hidden]: what was multiplied with W_hh
+                        // times the tangent of W_hh; or null
+  const void* w_hr;  // storage type [out, 2 * hidden]: W_hr, and beside it its tangent; null where
+                     // that is zeros
+};
+
+// Backward together with its derivative in one direction; what the first LayerBackward has, the
+// second has the tangents of, and the weights of the second are not read. Rows of dgates and of
+// dproj of the value and of the tangent take turns, those of `hidden` of the tangent and of the
+// value.
+struct LayerBackwardTangent {
+  LayerBackward value, tangent;
+  // Storage type, null where the tangent is zeros: the tangent of W_hh, rows of zeros for the slots
+  // that it does not reach, and W_hh [slots + gates, out]; the tangent of W_hr and W_hr
+  // [2 * out, hidden].
+  const void *w_hh, *w_hr;
 };
 
 }  // namespace fusedrnn

@@ -187,7 +187,7 @@ Exchange exchange_of(const CudaPlan& plan) {
                                                  : Exchange::kGrid;
 }
 
-Family family_of(const Problem& p, bool backward, const CudaPlan& plan) {
+Family family_of(const Problem& p, const CudaRequest& r, const CudaPlan& plan) {
   const bool stepwise = plan.backend == CudaBackend::kStepwise;
   const Arithmetic arithmetic = p.dtype == DType::kFloat64           ? Arithmetic::kFloat64
                                 : p.dtype == DType::kBFloat16        ? Arithmetic::kBFloat16
@@ -196,7 +196,8 @@ Family family_of(const Problem& p, bool backward, const CudaPlan& plan) {
                                 : plan.engine == Engine::kTf32       ? Arithmetic::kTf32
                                 : plan.engine == Engine::kFfmaNarrow ? Arithmetic::kFfmaNarrow
                                                                      : Arithmetic::kFfma;
-  return {exchange_of(plan), arithmetic, p.cell, backward, !stepwise && plan.layers > 1};
+  const bool chained = !stepwise && plan.layers > 1;
+  return {exchange_of(plan), arithmetic, p.cell, r.backward, chained, r.tangent};
 }
 
 namespace {
@@ -212,7 +213,7 @@ bool each_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& d
   if (!parse(forced_text ? forced_text : "", r.backward, &forced, reason)) return false;
   auto wanted = [&](CudaBackend b) { return forced.backend < 0 || forced.backend == int(b); };
   auto struck = [&](const CudaPlan& plan) {
-    return device.struck[size_t(index_of(family_of(p, r.backward, plan)))];
+    return device.struck[size_t(index_of(family_of(p, r, plan)))];
   };
   if (wanted(CudaBackend::kStepwise) && !forced.units && !forced.rows && forced.layers <= 1 &&
       forced.engine < 0) {
@@ -222,7 +223,8 @@ bool each_plan(const Problem& p, const CudaRequest& request, const DeviceSpec& d
     if (!struck(plan)) visit(plan);
   }
   bool persistent = p.dtype != DType::kFloat64 && !p.proj_size && !p.layer_norm &&
-                    p.hidden_size <= 1 << 16 && r.steps < INT32_MAX && r.batch > 0 && r.steps > 0;
+                    p.hidden_size <= 1 << 16 && r.steps < INT32_MAX && r.batch > 0 && r.steps > 0 &&
+                    !r.tangent;
   const bool half = bytes(p.dtype) == 2;
   if (half && !tensor_cores) persistent = false;
   for (CudaBackend backend : {CudaBackend::kCluster, CudaBackend::kGrid}) {

@@ -26,7 +26,8 @@ struct DeviceSpec {
 struct CudaRequest {
   int64_t steps, batch;
   bool backward;
-  bool tf32;  // float32 may be multiplied in TF32
+  bool tf32;             // float32 may be multiplied in TF32
+  bool tangent = false;  // the derivative of that pass in one direction, which runs stepwise
 };
 
 // What the estimate of a plan's time is made of.
@@ -50,7 +51,7 @@ struct CudaPlan {
 };
 
 Exchange exchange_of(const CudaPlan&);
-Family family_of(const Problem&, bool backward, const CudaPlan&);
+Family family_of(const Problem&, const CudaRequest&, const CudaPlan&);
 
 // The plan with the shortest estimate. `forced` is the value of FUSEDRNN_PLAN: the name of a
 // backend, and after commas what else is not to be chosen, of units=, rows=, layers= and engine=; a

@@ -6,7 +6,8 @@ std::string name_of(const Family& f) {
   const bool stepwise = f.exchange == Exchange::kStepwise;
   const bool float32 = stepwise && f.arithmetic == Arithmetic::kFfma;
   std::string name = kExchangeNames[int(f.exchange)];
-  name += std::string(" ") + traits(f.cell).mode + (f.backward ? " backward, " : " forward, ");
+  name += std::string(" ") + traits(f.cell).mode + (f.backward ? " backward" : " forward");
+  name += f.tangent ? " tangent, " : ", ";
   name += float32 ? "float32" : kArithmeticNames[int(f.arithmetic)];
   return f.chained ? name + ", several layers a launch" : name;
 }

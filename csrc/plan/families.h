@@ -19,25 +19,30 @@ struct Family {
   Cell cell;
   bool backward;
   bool chained;  // several layers in a launch
+  bool tangent;  // the derivative of that pass in one direction
 };
 
 constexpr int kFamilies =
-    int(Exchange::kCount) * int(Arithmetic::kCount) * int(Cell::kCount) * 2 * 2;
+    int(Exchange::kCount) * int(Arithmetic::kCount) * int(Cell::kCount) * 2 * 2 * 2;
 
 constexpr int index_of(const Family& f) {
   int index = int(f.exchange);
   index = index * int(Arithmetic::kCount) + int(f.arithmetic);
   index = index * int(Cell::kCount) + int(f.cell);
-  return (index * 2 + f.backward) * 2 + f.chained;
+  return ((index * 2 + f.tangent) * 2 + f.backward) * 2 + f.chained;
 }
 constexpr Family family_at(int index) {
-  const int at = index / 4, cells = int(Cell::kCount), kinds = int(Arithmetic::kCount);
-  return {Exchange(at / cells / kinds), Arithmetic(at / cells % kinds), Cell(at % cells),
-          index / 2 % 2 == 1, index % 2 == 1};
+  const int at = index / 8, cells = int(Cell::kCount), kinds = int(Arithmetic::kCount);
+  return {Exchange(at / cells / kinds),
+          Arithmetic(at / cells % kinds),
+          Cell(at % cells),
+          index / 2 % 2 == 1,
+          index % 2 == 1,
+          index / 4 % 2 == 1};
 }
 // Whether there are such kernels. Stepwise products are ATen's, which has its own kinds of float32.
 constexpr bool exists(const Family& f) {
-  if (f.exchange != Exchange::kStepwise) return f.arithmetic != Arithmetic::kFloat64;
+  if (f.exchange != Exchange::kStepwise) return f.arithmetic != Arithmetic::kFloat64 && !f.tangent;
   return !f.chained && f.arithmetic != Arithmetic::kFfmaNarrow && f.arithmetic != Arithmetic::kTf32;
 }
 

@@ -101,7 +101,7 @@ DeviceSpec device_of(const NamedArguments& a) {
 
 PyObject* cuda_plan(const NamedArguments& a) {
   const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
-                            a.flag("tf32")};
+                            a.flag("tf32"), a.flag("tangent")};
   DeviceSpec device = device_of(a.group("device"));
   for (int64_t family : a.integers("struck"))
     if (family >= 0 && family < kFamilies) device.struck.set(size_t(family));
@@ -127,10 +127,11 @@ PyObject* cuda_families(PyObject*, PyObject*) {
     for (int i = 0; list && i < kFamilies; i++) {
       const Family f = family_at(i);
       if (!exists(f)) continue;
-      PyObject* entry = Py_BuildValue(
-          "(isssOOs)", i, kExchangeNames[int(f.exchange)], kArithmeticNames[int(f.arithmetic)],
-          traits(f.cell).mode, f.backward ? Py_True : Py_False, f.chained ? Py_True : Py_False,
-          library().name_of_family(f).c_str());
+      auto flag = [](bool value) { return value ? Py_True : Py_False; };
+      PyObject* entry =
+          Py_BuildValue("(isssOOOs)", i, kExchangeNames[int(f.exchange)],
+                        kArithmeticNames[int(f.arithmetic)], traits(f.cell).mode, flag(f.backward),
+                        flag(f.chained), flag(f.tangent), library().name_of_family(f).c_str());
       if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
       Py_XDECREF(entry);
     }

@@ -286,4 +286,43 @@ BackwardOutputs GradientTensors::in_type(ScalarType type) const {
   return {as_type(x, type), as_type(hx, type), as_type(cx, type), out};
 }
 
+TangentTensors::TangentTensors(const Call& call, const Tangents& given) {
+  const Problem& p = call.problem;
+  FUSEDRNN_EXPECT(!given.x || !p.one_hot, "fusedrnn: integer input has no tangent");
+  auto checked = [&](const char* name, const OptionalTensor& t,
+                     const std::vector<int64_t>& sizes) -> OptionalTensor {
+    if (!t) return t;
+    check_like(name, *t, call.like);
+    check_shape(name, *t, sizes);
+    return as_contiguous(t);
+  };
+  x = checked("the tangent of the input", given.x, call.token_sizes(p.input_size));
+  hx = checked("the tangent of hx", given.hx, {call.directions(), call.batch, p.out_size()});
+  FUSEDRNN_EXPECT(!given.cx || traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
+  cx = checked("the tangent of cx", given.cx, {call.directions(), call.batch, p.hidden_size});
+  FUSEDRNN_EXPECT(given.weights.size() == call.weights.size(), "fusedrnn: expected ",
+                  call.weights.size(), " tangents of weights, got ", given.weights.size());
+  for (size_t i = 0; i < call.weights.size(); i++) {
+    const auto sizes = call.weights[i].sizes();
+    weights.push_back(
+        given.weights[i].numel() == 0
+            ? given.weights[i]
+            : *checked("the tangent of a weight", given.weights[i], {sizes.begin(), sizes.end()}));
+  }
+}
+
+Weights TangentTensors::weights_of(const Problem& p, int64_t layer, int64_t dir) const {
+  auto next = weights.begin() + p.weight_index(layer, dir, WeightKind(0));
+  Weights w{};
+  auto take = [&]() -> const void* {
+    const Tensor& t = *next++;
+    return t.numel() ? t.const_data_ptr() : nullptr;
+  };
+#define WEIGHT(kind, name, torch_name, present, rows, columns) \
+  if (present) w.name = take();
+#include "plan/weights.inc"
+#undef WEIGHT
+  return w;
+}
+
 }  // namespace fusedrnn

@@ -61,6 +61,16 @@ struct GradientTensors {
   BackwardOutputs in_type(ScalarType) const;
 };
 
+// The tensors of a direction in which a call is differentiated, checked. Of weights an empty one
+// stands for zeros.
+struct TangentTensors {
+  OptionalTensor x, hx, cx;
+  std::vector<Tensor> weights;
+
+  TangentTensors(const Call&, const Tangents&);
+  Weights weights_of(const Problem&, int64_t layer, int64_t dir) const;  // null: zeros
+};
+
 Tensor as_int64(const Tensor&, torch::stable::Device);  // contiguous
 std::vector<int64_t> int64_values(const char* name, const Tensor&);
 

@@ -6,32 +6,11 @@ namespace fusedrnn {
 namespace {
 
 // The tangents of a call's tensors, in the order and layout of the call's own.
-struct TangentCall {
-  OptionalTensor x, hx, cx;
-  std::vector<Tensor> weights;
+struct TangentCall : TangentTensors {
   std::vector<int64_t> x_offset;
   std::vector<Weights> weight_pointers;
 
-  TangentCall(const CpuCall& call, const Tangents& given) {
-    const Problem& p = call.problem;
-    FUSEDRNN_EXPECT(!given.x || !p.one_hot, "fusedrnn: integer input has no tangent");
-    const std::vector<int64_t> states{call.directions(), call.batch, p.out_size()},
-        cells{call.directions(), call.batch, p.hidden_size};
-    x = checked("the tangent of the input", given.x, call, call.token_sizes(p.input_size));
-    hx = checked("the tangent of hx", given.hx, call, states);
-    FUSEDRNN_EXPECT(!given.cx || traits(p.cell).has_cell, "fusedrnn: only LSTM takes a cell state");
-    cx = checked("the tangent of cx", given.cx, call, cells);
-    FUSEDRNN_EXPECT(given.weights.size() == call.weights.size(), "fusedrnn: expected ",
-                    call.weights.size(), " tangents of weights, got ", given.weights.size());
-    for (size_t i = 0; i < call.weights.size(); i++) {
-      const auto sizes = call.weights[i].sizes();
-      // Empty: zeros.
-      weights.push_back(given.weights[i].numel() == 0 && call.weights[i].numel()
-                            ? given.weights[i]
-                            : *checked("the tangent of a weight", given.weights[i], call,
-                                       {sizes.begin(), sizes.end()}));
-    }
-  }
+  TangentCall(const CpuCall& call, const Tangents& given) : TangentTensors(call, given) {}
 
   // Everything else is as in the primal call, which is filled already.
   void fill(Common& a, const Common& primal, const CpuCall& call) {
@@ -41,28 +20,9 @@ struct TangentCall {
       x_offset.push_back(call.indices.offset[t] * p.input_size);
     a.x = pointer(x), a.x_offset = x_offset.data(), a.x_row = p.input_size;
     a.hx = pointer(hx), a.cx = pointer(cx);
-    size_t i = 0;
-    auto next = [&]() -> const void* {
-      const Tensor& t = weights[i++];
-      return t.numel() ? t.const_data_ptr() : nullptr;
-    };
-    for (int64_t k = 0; k < call.directions(); k++) {
-      Weights& w = weight_pointers.emplace_back();
-#define WEIGHT(kind, name, torch_name, present, rows, columns) \
-  if (present) w.name = next();
-#include "plan/weights.inc"
-#undef WEIGHT
-    }
+    for (int64_t i = 0; i < call.directions(); i++)
+      weight_pointers.push_back(weights_of(p, i / p.num_directions, i % p.num_directions));
     a.weights = weight_pointers.data();
-  }
-
- private:
-  static OptionalTensor checked(const char* name, const OptionalTensor& t, const CpuCall& call,
-                                const std::vector<int64_t>& sizes) {
-    if (!t) return t;
-    check_like(name, *t, call.like);
-    check_shape(name, *t, sizes);
-    return t->is_contiguous() ? t : torch::stable::contiguous(*t);
   }
 };
 

@@ -8,13 +8,13 @@
 
 #include "cuda/elementwise.h"
 #include "cuda/persistent/layers.h"
+#include "torch/cuda_gradients.h"
 #include "torch/ensemble.h"
 
 namespace fusedrnn {
 namespace {
 
 using torch::stable::narrow;
-using torch::stable::transpose;
 
 // ---- the backends ----
 
@@ -45,158 +45,12 @@ void run_recurrence(const CudaCall& call, const std::vector<L>& layers, const ch
   }
 }
 
-// ---- gradients over all steps ----
-
-// What the recurrence of a layer and direction leaves for them.
+// What the recurrence of a layer and direction leaves for the gradients over all steps.
 struct Differentials {
   Tensor dgates;         // storage type [tokens, slots * hidden]
   Tensor dproj, hidden;  // with a projection: [tokens, out], [tokens, hidden]
   Tensor dnormed;        // with layer normalisation: compute type [tokens, normed columns]
 };
-
-// Of [tokens, columns], the tokens of every members-th row from `member` on.
-Tensor rows_of_member(Tensor all, int64_t member, int64_t members) {
-  if (members == 1) return all;
-  Tensor grouped = torch::stable::reshape(all, {all.size(0) / members, members, all.size(1)});
-  return torch::stable::select(grouped, 1, member);
-}
-
-// The gradients of the biases, gains and shift of layer normalisation: sums of dnormed, of gains
-// times the normalised value. wanted(kind), gradient(kind): of a weight.
-template <class Wanted, class Gradient>
-void norm_gradients(const CudaCall& call, const LayerBackward& a, const Tensor& dnormed,
-                    int64_t member, int64_t members, Wanted wanted, Gradient gradient) {
-  const int64_t H = a.hidden_size, tokens = call.tokens, dim = 0;
-  const CellTraits cell = traits(a.cell);
-  // `count` gates from `gate` on, whose gradients are in dnormed from `slot` on; factor: the saved
-  // slot of their values, -1: a bias.
-  auto add_up = [&](WeightKind kind, int64_t gate, int64_t slot, int64_t count, int64_t factor) {
-    if (!wanted(kind)) return;
-    Tensor all = dnormed;
-    Tensor terms = narrow(all, 1, slot * H, count * H);
-    if (factor >= 0) {
-      terms = call.empty({tokens, count * H}, call.compute());
-      call.check(times_saved({a.dtype, a.tokens,
-                              static_cast<const char*>(dnormed.const_data_ptr()) +
-                                  slot * H * compute_bytes(a.dtype),
-                              static_cast<const char*>(a.saved) + factor * H * bytes(a.dtype),
-                              dnormed.size(1), a.cell_traits().saved * H, count * H,
-                              terms.mutable_data_ptr()},
-                             call.stream()),
-                 "the gradient of a gain");
-    }
-    Tensor whole = gradient(kind), to = narrow(whole, 0, gate * H, count * H);
-    terms = rows_of_member(terms, member, members);
-    torch::stable::copy_(to, torch::stable::sum(terms, {{&dim, 1}}, false, call.compute()));
-  };
-  const int saved_x = cell.saved, saved_h = saved_x + cell.gates, saved_c = saved_h + cell.gates;
-  const CellGateRanges ranges = gate_ranges(a.cell, false);
-  for (const GateRange& r : ranges.x) {
-    add_up(kBiasIH, r.gate, r.slot, r.count, -1);
-    add_up(kGainIH, r.gate, r.slot, r.count, saved_x + r.gate);
-  }
-  for (const GateRange& r : ranges.h) {
-    add_up(kBiasHH, r.gate, r.slot, r.count, -1);
-    add_up(kGainHH, r.gate, r.slot, r.count, saved_h + r.gate);
-  }
-  add_up(kShiftC, 0, cell.slots, 1, -1);
-  add_up(kGainC, 0, cell.slots, 1, saved_c);
-}
-
-// Of one member.
-void weight_gradients(const CudaCall& call, const LayerBackward& a, const Differentials& d,
-                      const std::optional<Tensor>& input, const Integers& integers,
-                      const Tensor& before, const std::vector<bool>& needs, int64_t index,
-                      int64_t member, GradientTensors& g) {
-  const int64_t H = a.hidden_size, S = a.slot_columns(), G = a.gate_columns();
-  const GateRangeList ranges = gate_ranges(a.cell, a.layer_norm).x;
-  const Problem& p = call.problem;
-  auto wanted = [&](WeightKind kind) {
-    return p.has_weight(kind) && needs[3 + index + p.weight_place(kind)];
-  };
-  auto gradient = [&](WeightKind kind) -> Tensor {
-    Tensor t = g.weights[index + p.weight_place(kind)];
-    const bool led = t.dim() > call.weights[index + p.weight_place(kind)].dim();
-    return led ? torch::stable::select(t, 0, member) : t;
-  };
-  auto part = [](Tensor of, int64_t row, int64_t count) { return narrow(of, 0, row, count); };
-  // Gradients of the pre-activations as rows of a weight's gradient.
-  auto rows = [&](int64_t column, int64_t count) -> Tensor {
-    Tensor slots = d.dgates;
-    return transpose(narrow(slots, 1, column, count), 0, 1);
-  };
-  if (wanted(kWeightIH)) {
-    Tensor by_value = call.empty({input ? 0 : p.input_size, G}, call.compute());
-    if (!input) {
-      RowSums sums{integers.dtype,
-                   integers.tokens.tokens,
-                   integers.width,
-                   G,
-                   integers.values,
-                   d.dgates.const_data_ptr(),
-                   d.dgates.stride(0),
-                   nullptr,
-                   by_value.mutable_data_ptr()};
-      const Tensor workspace = call.bytes(sum_rows_workspace(sums));
-      sums.workspace = workspace.mutable_data_ptr();
-      call.check(sum_rows(sums, call.stream()), "adding rows of gradients");
-    }
-    for (const GateRange& range : ranges) {
-      Tensor to = part(gradient(kWeightIH), range.gate * H, range.count * H);
-      if (input)
-        call.multiply(rows(range.slot * H, range.count * H), *input, to);
-      else
-        torch::stable::copy_(to,
-                             transpose(narrow(by_value, 1, range.slot * H, range.count * H), 0, 1));
-    }
-  }
-  if (wanted(kWeightHH)) call.multiply(rows(S - G, G), before, gradient(kWeightHH));
-  if (p.layer_norm) {
-    norm_gradients(call, a, d.dnormed, member, g.members, wanted, gradient);
-  } else if (wanted(kBiasIH) || wanted(kBiasHH)) {
-    const int64_t dim = 0;
-    Tensor sums = torch::stable::sum(d.dgates, {{&dim, 1}}, false, call.compute());
-    if (wanted(kBiasIH))
-      for (const GateRange& range : ranges) {
-        Tensor to = part(gradient(kBiasIH), range.gate * H, range.count * H);
-        torch::stable::copy_(to, narrow(sums, 0, range.slot * H, range.count * H));
-      }
-    if (wanted(kBiasHH)) {
-      Tensor to = gradient(kBiasHH);
-      torch::stable::copy_(to, narrow(sums, 0, S - G, G));
-    }
-  }
-  if (wanted(kWeightHR)) call.multiply(transpose(d.dproj, 0, 1), d.hidden, gradient(kWeightHR));
-}
-
-// h_{t-1} of all tokens, for the gradient of W_hh; without that a tensor of no rows.
-Tensor states_before(const CudaCall& call, const Layer& a, const Tensor& output,
-                     const std::vector<bool>& needs, int64_t index) {
-  const bool wanted = needs[3 + index + call.problem.weight_place(kWeightHH)];
-  const Tensor before = call.empty({wanted ? call.tokens : 0, a.out_size()}, call.type());
-  if (wanted)
-    call.check(
-        previous_states(a, output.const_data_ptr(), before.mutable_data_ptr(), call.stream()),
-        "gathering states");
-  return before;
-}
-
-// dgates W_ih: the rows of W_ih brought into the order of slots, which are the first.
-void multiply_with_input_weight(const CudaCall& call, const Layer& a, const Differentials& d,
-                                Tensor w_ih, const Tensor& out) {
-  const int64_t H = a.hidden_size, G = a.gate_columns();
-  const GateRangeList ranges = gate_ranges(a.cell, a.layer_norm).x;
-  if (ranges.count > 1) {
-    Tensor ordered = call.empty({G, w_ih.size(1)}, call.type());
-    for (const GateRange& range : ranges) {
-      Tensor to = narrow(ordered, 0, range.slot * H, range.count * H);
-      torch::stable::copy_(to, narrow(w_ih, 0, range.gate * H, range.count * H));
-    }
-    w_ih = ordered;
-  }
-  Tensor slots = d.dgates;
-  call.multiply(narrow(slots, 1, 0, G), w_ih, out);
-}
 
 ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
   const CudaCall call(in, config, false);
@@ -217,7 +71,7 @@ ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
     end = std::min(L, first + call.plan.layers);
     std::vector<Tensor> outputs, gates_x;  // of the group
     std::optional<Tensor> input;
-    if (!p.indexed(first)) input = call.input_of(first, below, false);
+    if (!p.indexed(first)) input = call.input_of(first, first ? *below : call.x, false);
     for (int64_t dir = 0; dir < D; dir++) {
       gates_x.push_back(call.empty({call.tokens, p.gate_rows()}, call.compute()));
       Tensor w_ih = call.weights[p.weight_index(first, dir, kWeightIH)];
@@ -293,11 +147,8 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
                         call.empty({p.proj_size ? tokens : 0, H}, call.type()),
                         call.empty({tokens, p.normed_columns()}, call.compute())};
         LayerBackward a{};
-        static_cast<Layer&>(a) = call.layer_of(layer, dir);
-        a.y = static_cast<const char*>(output_of(layer).const_data_ptr()) + dir * out * size;
-        a.saved = call.slots_in(reserve, layer, dir),
-        a.saved_c = call.cells_in(reserve, saved.cs, layer, dir);
-        a.scales = call.scales_in(reserve, layer, dir);
+        static_cast<LayerSaved&>(a) =
+            call.saved_of(layer, dir, output_of(layer), reserve, saved.cs);
         if (p.layer_norm) a.dnormed = d.dnormed.mutable_data_ptr();
         const void* const dy =
             layer == end - 1 && grad_out ? grad_out->const_data_ptr() : given_for(layer);
@@ -324,33 +175,27 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
     if (tokens == 0) continue;
 
     for (int64_t layer = end - 1; layer >= first; layer--) {
-      const Tensor output = output_of(layer);
-      std::optional<Tensor> below, input;
-      if (layer) below = output_of(layer - 1);
+      std::optional<Tensor> input;
       for (int64_t dir = 0; dir < D; dir++) {
         const int64_t index = p.weight_index(layer, dir, WeightKind(0)),
                       at = (layer - first) * D + dir;
-        const auto begin = needs.begin() + 3 + index;
-        if (std::find(begin, begin + p.weights_per_direction(), true) ==
-            begin + p.weights_per_direction())
-          continue;
-        if (!input && !p.indexed(layer)) input = call.input_of(layer, below, true);
-        Tensor own = narrow(const_cast<Tensor&>(output), 1, dir * out, out);
-        const Tensor before = states_before(call, layers[at], own, needs, index);
+        if (!wants_weights(p, needs, index)) continue;
+        if (!input && !p.indexed(layer))
+          input = call.input_of(layer, layer ? output_of(layer - 1) : call.x, true);
+        const bool wants_w_hh = needs[3 + index + p.weight_place(kWeightHH)];
+        const Tensor before = call.empty({wants_w_hh ? tokens : 0, out}, call.type());
+        if (wants_w_hh)
+          call.check(previous_states(layers[at], layers[at].y, before.mutable_data_ptr(), out,
+                                     call.stream()),
+                     "gathering states");
         const Differentials& d = differentials[at];
         for (int64_t m = 0; m < g.members; m++) {
           auto rows = [&](const Tensor& all) { return rows_of_member(all, m, g.members); };
-          Integers integers = call.integers();
-          Tensor values = call.empty({0}, ScalarType::Long);
-          if (!input && g.members > 1) {
-            values = torch::stable::contiguous(rows(torch::stable::reshape(call.x, {tokens, 1})));
-            integers.values = static_cast<const int64_t*>(values.const_data_ptr());
-            integers.tokens.tokens = tokens / g.members;
-          }
+          const Tensor dgates = rows(d.dgates);
           weight_gradients(call, layers[at],
-                           {rows(d.dgates), rows(d.dproj), rows(d.hidden), d.dnormed},
-                           input ? std::optional<Tensor>(rows(*input)) : std::nullopt, integers,
-                           rows(before), needs, index, m, g);
+                           {dgates, input ? std::optional<Tensor>(rows(*input)) : std::nullopt,
+                            dgates, rows(before), dgates, rows(d.dproj), rows(d.hidden), d.dnormed},
+                           needs, index, m, g);
         }
       }
     }
@@ -361,10 +206,12 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
     const Tensor grad_in = first == 0 ? torch::stable::reshape(g.x, {tokens, width})
                                       : call.empty({tokens, width}, call.compute());
     Tensor other = call.empty({D == 2 ? tokens : 0, width}, call.compute());
-    for (int64_t dir = 0; dir < D; dir++)
-      multiply_with_input_weight(call, layers[dir], differentials[dir],
-                                 call.weights[p.weight_index(first, dir, kWeightIH)],
-                                 dir == 0 ? grad_in : other);
+    for (int64_t dir = 0; dir < D; dir++) {
+      Tensor dgates = differentials[dir].dgates;
+      call.multiply(narrow(dgates, 1, 0, p.gate_rows()),
+                    in_order_of_slots(call, call.weights[p.weight_index(first, dir, kWeightIH)]),
+                    dir == 0 ? grad_in : other);
+    }
     const uint8_t* mask = call.mask_of(first);
     const void* const more = first ? given_for(first - 1) : nullptr;
     if (D == 2 || mask || more)

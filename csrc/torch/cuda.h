@@ -16,7 +16,7 @@ class CudaCall : public Call {
   CudaPlan plan;
   Family family;  // of the plan
 
-  CudaCall(const Inputs&, const Config&, bool backward);
+  CudaCall(const Inputs&, const Config&, bool backward, bool tangent = false);
 
   void* stream() const { return device_.stream(); }
   // Throws where a launch returned an error: see check_launch.
@@ -38,10 +38,13 @@ class CudaCall : public Call {
   char* slots_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
   char* scales_in(const Tensor& reserve, int64_t layer, int64_t dir) const;
   Tensor output_in(const Tensor& reserve, const OptionalTensor& hs, int64_t layer) const;
+  // All of these, and y; `output` is the layer's.
+  LayerSaved saved_of(int64_t layer, int64_t dir, const Tensor& output, const Tensor& reserve,
+                      const OptionalTensor& cs) const;
 
-  // What a layer reads [tokens, width]: x, or the output of the layer below through the mask. With
-  // `exact` rows that have no step are zeros, and not whatever the user left there.
-  Tensor input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const;
+  // What a layer reads [tokens, width] of x or, through the mask, of the output of the layer below.
+  // With `exact` rows that have no step are zeros, and not whatever the user left there.
+  Tensor input_of(int64_t layer, const Tensor& from, bool exact) const;
   const uint8_t* mask_of(int64_t layer) const;  // of a layer's input
   // What the input makes of a layer's gates: out = input W_ih^T, of the compute type.
   // Without input it is the call's integers.

@@ -45,7 +45,7 @@ const uint8_t* byte(const OptionalTensor& t, int64_t i) {
 
 }  // namespace
 
-CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
+CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward, bool tangent)
     : Call(in, config), device_(x), float32_products_(Float32Products::kAten), tokens_{} {
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
   bool tf32 = false, products = false;
@@ -54,8 +54,9 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward)
     tf32 = permits_tf32(permitted.recurrent);
     products = permitted.products;
   }
-  plan = permitted_plan(problem, {steps, batch, backward, tf32}, device_);
-  family = family_of(problem, backward, plan);
+  const CudaRequest request{steps, batch, backward, tf32, tangent};
+  plan = permitted_plan(problem, request, device_);
+  family = family_of(problem, request, plan);
   if (tf32 != products) {
     DeviceSpec device{};
     check(device_spec(&device), "asking the device");
@@ -223,15 +224,26 @@ Tensor CudaCall::output_in(const Tensor& reserve, const OptionalTensor& hs, int6
   return tensor_at(at, {tokens, out_width()}, type());
 }
 
+LayerSaved CudaCall::saved_of(int64_t layer, int64_t dir, const Tensor& output,
+                              const Tensor& reserve, const OptionalTensor& cs) const {
+  LayerSaved a{};
+  static_cast<Layer&>(a) = layer_of(layer, dir);
+  a.y = static_cast<const char*>(output.const_data_ptr()) +
+        dir * problem.out_size() * fusedrnn::bytes(problem.dtype);
+  a.saved = slots_in(reserve, layer, dir), a.saved_c = cells_in(reserve, cs, layer, dir);
+  a.scales = scales_in(reserve, layer, dir);
+  return a;
+}
+
 const uint8_t* CudaCall::mask_of(int64_t layer) const {
   if (layer == 0 || !regularisers.mask) return nullptr;
   return static_cast<const uint8_t*>(regularisers.mask->const_data_ptr()) +
          (layer - 1) * tokens * out_width();
 }
 
-Tensor CudaCall::input_of(int64_t layer, const std::optional<Tensor>& below, bool exact) const {
+Tensor CudaCall::input_of(int64_t layer, const Tensor& from, bool exact) const {
   const int64_t width = problem.layer_input(layer);
-  Tensor in = layer ? *below : torch::stable::reshape(x, {tokens, width});
+  Tensor in = torch::stable::reshape(from, {tokens, width});
   const uint8_t* keep = mask_of(layer);
   if (!keep && !(exact && layer == 0 && lengths)) return in;
   in = torch::stable::contiguous(in);  // rows of x may lie apart

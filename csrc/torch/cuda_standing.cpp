@@ -115,7 +115,8 @@ bool permits_tf32(bool torch_does) { return trial ? trial->tf32 : torch_does; }
 
 CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const CurrentDevice& on) {
   const KernelSwitch position = kernel_switch();
-  const char* forced = trial ? trial->plan.c_str() : forced_plan();
+  // FUSEDRNN_PLAN is about forward and backward: their derivatives have one plan.
+  const char* forced = trial ? trial->plan.c_str() : request.tangent ? "" : forced_plan();
   const bool asked = forces(forced, request.backward);
   if (!trial) raise_lost_block(on, take_lost_block());
   FUSEDRNN_EXPECT(trial || position != KernelSwitch::kOff,
@@ -135,7 +136,7 @@ CudaPlan permitted_plan(const Problem& p, const CudaRequest& request, const Curr
     std::string reason;
     FUSEDRNN_EXPECT(plan_cuda(p, request, device, forced, &plan, &reason),
                     "fusedrnn: ", asked ? "" : "no CUDA kernel can run: ", reason);
-    const Family family = family_of(p, request.backward, plan);
+    const Family family = family_of(p, request, plan);
     if (!checked) return plan;
     const std::optional<Standing> standing = standing_of(index, index_of(family));
     if (standing && standing->state == State::kRight) return plan;
@@ -166,7 +167,7 @@ void check_launch(int error, const char* what, const CudaPlan& plan, const Famil
   if (error == 0) return;
   const Refused refused{device, launched_like(launch_code(family.exchange, family.chained)),
                         describe(plan), error_text(error)};
-  if (launch_was_refused(error) && (trial || !is_set(forced_plan()))) {
+  if (launch_was_refused(error) && (trial || family.tangent || !is_set(forced_plan()))) {
     if (!trial) throw refused;
     std::string text;
     strike(refused, &text);

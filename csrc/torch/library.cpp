@@ -32,7 +32,7 @@ PlanInWords cuda_plan(const Problem& p, const CudaRequest& request, const Device
   CudaPlan plan;
   std::string reason;
   if (!plan_cuda(p, request, device, forced, &plan, &reason)) return {false, reason, -1};
-  return {true, describe(plan), index_of(family_of(p, request.backward, plan))};
+  return {true, describe(plan), index_of(family_of(p, request, plan))};
 }
 
 bool cuda_plans(const Problem& p, const CudaRequest& request, const DeviceSpec& device,
@@ -107,6 +107,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
   m.impl("forward", forward<forward_cuda>);
   m.impl("infer", infer<forward_cuda>);
   m.impl("backward", backward<backward_cuda>);
+  m.impl("forward_tangent", forward_tangent<forward_tangent_cuda>);
+  m.impl("backward_tangent", backward_tangent<backward_tangent_cuda>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {

@@ -78,8 +78,8 @@ using BackwardTangentFunction = BackwardOutputs(const Inputs&, const Config&,
 
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
-ForwardTangentFunction forward_tangent_cpu;
-BackwardTangentFunction backward_tangent_cpu;
+ForwardTangentFunction forward_tangent_cpu, forward_tangent_cuda;
+BackwardTangentFunction backward_tangent_cpu, backward_tangent_cuda;
 
 // The arguments of an op, in the order of its schema.
 class Arguments {

@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def(kForwardSchema);
   m.def(kInferSchema);
   m.def(kBackwardSchema);
+  m.def(kForwardTangentSchema);
+  m.def(kBackwardTangentSchema);
   m.def("seed(int value) -> ()");
   m.def("fail_after(int launches) -> ()");
   m.def("play(str faults) -> ()");
@@ -37,6 +39,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) {
   m.impl("forward", forward<forward_cuda>);
   m.impl("infer", infer<forward_cuda>);
   m.impl("backward", backward<backward_cuda>);
+  m.impl("forward_tangent", forward_tangent<forward_tangent_cuda>);
+  m.impl("backward_tangent", backward_tangent<backward_tangent_cuda>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CompositeExplicitAutograd, m) {

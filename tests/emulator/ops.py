@@ -50,7 +50,7 @@ def instead_of_cpu(mode: str = "plain", seed: int = -1) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-            for name in ("forward", "infer", "backward"):
+            for name in ("forward", "infer", "backward", "forward_tangent", "backward_tangent"):
                 library.impl(name, getattr(emulated, name).default, "CPU", allow_override=True)
         yield
     finally:

@@ -48,11 +48,17 @@ class Ops:
     def backward(self, *args: Any) -> Any:
         return self._run("backward", args)
 
+    def forward_tangent(self, *args: Any) -> Any:
+        return self._run("forward_tangent", args)
+
+    def backward_tangent(self, *args: Any) -> Any:
+        return self._run("backward_tangent", args)
+
     def _run(self, name: str, args: tuple[Any, ...]) -> Any:
         mode = next(a for a in args if isinstance(a, str))
         dtype = next(a for a in args if isinstance(a, torch.Tensor)).dtype
         plan = self._trial or os.environ.get("FUSEDRNN_PLAN", "")
-        way = "backward" if name == "backward" else "forward"
+        way = "forward" if name == "infer" else name.replace("_", " ")
         fault = _fault(f"{plan} {mode} {way} {str(dtype).removeprefix('torch.')}")
         if fault == "fail":
             raise RuntimeError("fusedrnn: a launch failed: an illegal memory access, as planted")
@@ -93,5 +99,5 @@ def install() -> None:
     _kept.append(library)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name in ("forward", "infer", "backward"):
+        for name in ("forward", "infer", "backward", "forward_tangent", "backward_tangent"):
             library.impl(name, getattr(emulated, name), "CPU", allow_override=True)

@@ -1,33 +1,9 @@
-// What one thread of either kernel owns: one unit j of the rows b, b + kRows * gridDim.y, ... It
-// reads and writes the elements (b, j) of every array, of all gates and slots, and no other
-// thread's: nothing is shared and nothing waits. A warp holds 32 units side by side, so that what
-// it loads and stores is contiguous.
-#include "cells/cells.h"
-#include "cuda/dispatch.h"
+// The cells of one step, forward and backward: see cell_grid.h for what a thread owns.
+#include "cuda/stepwise/cell_grid.h"
 #include "cuda/stepwise/step.h"
 
 namespace fusedrnn {
 namespace {
-
-constexpr int kUnits = 32, kRows = 8;  // of a block
-
-// h = what a product gave: lets the kernels finish a step whose h is projected.
-struct Projection {
-  static constexpr int kSlots = 1, kSaved = 0;
-  static constexpr bool kHasCell = false, kUsesHPrev = false;
-  static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, 1}}}; }
-  static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, 0, 0}}}; }
-
-  template <class M, class V>
-  static FUSEDRNN_HD V forward(V (&s)[1], V, V&) {
-    return s[0];
-  }
-  template <class M, class V>
-  static FUSEDRNN_HD V backward(V (&s)[1], V, V, V, V, V dh, V&) {
-    s[0] = dh;
-    return V{};
-  }
-};
 
 template <class Cell, class S>
 __global__ void __launch_bounds__(kUnits* kRows, 2)
@@ -113,23 +89,13 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
   }
 }
 
-// The kernel of `select`, a function of a cell and a value of the storage type, on all of p.
-template <class P, class F>
-int run(const P& p, void* stream, F select) {
-  if (p.batch == 0 || p.hidden_size == 0) return 0;
-  const int64_t columns = (p.hidden_size + kUnits - 1) / kUnits;
-  const int64_t rows = (p.batch + kRows - 1) / kRows;
-  if (columns > INT32_MAX) return kInvalidValue;
-  Grid grid{dim3(unsigned(columns), unsigned(rows < 65535 ? rows : 65535)), dim3(kUnits, kRows)};
-  return with_dtype(p.dtype, [&](auto s) { return launch(select(s), grid, stream, p); });
-}
 template <class Cell>
 int run_forward(const CellForward& p, void* stream) {
-  return run(p, stream, [](auto s) { return forward_kernel<Cell, decltype(s)>; });
+  return run(p, p, stream, [](auto s) { return forward_kernel<Cell, decltype(s)>; });
 }
 template <class Cell>
 int run_backward(const CellBackward& p, void* stream) {
-  return run(p, stream, [](auto s) { return backward_kernel<Cell, decltype(s)>; });
+  return run(p, p, stream, [](auto s) { return backward_kernel<Cell, decltype(s)>; });
 }
 
 }  // namespace

@@ -44,6 +44,17 @@ struct CellForward : CellStep {
   int64_t gates_x_stride, gates_h_stride, y_stride;
 };
 
+// What forward left of a step.
+struct SavedStep {
+  const void* saved;       // storage type [batch, saved * hidden]
+  const void *h, *h_prev;  // storage type [batch, hidden]: y of this step and the one before;
+                           // h for cells that save nothing, h_prev for cells that read it
+  const void *c, *c_prev;  // compute type [batch, hidden]: saved_c of the same steps; c in
+                           // place of h where h was zoned out
+  const void *h0, *c0;     // storage type [batch, hidden]: initial states; null: zeros
+  int64_t h_stride;        // of h and h_prev
+};
+
 // The gradients of the pre-activations. dL/dh of this step is dh + dh_product + dy; what of it goes
 // around W_hh to the step before is left in dh, what goes through it is the caller's product of
 // dgates and W_hh, given as dh_product of the next launch (which takes it for the rows that ran in
@@ -53,20 +64,14 @@ struct CellForward : CellStep {
 // Packed data has fewer rows at later steps: `batch` says how many, `lengths` is still needed to
 // tell a row's first step. In reverse, a row that is not part of the next launch keeps its product
 // where it is, and the last launch has no lengths: it folds in the last product of every row.
-struct CellBackward : CellStep {
-  const void* saved;            // storage type [batch, saved * hidden]
-  const void *h, *h_prev;       // storage type [batch, hidden]: y of this step and the one before;
-                                // h for cells that save nothing, h_prev for cells that read it
-  const void *c, *c_prev;       // compute type [batch, hidden]: saved_c of the same steps; c in
-                                // place of h where h was zoned out
-  const void *h0, *c0;          // storage type [batch, hidden]: initial states; null: zeros
+struct CellBackward : CellStep, SavedStep {
   const void *dy, *dcs;         // compute type [batch, hidden], given at this step; or null
   const void* dh_product;       // compute type [batch, hidden], or null
   const uint8_t* later_resets;  // `resets` of the launch before
   void *dh, *dc;                // compute type [batch, hidden], updated in place; dh may be null
   void* dgates;                 // storage type [batch, slots * hidden], or null
   void* hidden;                 // storage type [batch, hidden]: h before a projection, or null
-  int64_t h_stride, dy_stride;  // of h and h_prev; of dy
+  int64_t dy_stride;            // of dy
 };
 
 // The same of cells with layer normalisation (cells/normed.h): saved and dgates have the slots of
@@ -86,11 +91,31 @@ struct NormedBackward : CellBackward {
                   // for each slot of the plain cell and for n(c)
 };
 
+// The derivative of CellForward in one direction: each array that it reads or writes, and each
+// bias, has the tangents of what CellForward has there; null: zeros. gates_h is the product of the
+// tangent of h and W_hh, and is ignored where a row starts from zeros.
+struct CellForwardTangent : CellForward {
+  SavedStep value;  // what forward left
+  const void*
+      known_h;   // compute type [batch, gates * hidden]: h times the tangent of W_hh; or null
+  void* hidden;  // storage type [batch, 2 * hidden], before a projection: the tangent of h,
+                 // then h; or null
+  int64_t known_h_stride;
+};
+
+// CellBackward together with its derivative in one direction. Rows of dgates of the value and of
+// the tangent take turns in one array, and so do those of `hidden`.
+struct CellBackwardTangent {
+  CellBackward value, tangent;
+};
+
 // Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
 int cell_forward(const CellForward&, void* stream);
 int cell_backward(const CellBackward&, void* stream);
 int normed_forward(const NormedForward&, void* stream);
 int normed_backward(const NormedBackward&, void* stream);
+int cell_forward_tangent(const CellForwardTangent&, void* stream);
+int cell_backward_tangent(const CellBackwardTangent&, void* stream);
 
 // The same for the projection of an LSTM, whatever `cell` says, with proj_size as hidden_size: h is
 // gates_x as it stands, and dgates is dL/dh. The cell's own launches then have no h, y, h_prev, dh
@@ -98,5 +123,7 @@ int normed_backward(const NormedBackward&, void* stream);
 // of its dgates and W_hr is the dy of the cell.
 int projection_forward(const CellForward&, void* stream);
 int projection_backward(const CellBackward&, void* stream);
+// The tangent of a projection is projection_forward of tangents.
+int projection_backward_tangent(const CellBackwardTangent&, void* stream);
 
 }  // namespace fusedrnn

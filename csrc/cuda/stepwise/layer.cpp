@@ -1,7 +1,7 @@
 #include "cuda/stepwise/layer.h"
 
 #include "cuda/elementwise.h"
-#include "cuda/stepwise/cell_step.h"
+#include "cuda/stepwise/walk.h"
 
 namespace fusedrnn {
 namespace {
@@ -12,40 +12,6 @@ namespace {
                 type::h_ranges().range[0].slot == type::kSlots - type::kGates);
 #include "cells/cells.inc"
 #undef CELL
-
-// Hands out consecutive arrays of the workspace; with null it only adds up their size.
-struct Arrays {
-  char* base;
-  int64_t used = 0;
-
-  void* take(int64_t bytes) {
-    void* at = base ? base + used : nullptr;
-    used += (bytes + 255) / 256 * 256;
-    return at;
-  }
-};
-
-struct ForwardArrays {
-  void *h, *c, *gates_h;     // compute type
-  void* operand;             // storage type: h as the product reads it
-  void *hidden, *projected;  // with a projection: what goes into its product and comes out
-  void* halves;              // NormedForward's
-  int64_t bytes;
-
-  ForwardArrays(const LayerForward& a, void* workspace) {
-    Arrays arrays{static_cast<char*>(workspace)};
-    const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
-    const int64_t size = fusedrnn::bytes(a.dtype), wide = compute_bytes(a.dtype);
-    h = arrays.take(B * P * wide);
-    c = traits(a.cell).has_cell ? arrays.take(B * H * wide) : nullptr;
-    gates_h = arrays.take(B * a.gate_columns() * wide);
-    operand = size == wide && !a.h_mask ? h : arrays.take(B * P * size);
-    hidden = a.proj_size ? arrays.take(B * H * size) : nullptr;
-    projected = a.proj_size ? arrays.take(B * P * wide) : nullptr;
-    halves = a.layer_norm && traits(a.cell).has_cell ? arrays.take(2 * B * H * wide) : nullptr;
-    bytes = arrays.used;
-  }
-};
 
 struct BackwardArrays {
   void* product;  // compute type: dgates W_hh
@@ -60,69 +26,6 @@ struct BackwardArrays {
     bytes = arrays.used;
   }
 };
-
-// Element i of an array of elements of `size` bytes.
-void* at(void* array, int64_t i, int64_t size) {
-  return array ? static_cast<char*>(array) + i * size : nullptr;
-}
-const void* at(const void* array, int64_t i, int64_t size) {
-  return array ? static_cast<const char*>(array) + i * size : nullptr;
-}
-
-// Where a step of packed or padded rows begins, found by walking through them.
-struct Walk {
-  const Tokens& tokens;
-  int64_t t, first;
-
-  Walk(const Tokens& tokens, bool from_end)
-      : tokens(tokens), t(from_end ? tokens.steps - 1 : 0), first(0) {
-    if (from_end) first = tokens.tokens - rows();
-  }
-  int64_t rows() const { return tokens.rows(t); }
-  void move(bool up) {
-    if (up) {
-      first += rows(), t++;
-    } else if (--t >= 0) {
-      first -= rows();
-    }
-  }
-  // CellStep::resets of this step.
-  const uint8_t* resets(const Layer& a) const {
-    if (!a.resets || (a.reverse && t + 1 >= tokens.steps)) return nullptr;
-    return a.resets + first + (a.reverse ? rows() : 0);
-  }
-};
-
-// What a launch of a step has of its layer. The masks of zoneout are its cell's: with a projection
-// the one of h belongs to that.
-template <class Step>
-Step step_of(const Layer& a, const Walk& walk) {
-  Step p{};
-  p.cell = a.cell, p.dtype = a.dtype;
-  p.batch = walk.rows(), p.hidden_size = a.hidden_size;
-  p.step = walk.t, p.steps = a.tokens.steps;
-  p.lengths = a.tokens.lengths, p.reverse = a.reverse;
-  p.resets = walk.resets(a);
-  auto of_step = [&](Zoneout z, int64_t width) {
-    if (z.mask) z.mask += walk.first * width;
-    return z;
-  };
-  p.zoneout_h = of_step(a.zoneout_h, a.out_size());
-  p.zoneout_c = of_step(a.zoneout_c, a.hidden_size);
-  p.h_mask = a.h_mask, p.c_stride = a.c_stride;
-  return p;
-}
-// The same of the halves of a step with a projection.
-template <class Step>
-Step cell_of(Step p) {
-  p.h_mask = nullptr, p.zoneout_h = {};
-  return p;
-}
-template <class Step>
-Step projection_of(Step p, int64_t proj_size) {
-  p.hidden_size = proj_size, p.zoneout_c = {};
-  return p;
-}
 
 NormWeights norms_of(const Layer& a) {
   const Weights& w = a.weights;
@@ -196,7 +99,6 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
   const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
   const int64_t G = a.gate_columns(), S = a.slot_columns();
   const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
-  const int64_t saved_columns = a.cell_traits().saved * H;
   const bool has_cell = traits(a.cell).has_cell;
 
   auto run_cells = [&](const CellBackward& p, int64_t first) {
@@ -218,14 +120,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
   const void* product = nullptr;  // of the step that came before this one, in the walk
   const uint8_t* later_resets = nullptr;
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(a.reverse)) {
-    const int64_t t = walk.t, first = walk.first, rows = walk.rows();
-    // The step that forward took before this one.
-    const int64_t before = a.reverse ? t + 1 : t - 1;
-    const bool inside = before >= 0 && before < a.tokens.steps;
-    const int64_t before_first = !inside     ? 0
-                                 : a.reverse ? first + rows
-                                             : first - a.tokens.rows(before);
-
+    const int64_t first = walk.first, rows = walk.rows();
     const CellBackward step = step_of<CellBackward>(a, walk);
     CellBackward outer = a.proj_size ? projection_of(step, P) : step;  // takes dL/dy
     outer.later_resets = later_resets;
@@ -240,18 +135,9 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
       p = cell_of(step);
       p.dy = w.dhidden, p.dy_stride = H;
       p.hidden = at(a.hidden, first * H, size);
-    } else {
-      p.h = at(a.y, first * a.y_stride, size), p.h_stride = a.y_stride;
-      p.h_prev = inside ? at(a.y, before_first * a.y_stride, size) : nullptr;
-      p.h0 = a.h0;
     }
-    p.saved = at(a.saved, first * saved_columns, size);
-    p.c = at(a.saved_c, first * a.c_stride, wide);
-    if (has_cell) {
-      p.c_prev = inside ? at(a.saved_c, before_first * a.c_stride, wide) : nullptr;
-      p.c0 = a.c0;
-      p.dc = a.dc0, p.dcs = at(a.dcs, first * a.c_stride, wide);
-    }
+    static_cast<SavedStep&>(p) = saved_at(a, walk);
+    if (has_cell) p.dc = a.dc0, p.dcs = at(a.dcs, first * a.c_stride, wide);
     p.dgates = at(a.dgates, first * S, size);
     if ((error = run_cells(p, first))) break;
     // W_hh reaches the last slots.

@@ -23,9 +23,15 @@ using Multiply = std::function<void(const Product&)>;
 // Bytes of scratch memory that a call needs.
 int64_t stepwise_workspace(const LayerForward&);
 int64_t stepwise_workspace(const LayerBackward&);
+int64_t stepwise_workspace(const LayerForwardTangent&);
+int64_t stepwise_workspace(const LayerBackwardTangent&);
 
 // Returns a cudaError_t, 0 for success.
 int stepwise_forward(const LayerForward&, void* workspace, const Multiply&, void* stream);
 int stepwise_backward(const LayerBackward&, void* workspace, const Multiply&, void* stream);
+int stepwise_forward_tangent(const LayerForwardTangent&, void* workspace, const Multiply&,
+                             void* stream);
+int stepwise_backward_tangent(const LayerBackwardTangent&, void* workspace, const Multiply&,
+                              void* stream);
 
 }  // namespace fusedrnn

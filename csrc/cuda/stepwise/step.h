@@ -50,7 +50,7 @@ __device__ inline C later_gradient(const CellBackward& p, int64_t b, int64_t j) 
 }
 // h or c of the step before, of unit j of row b: `before` of that step, or the initial state.
 template <class S, class T>
-__device__ inline Compute<S> state_before(const CellBackward& p, const void* initial,
+__device__ inline Compute<S> state_before(const CellStep& p, const void* initial,
                                           const void* before, int64_t stride, int64_t b,
                                           int64_t j) {
   if (begins_anew(p, p.resets, b, p.step)) return 0;

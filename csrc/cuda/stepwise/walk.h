@@ -1,0 +1,125 @@
+// What drives the launches of a layer: its scratch memory, and the walk through its steps.
+#pragma once
+#include "cuda/stack.h"
+#include "cuda/stepwise/cell_step.h"
+
+namespace fusedrnn {
+
+// Hands out consecutive arrays of the workspace; with null it only adds up their size.
+struct Arrays {
+  char* base;
+  int64_t used = 0;
+
+  void* take(int64_t bytes) {
+    void* at = base ? base + used : nullptr;
+    used += (bytes + 255) / 256 * 256;
+    return at;
+  }
+};
+
+// The scratch memory of forward.
+struct ForwardArrays {
+  void *h, *c, *gates_h;     // compute type
+  void* operand;             // storage type: h as the product reads it
+  void *hidden, *projected;  // with a projection: what goes into its product and comes out
+  void* halves;              // NormedForward's
+  int64_t bytes;
+
+  // hidden_parts: of a token's row of `hidden`.
+  ForwardArrays(const LayerForward& a, void* workspace, int64_t hidden_parts = 1) {
+    Arrays arrays{static_cast<char*>(workspace)};
+    const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
+    const int64_t size = fusedrnn::bytes(a.dtype), wide = compute_bytes(a.dtype);
+    h = arrays.take(B * P * wide);
+    c = traits(a.cell).has_cell ? arrays.take(B * H * wide) : nullptr;
+    gates_h = arrays.take(B * a.gate_columns() * wide);
+    operand = size == wide && !a.h_mask ? h : arrays.take(B * P * size);
+    hidden = a.proj_size ? arrays.take(hidden_parts * B * H * size) : nullptr;
+    projected = a.proj_size ? arrays.take(B * P * wide) : nullptr;
+    halves = a.layer_norm && traits(a.cell).has_cell ? arrays.take(2 * B * H * wide) : nullptr;
+    bytes = arrays.used;
+  }
+};
+
+// Element i of an array of elements of `size` bytes.
+inline void* at(void* array, int64_t i, int64_t size) {
+  return array ? static_cast<char*>(array) + i * size : nullptr;
+}
+inline const void* at(const void* array, int64_t i, int64_t size) {
+  return array ? static_cast<const char*>(array) + i * size : nullptr;
+}
+
+// Where a step of packed or padded rows begins, found by walking through them.
+struct Walk {
+  const Tokens& tokens;
+  int64_t t, first;
+
+  Walk(const Tokens& tokens, bool from_end)
+      : tokens(tokens), t(from_end ? tokens.steps - 1 : 0), first(0) {
+    if (from_end) first = tokens.tokens - rows();
+  }
+  int64_t rows() const { return tokens.rows(t); }
+  void move(bool up) {
+    if (up) {
+      first += rows(), t++;
+    } else if (--t >= 0) {
+      first -= rows();
+    }
+  }
+  // CellStep::resets of this step.
+  const uint8_t* resets(const Layer& a) const {
+    if (!a.resets || (a.reverse && t + 1 >= tokens.steps)) return nullptr;
+    return a.resets + first + (a.reverse ? rows() : 0);
+  }
+};
+
+// What a launch of a step has of its layer. The masks of zoneout are its cell's: with a projection
+// the one of h belongs to that.
+template <class Step>
+Step step_of(const Layer& a, const Walk& walk) {
+  Step p{};
+  p.cell = a.cell, p.dtype = a.dtype;
+  p.batch = walk.rows(), p.hidden_size = a.hidden_size;
+  p.step = walk.t, p.steps = a.tokens.steps;
+  p.lengths = a.tokens.lengths, p.reverse = a.reverse;
+  p.resets = walk.resets(a);
+  auto of_step = [&](Zoneout z, int64_t width) {
+    if (z.mask) z.mask += walk.first * width;
+    return z;
+  };
+  p.zoneout_h = of_step(a.zoneout_h, a.out_size());
+  p.zoneout_c = of_step(a.zoneout_c, a.hidden_size);
+  p.h_mask = a.h_mask, p.c_stride = a.c_stride;
+  return p;
+}
+// The same of the halves of a step with a projection.
+template <class Step>
+Step cell_of(Step p) {
+  p.h_mask = nullptr, p.zoneout_h = {};
+  return p;
+}
+template <class Step>
+Step projection_of(Step p, int64_t proj_size) {
+  p.hidden_size = proj_size, p.zoneout_c = {};
+  return p;
+}
+
+// What forward left of the step at hand, of the saved values or of their tangents.
+inline SavedStep saved_at(const LayerSaved& a, const Walk& walk) {
+  const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
+  const int64_t before = a.reverse ? walk.t + 1 : walk.t - 1;  // the step that forward took before
+  const bool inside = before >= 0 && before < a.tokens.steps;
+  const int64_t before_first = !inside     ? 0
+                               : a.reverse ? walk.first + walk.rows()
+                                           : walk.first - a.tokens.rows(before);
+  SavedStep s{};
+  s.saved = at(a.saved, walk.first * a.cell_traits().saved * a.hidden_size, size);
+  s.h = at(a.y, walk.first * a.y_stride, size), s.h_stride = a.y_stride;
+  s.h_prev = inside ? at(a.y, before_first * a.y_stride, size) : nullptr;
+  s.c = at(a.saved_c, walk.first * a.c_stride, wide);
+  s.c_prev = inside ? at(a.saved_c, before_first * a.c_stride, wide) : nullptr;
+  s.h0 = a.h0, s.c0 = a.c0;
+  return s;
+}
+
+}  // namespace fusedrnn
