@@ -117,7 +117,7 @@ void weight_gradients(const CudaCall& call, const LayerSaved& a, const WeightFac
   }
   if (wanted(kWeightHH)) call.multiply(rows(f.of_states, S - G, G), f.before, gradient(kWeightHH));
   if (p.layer_norm) {
-    norm_gradients(call, a, f.dnormed, member, g.members, wanted, gradient);
+    norm_gradients(call, a, *f.dnormed, member, g.members, wanted, gradient);
   } else if (wanted(kBiasIH) || wanted(kBiasHH)) {
     const int64_t dim = 0;
     Tensor sums = torch::stable::sum(f.of_biases, {{&dim, 1}}, false, call.compute());

@@ -19,7 +19,7 @@ struct WeightFactors {
   Tensor of_states, before;  // the same, and what was multiplied with W_hh
   Tensor of_biases;          // the same, with the biases
   Tensor dproj, hidden;      // with a projection: gradients of its result, and its operand
-  Tensor dnormed;            // with layer normalisation: compute type, of all members
+  std::optional<Tensor> dnormed{};  // with layer normalisation: compute type, of all members
 };
 void weight_gradients(const CudaCall&, const LayerSaved&, const WeightFactors&,
                       const std::vector<bool>& needs, int64_t index, int64_t member,

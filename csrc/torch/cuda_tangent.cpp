@@ -213,7 +213,7 @@ void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
     if (input.value) read = moves ? halves(rows(input.pair(call))) : rows(*input.value);
     weight_gradients(call, a.value,
                      {moves ? both : tangent, read, both, halves(rows(before)), tangent,
-                      halves(rows(of.dproj)), halves(rows(of.hidden)), of.dgates},
+                      halves(rows(of.dproj)), halves(rows(of.hidden))},
                      needs, index, m, d);
   }
 }
