@@ -178,22 +178,26 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
     return (*found, list(weights)), (*of_found, list(of_weights))
 
 
-def _each_tensor(function: Any, values: Any, others: Any) -> Any:
-    """function(tensor, other) of tensors in (lists of) values; anything else stays."""
-    if isinstance(values, Tensor):
-        return function(values, others)
-    if isinstance(values, (list, tuple)) and values and isinstance(values[0], Tensor):
-        each = others if isinstance(others, list) else [others] * len(values)
-        return [_each_tensor(function, v, o) for v, o in zip(values, each, strict=True)]
-    return values
+def _unwrapped(argument: Any, level: int) -> tuple[Any, Dims]:
+    """A tensor, or list of them, without the batched dimension of a level, and which that was."""
+    if isinstance(argument, Tensor):
+        return _functorch._unwrap_batched(argument, level)
+    if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+        pairs = [_functorch._unwrap_batched(t, level) for t in argument]
+        return [t for t, _ in pairs], [d for _, d in pairs]
+    return argument, None
 
 
-def _dims_of(values: Any, level: int) -> Any:
-    def of(t: Tensor, level: int) -> int | None:
-        return _functorch.maybe_get_bdim(t) if _functorch.maybe_get_level(t) == level else None
+def _wrapped(result: Any, dims: Dims, level: int) -> Any:
+    if isinstance(dims, list):
+        return [_wrapped(t, dim, level) for t, dim in zip(result, dims, strict=True)]
+    return result if dims is None else _functorch._add_batch_dim(result, dims, level)
 
-    found = _each_tensor(of, values, level)
-    return found if values is not found else None
+
+def _any_batched(dims: Dims) -> bool:
+    if isinstance(dims, (list, tuple)):
+        return any(map(_any_batched, dims))
+    return dims is not None
 
 
 class _Info(NamedTuple):
@@ -210,22 +214,14 @@ def _at_level(op: Any, rule: Any) -> Any:
     def kernel(keys: Any, *arguments: Any) -> Any:
         interpreter: Any = retrieve_current_functorch_interpreter()
         level = interpreter.level()
-
-        def unwrapped(t: Tensor, _: Any) -> Tensor:
-            return _functorch._unwrap_batched(t, level)[0]
-
-        def wrapped(t: Tensor, dim: int | None) -> Tensor:
-            return t if dim is None else _functorch._add_batch_dim(t, dim, level)
-
-        dims = tuple(_dims_of(a, level) for a in arguments)
-        given = [_each_tensor(unwrapped, a, None) for a in arguments]
+        given, dims = zip(*(_unwrapped(a, level) for a in arguments), strict=True)
         excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            if not any(d is not None for d in torch.utils._pytree.tree_leaves(dims)):
+            if not _any_batched(dims):
                 return op(*arguments)
             results, of_results = rule(_Info(interpreter.batch_size()), dims, *given)
         pairs = zip(results, of_results, strict=True)
-        return tuple(_each_tensor(wrapped, t, dim) for t, dim in pairs)
+        return tuple(_wrapped(t, dim, level) for t, dim in pairs)
 
     return kernel
 

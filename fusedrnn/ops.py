@@ -544,9 +544,11 @@ def require_grad(tensors: tuple[Tensor | None, ...], transformed: bool) -> bool:
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:
-    if not in_forward_mode():
+    level = forward_ad._current_level
+    if level < 0:
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    # Not forward_ad.unpack_dual, which takes three times as long.
+    return any(t is not None and torch._unpack_dual(t, level=level)[1] is not None for t in tensors)
 
 
 def _forward_autograd(keys: Any, *arguments: Any) -> tuple:

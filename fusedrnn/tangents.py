@@ -167,16 +167,18 @@ def derivative(
 # ---- forward mode of the ops ----
 
 
-def _primal(call: ops.Call) -> ops.Call:
+def _primal(call: ops.Call, direction: Tensors) -> ops.Call:
+    """The call without its tangents, which are `direction`."""
+    pairs = zip(call.differentiable(), direction, strict=True)
     return call.with_differentiable(
-        tuple(t if t is None else forward_ad.unpack_dual(t).primal for t in call.differentiable())
+        tuple(t if v is None else forward_ad.unpack_dual(t).primal for t, v in pairs)
     )
 
 
 def of_forward(call: ops.Call, made: tuple[Any, ...], direction: Tensors) -> tuple:
     """The tangents of forward's results; `made`: y, the reserve, hs and cs."""
     given = direction_arguments(direction, made[0])
-    results = forward_tangent(*given, *made, False, *_primal(call).arguments())
+    results = forward_tangent(*given, *made, False, *_primal(call, direction).arguments())
     return (*results[:3], None, *results[4:])
 
 
@@ -191,7 +193,7 @@ def of_backward(
 ) -> Tensors:
     """The tangents of backward's results."""
     u = [g if g is None else forward_ad.unpack_dual(g).primal for g in grads]
-    arguments = _primal(call).arguments()
+    arguments = _primal(call, direction).arguments()
     given = direction_arguments(direction, made[0])
     dy, _, _, *dmade = forward_tangent(*given, *made, True, *arguments)
     *states, dweights = backward_tangent(
