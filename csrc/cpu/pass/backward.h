@@ -26,7 +26,7 @@ struct BackwardBuffers {
   BackwardBuffers(const Problem& p, int64_t rows, Scratch& common, Scratch& own)
       : tokens(max(rows, kChunkTokens<X>)),
         ld_gates(row_stride<X>(p.slot_columns())),
-        ld_dh(p.out_size()),
+        ld_dh(p.out_size() + kRowPad<C>),
         ld_proj(row_stride<X>(p.out_size())),
         ld_input(max(p.product_input(0), p.num_directions * p.out_size())) {
     gates = common.take<X>((tokens + kSpareRows<X>)*ld_gates);

@@ -159,6 +159,7 @@ class ForwardPass {
   using Direction = ForwardDirection<S>;
   static constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
   static constexpr bool kNormed = kIsNormed<Cell>;
+  static constexpr int64_t kLongCells = 128;  // vectors of gates of a group, in all rows
 
  public:
   ForwardPass(const Forward& forward, const Rows& task, Member& member)
@@ -272,7 +273,9 @@ class ForwardPass {
   }
 
   // h W_hh^T is added to the gates of n rows, and their cells are computed: during the next
-  // product, or right after their own, whose sums are in L1 then.
+  // product, right after their own, whose sums are in L1 then, or after all products. While tiles
+  // are in use, vectors of 64 bytes run at half their speed, until tiles have rested for 0.65 us;
+  // then these take 0.3 us to start. So cells that would take so long wait for the last product.
   void recurrent_step(const Direction& d, bool descending, int64_t n, C* gates) {
     const int64_t H = p.hidden_size;
     const X* const h = factors(call.h_mask ? nullptr : buf.h[0], buf.operand);
@@ -281,9 +284,16 @@ class ForwardPass {
     OverlappedWork work{};
     if constexpr (!kNormed)
       if (overlaps_cells) work = {cells.run, &cells};
+    const bool after_all =
+        kTiled<X> && !overlaps_cells && n * Cell::kGates * G::kBlocks >= kLongCells;
     G::each(H, me, descending, [&](int64_t block, int64_t blocks) {
       multiply_group(d, block, blocks, n, h, gates, work);
       if constexpr (!kNormed) {
+        if (after_all) {
+          const int64_t first = cells.blocks ? min(cells.block, block) : block;
+          cells = {H, step, first, cells.blocks + blocks, 0, n};
+          return;
+        }
         cells.finish();  // the rest of the last group
         cells = {H, step, block, blocks, 0, n};
         if (!overlaps_cells) cells.finish();

@@ -3,8 +3,8 @@
 //
 // A tile of A is 16 rows of 16 pairs in place; a tile of B is 16 rows of one vector of a packed
 // panel. Two tiles of A are multiplied with up to two of B, or one of A with up to four, and the
-// sums stay in their tiles for the whole depth. They start from the addend, so every element is one
-// chain of additions however rows are divided. Tiles are always full: up to kSpareRows rows after
+// sums stay in their tiles for a part of the depth. They start from the addend, so every element is
+// one chain of additions however rows are divided. Tiles are always full: up to kSpareRows rows after
 // the last one of A are read, and their sums are not stored.
 #pragma once
 #include "cpu/product/interface.h"
@@ -76,10 +76,10 @@ FUSEDRNN_INLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
 }
 
-// C = A B + D for R tiles of A, which has `rows` rows, and V panels. K, a multiple of 16, counts
-// operands along the sum; rows of C hold `cols`.
+// C = A B + D for R tiles of A, which has `rows` rows, and V panels that hold `depth` operands
+// each. K of them, a multiple of 16, are multiplied; rows of C hold `cols`.
 template <int R, int V>
-__attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t lda,
+__attribute__((noinline)) void multiply_tiles(int64_t K, int64_t depth, const Pair* a, int64_t lda,
                                               const Pair* panels, int64_t rows, float* c,
                                               int64_t ldc, int64_t cols, Addend<float> d,
                                               Progress& progress) {
@@ -115,7 +115,7 @@ __attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t 
   for (int64_t k = 0; k < K; k += kTileRows) {
     each_constant(each_vector, [&](auto v) __attribute__((always_inline)) {
       constexpr int kB = kFirstB + v.value % kBs;
-      tile_load<kB>(panels + (v.value * K + k) * kTileRows, kTileRows * sizeof(Pair));
+      tile_load<kB>(panels + (v.value * depth + k) * kTileRows, kTileRows * sizeof(Pair));
       each_constant(each_row, [&](auto r) __attribute__((always_inline)) {
         constexpr int kA = kFirstA + r.value;
         if (v.value == 0) tile_load<kA>(a + r.value * kTileRows * lda + k, lda * sizeof(Pair));
@@ -132,28 +132,33 @@ __attribute__((noinline)) void multiply_tiles(int64_t K, const Pair* a, int64_t 
   });
 }
 
-// C [M, N] = A [M, K] B + D. K counts operands.
+// C [M, N] = A [M, K] B + D. K counts operands. It is cut into parts, so that what a block of rows
+// of A holds of one stays in L1 while panels pass; between parts the sums are in C.
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t lda,
                                   const Pair* packed, float* c, int64_t ldc, Addend<float> d,
                                   OverlappedWork work) {
-  constexpr int64_t kTwo = 2 * kTileRows;
+  constexpr int64_t kTwo = 2 * kTileRows, kPart = 128;
   const int64_t last = M % kTwo, paired = last > kTileRows ? M : M - last;
   const int64_t blocks = (paired + kTwo - 1) / kTwo * ((N + kTwo - 1) / kTwo) +
                          (paired < M ? (N + 2 * kTwo - 1) / (2 * kTwo) : 0);
   Progress progress{work, blocks * K / kTileRows};
-  auto multiply = [&](auto product, int64_t m, int64_t n) __attribute__((always_inline)) {
-    product(K, a + m * lda, lda, packed + n * K, M - m, c + m * ldc + n, ldc, N - n,
-            {d.data ? d.data + m * d.ld + n : nullptr, d.ld}, progress);
-  };
-  for (int64_t n = 0; n < N; n += kTwo)
+  for (int64_t k = 0; k == 0 || k < K; k += kPart) {
+    const int64_t part = min(K - k, kPart);
+    auto multiply = [&](auto product, int64_t m, int64_t n) __attribute__((always_inline)) {
+      product(part, K, a + m * lda + k, lda, packed + n * K + k * kTileRows, M - m, c + m * ldc + n,
+              ldc, N - n, {d.data ? d.data + m * d.ld + n : nullptr, d.ld}, progress);
+    };
     for (int64_t m = 0; m < paired; m += kTwo)
-      multiply(N - n > kTileRows ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, m, n);
-  for (int64_t n = 0; paired < M && n < N; n += 2 * kTwo)
-    multiply(N - n > 3 * kTileRows   ? multiply_tiles<1, 4>
-             : N - n > 2 * kTileRows ? multiply_tiles<1, 3>
-             : N - n > kTileRows     ? multiply_tiles<1, 2>
-                                     : multiply_tiles<1, 1>,
-             paired, n);
+      for (int64_t n = 0; n < N; n += kTwo)
+        multiply(N - n > kTileRows ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, m, n);
+    for (int64_t n = 0; paired < M && n < N; n += 2 * kTwo)
+      multiply(N - n > 3 * kTileRows   ? multiply_tiles<1, 4>
+               : N - n > 2 * kTileRows ? multiply_tiles<1, 3>
+               : N - n > kTileRows     ? multiply_tiles<1, 2>
+                                       : multiply_tiles<1, 1>,
+               paired, n);
+    d = {c, ldc};
+  }
 }
 
 #else
