@@ -193,7 +193,7 @@ def leaf_of(t: Tensor) -> Tensor:
 def plain_tangents(given: TangentCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What tangents.py's ops compute, by the reference, any number of times.
 
-    Returns F'(v), the tangents of y, hn and cn, and of what is needed B'(v, u) + B(du).
+    Returns F'(v), the tangents of forward's results, and of what is needed B'(v, u) + B(du).
     """
     if given.members:
         return (), _tangents_of_members(given)
@@ -203,10 +203,8 @@ def plain_tangents(given: TangentCall) -> tuple[tuple[Any, ...], tuple[Any, ...]
             leaf_of(t) if t is not None and t.is_floating_point() else t
             for t in call.differentiable()
         )
-        outputs = reference.forward(*call.with_differentiable(leaves).arguments(), loop=each_chunk)[
-            :3
-        ]
-        made = [o for o in outputs if o.requires_grad]  # cn may be empty
+        outputs = reference.forward(*call.with_differentiable(leaves).arguments(), loop=each_chunk)
+        made = [o for o in outputs if o.requires_grad]  # cn, hs and cs may be empty
         pairs = [(o, u) for o, u in zip(outputs, given.u, strict=True) if o.requires_grad]
         forms = [leaf_of(torch.zeros_like(o) if u is None else u) for o, u in pairs]
         wanted = [t for t, n in zip(leaves, needs, strict=True) if n]
@@ -247,7 +245,7 @@ def _gradients(outputs: Any, leaves: Any, forms: Any) -> list[Tensor]:
 def _tangents_of_members(given: TangentCall) -> tuple[Tensor | None, ...]:
     """Of backward_tangent with `members`, one after the other."""
     call, members = given.call, given.members
-    of_results, of_tensors = call.result_row_dims()[:3], call.row_dims()
+    of_results, of_tensors = call.result_row_dims(), call.row_dims()
     of_direction = (*of_tensors[:3], *[None] * (len(given.direction) - 3))
 
     def of(m: int, tensors: tuple, dims: tuple) -> list[Tensor | None]:

@@ -232,9 +232,8 @@ class _Call:
         dweights = [t.double() for t in self.direction[3:] if t is not None]
         direction = (*wide(self.direction[:3]), *dweights)
         needs = [t is not None for t in call.differentiable()]
-        given = tangents.TangentCall(
-            wide(self.grads), wide(self.grad_tangents), direction, (), needs, 0, call
-        )
+        u, du = ((*wide(g), None, None) for g in (self.grads, self.grad_tangents))
+        given = tangents.TangentCall(u, du, direction, (), needs, 0, call)
         found = derivatives.plain_tangents(given)[backward]
         return [t.detach() for t in found if t is not None and t.numel()]
 
@@ -248,14 +247,14 @@ class _Call:
         dx, dhx, dcx, *dweights = moved(self.direction)
         call, direction = (x, hx, cx, weights, *self.rest), (dx, dhx, dcx, dweights)
         with torch.no_grad(), plans(backward):
-            y, _, _, reserve, *_ = ops.forward(*call, True)
-            made = ops.forward_tangent(*direction, y, reserve, True, *call)
+            y, _, _, *kept = ops.forward(*call, True)
+            dy, dhn, dcn, *dkept = ops.forward_tangent(*direction, y, *kept, True, *call)
             if not backward:
-                return [t for t in made[:3] if t.numel()]
-            u, du = (moved((*g, None)[:3]) for g in (self.grads, self.grad_tangents))
+                return [t for t in (dy, dhn, dcn) if t.numel()]
+            u, du = (moved((*g, None, None, None)[:5]) for g in (self.grads, self.grad_tangents))
             needs = [t is not None for t in (x, hx, cx, *weights)]
             *states, dweights = ops.backward_tangent(
-                *u, *du, *direction, y, reserve, made[0], made[3], needs, 0, *call
+                *u, *du, *direction, y, *kept, dy, *dkept, needs, 0, *call
             )
             return [g for g, need in zip((*states, *dweights), needs, strict=True) if need]
 

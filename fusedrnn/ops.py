@@ -217,6 +217,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 # Elements of an output for which it pays to ask autograd which gradients it is after: microseconds.
 LARGE = 1 << 12
 RESULTS = 5  # of forward that have gradients: y, hn, cn, hs, cs
+MADE = 4  # results of forward that backward reads: y, reserve, hs, cs
 NON_DIFFERENTIABLE = 7  # tensors between cx and the weights, which have no gradient
 NO_OTHERS = (None,) * NON_DIFFERENTIABLE
 BATCH_SIZES = 3  # among Call.tensors
@@ -304,8 +305,8 @@ class BackwardCall(NamedTuple):
 
     @staticmethod
     def of(*arguments: Any) -> BackwardCall:
-        grads, made = arguments[:RESULTS], arguments[RESULTS : RESULTS + 4]
-        needs, members, *call = arguments[RESULTS + 4 :]
+        grads, made = arguments[:RESULTS], arguments[RESULTS : RESULTS + MADE]
+        needs, members, *call = arguments[RESULTS + MADE :]
         return BackwardCall(grads, made, needs, members, Call.of(*call))
 
 
@@ -390,7 +391,7 @@ class _Forward(Node):
         ctx.save_for_backward(kept_y, reserve, *states, *(others or ()), *of_graph)
         ctx.rest = output, output._version, constants, save, others is None
         if dual:
-            ctx.for_jvp = Call.of(*arguments[:-1]), (kept_y, reserve)
+            ctx.for_jvp = Call.of(*arguments[:-1]), (kept_y, reserve, *states)
         if direct and not constants[ALL_STATES]:  # then hs and cs are empty
             return results[:3]
         ctx.mark_non_differentiable(reserve)
@@ -474,10 +475,10 @@ class _Backward(Node):
         arguments = (*grads, *made, needs, members, *call.arguments())
         *states, dweights = _below_function(backward, keys, arguments)
         ctx.set_materialize_grads(False)
-        kept: tuple[Tensor, ...] = ()
+        kept: tuple[Any, ...] = ()
         if tangents.has_kernels(call):
             # A copy of y, which lacks the output's version counter and may be written in place.
-            kept = (made[0].clone(), made[1])
+            kept = (made[0].clone(), made[1], *(t if t is None else t.detach() for t in made[2:]))
         ctx.save_for_backward(*kept, *grads, *tensors)
         ctx.constants, ctx.needs, ctx.members, ctx.kept = constants, needs, members, len(kept)
         if in_forward_mode():
@@ -513,8 +514,8 @@ def _second(ctx: Any, call: Call, made: tuple, grads: tuple, grad_grads: tuple) 
     if all(d is None for d in direction):
         return (None,) * len(needs)
     of_call: Any = Call(tuple(needs[RESULTS:]), ()).differentiable()  # type: ignore[arg-type]
-    first, second = tangents.derivative(call, made, grads[:3], direction, list(of_call))
-    of_grads = (g if n else None for g, n in zip((*first, None, None), needs, strict=False))
+    first, second = tangents.derivative(call, made, grads, direction, list(of_call))
+    of_grads = (g if n else None for g, n in zip(first, needs, strict=False))
     return (*of_grads, *second[:3], *[None] * NON_DIFFERENTIABLE, *second[3:])
 
 

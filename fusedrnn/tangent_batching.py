@@ -19,7 +19,7 @@ _CALL = 4 + ops.NON_DIFFERENTIABLE + 1 + len(ops.Config._fields)  # arguments of
 
 
 def _each(op: Callable, members: int, dims: Dims, arguments: Any, made: int) -> tuple[Any, Any]:
-    """Runs `op` for every member, and stacks the results. y and the reserve are at `made`."""
+    """Runs `op` for every member, and stacks the results. What forward made is at `made`."""
 
     def of(m: int, t: Any, dim: Any) -> Any:
         if isinstance(dim, list):
@@ -30,7 +30,7 @@ def _each(op: Callable, members: int, dims: Dims, arguments: Any, made: int) -> 
         own = [of(m, t, dim) for t, dim in zip(arguments, dims, strict=True)]
         if dims[made + 1] is not None:
             # No part of the reserve that forward made of all members is that of one.
-            own[made], _, _, own[made + 1], *_ = ops.forward(*own[-_CALL:], True)
+            own[made], _, _, *own[made + 1 : made + ops.MADE] = ops.forward(*own[-_CALL:], True)
         return op(*own)
 
     results = [result(m) for m in range(members)]
@@ -50,7 +50,7 @@ class _Fold(batching._Fold):
     def __init__(self, arguments: Any, dims: Dims, members: int) -> None:
         call = ops.Call.of(*arguments)
         super().__init__(call, ops.Call.of(*dims).tensors, members)
-        self.of_results, self.of_states = call.result_row_dims()[:3], call.row_dims()[:3]
+        self.of_results, self.of_states = call.result_row_dims(), call.row_dims()[:3]
         self.config, self.folded = ops.Config(*call.constants[1:]), self.call()
 
     def all_rows(self, tensors: Any, dims: Dims, rows: Any) -> list[Tensor | None]:
@@ -60,28 +60,25 @@ class _Fold(batching._Fold):
         *states, dweights = arguments
         return (*self.all_rows(states, dims[:3], self.of_states), dweights)
 
-    def made(self, tensors: Any, dims: Dims) -> tuple[Tensor, Tensor] | None:
-        """y and the reserve as the op lays them out, or their tangents; None where an outer rule's
-        members are not apart in them.
+    def made(self, tensors: Any, dims: Dims) -> tuple | None:
+        """y, the reserve, hs and cs as the op lays them out, or their tangents; None where an outer
+        rule's members are not apart in them.
         """
-        y, reserve = tensors
+        of_y, _, _, of_hs, of_cs = self.of_results
         if dims[0] is not None and dims[1] is not None:
-            y = self.rows(y, dims[0], self.of_results[0])
-            reserve = self.rows(reserve, dims[1], 0)
-            return y.contiguous(), reserve.contiguous()
-        if batching._is_batched(reserve) or dims[0] is not None or dims[1] is not None:
+            each = zip(tensors, dims, (of_y, 0, of_hs, of_cs), strict=True)
+            return tuple(
+                t if d is None else self.rows(t, d, row).contiguous() for t, d, row in each
+            )
+        if batching._is_batched(tensors[1]) or any(d is not None for d in dims):
             return None
-        none = y.new_empty(0)
-        repeated = self.repeated(
-            (y, reserve, none, none), (self.of_results[0], *[0] * 4), self.config
-        )
-        return repeated[0], repeated[1]
+        return self.repeated(tensors, self.of_results, self.config)
 
-    def of_forward(self, tensors: Any, dims: Dims) -> tuple[Tensor, Tensor]:
+    def of_forward(self, tensors: Any, dims: Dims) -> tuple:
         made = self.made(tensors, dims)
         if made is None:
-            y, _, _, reserve, *_ = ops.forward(*self.folded.arguments(), True)
-            return y, reserve
+            y, _, _, *kept = ops.forward(*self.folded.arguments(), True)
+            return (y, *kept)
         return made
 
     def unfolded_all(self, results: Any, rows: Any) -> tuple[list, list]:
@@ -95,7 +92,7 @@ def _weights_differ(call_dims: Dims, direction_dims: Dims) -> bool:
 
 
 def _forward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    members, first = info.batch_size, _DIRECTION + 3  # after the direction y, reserve, save
+    members, first = info.batch_size, _DIRECTION + ops.MADE + 1  # after the direction and `save`
     if _weights_differ(dims[first:], dims[:_DIRECTION]):
         return _each(tangents.forward_tangent, members, dims, arguments, _DIRECTION)
     fold = _Fold(arguments[first:], dims[first:], members)
@@ -106,25 +103,28 @@ def _forward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tup
         arguments[first - 1],
         *fold.folded.arguments(),
     )
-    found, of_found = fold.unfolded_all(results, (*fold.of_results, 0))
+    of_y, of_hn, of_cn, of_hs, of_cs = fold.of_results
+    found, of_found = fold.unfolded_all(results, (of_y, of_hn, of_cn, 0, of_hs, of_cs))
     return tuple(found), tuple(of_found)
 
 
 def _backward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    members, grads = info.batch_size, 2 * tangents.STATES
-    made = grads + _DIRECTION  # y, reserve, and the tangents of both
-    needs, before = arguments[made + 4 : made + 6]
-    first = made + 6
+    members, grads = info.batch_size, 2 * ops.RESULTS
+    made = grads + _DIRECTION
+    of_made = made + ops.MADE  # the tangents of it
+    end = of_made + ops.MADE
+    needs, before = arguments[end : end + 2]
+    first = end + 2
     if _weights_differ(dims[first:], dims[grads:made]):
         return _each(tangents.backward_tangent, members, dims, arguments, made)
     fold = _Fold(arguments[first:], dims[first:], members)
     call = fold.folded.arguments()
     direction = fold.direction(arguments[grads:made], dims[grads:made])
-    values = fold.of_forward(arguments[made : made + 2], dims[made : made + 2])
-    of_values = fold.made(arguments[made + 2 : made + 4], dims[made + 2 : made + 4])
+    values = fold.of_forward(arguments[made:of_made], dims[made:of_made])
+    of_values = fold.made(arguments[of_made:end], dims[of_made:end])
     if of_values is None:
-        dy, _, _, dreserve = tangents.forward_tangent(*direction, *values, True, *call)
-        of_values = dy, dreserve
+        dy, _, _, *kept = tangents.forward_tangent(*direction, *values, True, *call)
+        of_values = (dy, *kept)
     given = fold.all_rows(arguments[:grads], dims[:grads], 2 * fold.of_results)
     *states, dweights = tangents.backward_tangent(
         *given, *direction, *values, *of_values, needs, fold.groups(before), *call

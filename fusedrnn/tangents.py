@@ -2,7 +2,7 @@
 
 With `direction` tangents v of x, hx, cx and the weights:
 
-    forward_tangent   F'(v): the tangents of y, hn, cn, and of what forward saves (if `save`)
+    forward_tangent   F'(v): the tangents of forward's results, of the reserve if `save`
     backward_tangent  the tangents of backward's results, along v and tangents of its gradients u:
                       B'(v, u) + B(du), where B(u) is backward
 
@@ -32,22 +32,26 @@ from fusedrnn.recomputed import gradients_of
 forward_tangent = torch.ops.fusedrnn.forward_tangent.default
 backward_tangent = torch.ops.fusedrnn.backward_tangent.default
 
-STATES = 3  # results of forward that have gradients here: y, hn, cn
-
 Tensors = tuple[Tensor | None, ...]
 
 
 def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
-    config, x = ops.Config(*call.constants[1:]), call.tensors[0]
+    x = call.tensors[0]
     assert x is not None
     return (
-        (x.device.type == "cpu" or (x.is_cuda and cuda.missing(x.device) is None))
-        and not config.all_states
-        and not config.layer_norm
+        (x.device.type == "cpu" or _on_cuda(call))
         and not call.stacked
         and not batched_gradients.are_batched(call.tensors)
     )
+
+
+def _on_cuda(call: ops.Call) -> bool:
+    """Whether the CUDA kernels take them."""
+    config, x = ops.Config(*call.constants[1:]), call.tensors[0]
+    assert x is not None
+    options = config.all_states or config.layer_norm
+    return x.is_cuda and not options and cuda.missing(x.device) is None
 
 
 def take_transformed(call: ops.Call) -> bool:
@@ -86,25 +90,27 @@ class TangentCall(NamedTuple):
     u: Tensors
     du: Tensors
     direction: Tensors
-    made: tuple[Tensor, ...]  # y, reserve, and for backward_tangent the tangents of both
+    made: tuple[Any, ...]  # y, reserve, hs, cs, and for backward_tangent the tangents of these
     needs: list[bool]
     members: int
     call: ops.Call
 
     @staticmethod
     def of_forward(dx: Any, dhx: Any, dcx: Any, dweights: Any, *rest: Any) -> TangentCall:
-        none = (None,) * STATES
-        y, reserve, _, *call = rest
+        none, (*made, _), call = (None,) * ops.RESULTS, rest[: ops.MADE + 1], rest[ops.MADE + 1 :]
         direction = (dx, dhx, dcx, *map(_given, dweights))
-        return TangentCall(none, none, direction, (y, reserve), [], 0, ops.Call.of(*call))
+        return TangentCall(none, none, direction, tuple(made), [], 0, ops.Call.of(*call))
 
     @staticmethod
     def of_backward(*arguments: Any) -> TangentCall:
-        u, du, rest = arguments[:STATES], arguments[STATES : 2 * STATES], arguments[2 * STATES :]
-        dx, dhx, dcx, dweights, *others = rest
-        y, reserve, dy, dreserve, needs, members, *call = others
+        n = ops.RESULTS
+        u, du, (dx, dhx, dcx, dweights, *rest) = (
+            arguments[:n],
+            arguments[n : 2 * n],
+            arguments[2 * n :],
+        )
+        made, (needs, members, *call) = tuple(rest[: 2 * ops.MADE]), rest[2 * ops.MADE :]
         direction = (dx, dhx, dcx, *map(_given, dweights))
-        made = (y, reserve, dy, dreserve)
         return TangentCall(u, du, direction, made, needs, members, ops.Call.of(*call))
 
     def of_graph(self) -> Tensors:
@@ -113,7 +119,7 @@ class TangentCall(NamedTuple):
 
     def with_graph(self, tensors: Sequence[Any]) -> TangentCall:
         """Others, or what is said of each, in their place."""
-        ends = STATES, 2 * STATES, 2 * STATES + len(self.direction)
+        ends = ops.RESULTS, 2 * ops.RESULTS, 2 * ops.RESULTS + len(self.direction)
         u, du, v = (tuple(tensors[i:j]) for i, j in zip((0, *ends), ends, strict=False))
         call = self.call.with_differentiable(tuple(tensors[ends[-1] :]))
         return self._replace(u=u, du=du, direction=v, call=call)
@@ -125,39 +131,35 @@ def _given(weight_tangent: Tensor) -> Tensor | None:
 
 @torch.library.register_fake("fusedrnn::forward_tangent")
 def _fake_forward_tangent(*arguments: Any) -> tuple[Tensor, ...]:
-    y, reserve, save, *call = arguments[4:]
-    ops._check_devices(call[0], *arguments[:3], *arguments[3], y, reserve)
-    return ops._fake_forward(*call, save)[:4]
+    made, (save, *call) = arguments[4 : 4 + ops.MADE], arguments[4 + ops.MADE :]
+    ops._check_devices(call[0], *arguments[:3], *arguments[3], *made)
+    return ops._fake_forward(*call, save)
 
 
 @torch.library.register_fake("fusedrnn::backward_tangent")
 def _fake_backward_tangent(*arguments: Any) -> tuple:
     given = TangentCall.of_backward(*arguments)
-    (y, reserve, *tangents), arguments = given.made, given.call.arguments()
-    ops._check_devices(y, *given.du, *given.direction, *tangents)
-    made = (y, reserve, *_no_states(y))
-    return ops._fake_backward(*given.u, None, None, *made, given.needs, given.members, *arguments)
-
-
-def _no_states(y: Tensor) -> tuple[Tensor, Tensor]:
-    """hs and cs of a call without all_states."""
-    return _empty(y, y.dtype), _empty(y, ops.compute_dtype(y.dtype))
+    made, tangents = given.made[: ops.MADE], given.made[ops.MADE :]
+    ops._check_devices(made[0], *given.du, *given.direction, *tangents)
+    return ops._fake_backward(*given.u, *made, given.needs, given.members, *given.call.arguments())
 
 
 def derivative(
-    call: ops.Call, made: tuple[Tensor, Tensor], u: Tensors, v: Tensors, needs: list[bool]
+    call: ops.Call, made: tuple[Any, ...], u: Tensors, v: Tensors, needs: list[bool]
 ) -> tuple[Tensors, Tensors]:
     """F'(v), and B'(v, u) of what is needed, in Call.differentiable()'s order."""
     wanted = any(needs) and any(g is not None for g in u)
     direction, arguments = direction_arguments(v, made[0]), call.arguments()
-    dy, dhn, dcn, dreserve = forward_tangent(*direction, *made, wanted, *arguments)
+    dy, dhn, dcn, dreserve, dhs, dcs = forward_tangent(*direction, *made, wanted, *arguments)
+    first = dy, dhn, dcn, dhs, dcs
     if not wanted:
-        return (dy, dhn, dcn), (None,) * len(needs)
+        return first, (None,) * len(needs)
+    dmade = dy, dreserve, dhs, dcs
     dx, dhx, dcx, dweights = backward_tangent(
-        *u, *[None] * STATES, *direction, *made, dy, dreserve, needs, 0, *arguments
+        *u, *[None] * ops.RESULTS, *direction, *made, *dmade, needs, 0, *arguments
     )
     found = zip((dx, dhx, dcx, *dweights), needs, strict=True)
-    return (dy, dhn, dcn), tuple(g if n else None for g, n in found)
+    return first, tuple(g if n else None for g, n in found)
 
 
 # ---- forward mode of the ops ----
@@ -169,16 +171,16 @@ def _primal(call: ops.Call) -> ops.Call:
     )
 
 
-def of_forward(call: ops.Call, made: tuple[Tensor, Tensor], direction: Tensors) -> tuple:
-    """The tangents of forward's results; `made`: y and the reserve."""
+def of_forward(call: ops.Call, made: tuple[Any, ...], direction: Tensors) -> tuple:
+    """The tangents of forward's results; `made`: y, the reserve, hs and cs."""
     given = direction_arguments(direction, made[0])
-    dy, dhn, dcn, _ = forward_tangent(*given, *made, False, *_primal(call).arguments())
-    return dy, dhn, dcn, None, *_no_states(dy)  # not None, which torch refuses for what is empty
+    results = forward_tangent(*given, *made, False, *_primal(call).arguments())
+    return (*results[:3], None, *results[4:])
 
 
 def of_backward(
     call: ops.Call,
-    made: tuple[Tensor, Tensor],
+    made: tuple[Any, ...],
     needs: list[bool],
     members: int,
     grads: Tensors,
@@ -186,12 +188,12 @@ def of_backward(
     direction: Tensors,
 ) -> Tensors:
     """The tangents of backward's results."""
-    u = [g if g is None else forward_ad.unpack_dual(g).primal for g in grads[:STATES]]
+    u = [g if g is None else forward_ad.unpack_dual(g).primal for g in grads]
     arguments = _primal(call).arguments()
     given = direction_arguments(direction, made[0])
-    dy, _, _, dreserve = forward_tangent(*given, *made, True, *arguments)
+    dy, _, _, *dmade = forward_tangent(*given, *made, True, *arguments)
     *states, dweights = backward_tangent(
-        *u, *dgrads[:STATES], *given, *made, dy, dreserve, needs, members, *arguments
+        *u, *dgrads, *given, *made, dy, *dmade, needs, members, *arguments
     )
     return (*states, *dweights)
 
@@ -228,22 +230,20 @@ class _ForwardTangent(Node):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        given, u = _kept(ctx), grads[:STATES]
-        y, reserve = given.made
+        given, u = _kept(ctx), (*grads[:3], *grads[4:])
         needs = given.with_graph(ctx.needs_input_grad[2:])
         of_direction: Any = list(needs.direction)
         of_call: Any = list(needs.call.differentiable())
         first: list[Any] = [None] * len(of_direction)
         if any(of_direction):
-            made = (y, reserve, *_no_states(y))
             arguments = given.call.arguments()
-            *states, dweights = ops.backward(*u, None, None, *made, of_direction, 0, *arguments)
+            *states, dweights = ops.backward(*u, *given.made, of_direction, 0, *arguments)
             first = [
                 g if n else None for g, n in zip((*states, *dweights), of_direction, strict=True)
             ]
         second: Tensors = (None,) * len(of_call)
         if any(of_call):
-            _, second = derivative(given.call, (y, reserve), u, given.direction, of_call)
+            _, second = derivative(given.call, given.made, u, given.direction, of_call)
         return (None, None, *given.u, *given.du, *first, *second)
 
 
@@ -297,13 +297,13 @@ def _forward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
         except RuntimeError as error:
             if ops.NOTHING_RUNS not in str(error):
                 raise
-    (dy, dhn, dcn), _ = _plain(given)
-    return dy, dhn, dcn, given.made[1].new_empty((0, 0))
+    (dy, dhn, dcn, dhs, dcs), _ = _plain(given)
+    return dy, dhn, dcn, given.made[1].new_empty((0, 0)), dhs, dcs
 
 
 def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
     given = TangentCall.of_backward(*arguments)
-    tensors, (y, _, _, dreserve) = given.of_graph(), given.made
+    tensors, y, dreserve = given.of_graph(), given.made[0], given.made[ops.MADE + 1]
     # Of F' in the plain implementation there is no reserve: torch.func's levels find that out.
     lowest = not torch._C._are_functorch_transforms_active()
     no_reserve = lowest and y.numel() > 0 and dreserve.shape[0] == 0

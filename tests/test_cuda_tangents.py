@@ -9,31 +9,24 @@ import test_tangents
 import torch
 from emulator import ops as emulated
 from emulator.ops import instead_of_cpu, load
-from test_ops import INPUT, T, arguments
+from test_ops import INPUT, T
 from test_tangents import (  # noqa: F401
     CALLS,
     CELLS,
+    arguments,
     by_kernels,
     filled,
     given,
     kernels_only,
-    long_call,
     test_dual_numbers_run_in_kernels,
     test_ensembles,
     test_forward_over_forward,
     test_gradient_penalties_run_in_kernels,
     test_input_of_no_width,
     test_linearize_runs_in_kernels,
-    test_members,
-    test_odd_sizes_in_each_dtype,
-    test_opcheck,
-    test_options_run_in_kernels,
     test_outputs_may_be_written_between_the_derivatives,
     test_transforms_by_weights_run_in_kernels,
     test_transforms_run_in_kernels,
-    test_values,
-    test_what_has_no_kernel_is_refused_by_the_op,
-    test_wrong_arguments,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,16 +44,9 @@ def emulation(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def call_of(cell, **kwargs):
-    call = arguments(cell, **kwargs)
-    del call["save"]
-    call["all_states"] = False
-    return call
-
-
 def call_kernels(cell, kind, dtype, changed):
     """Both ops once."""
-    by_kernels(*given(call_of(cell, kind=kind, mask=True, dtype=dtype, changed=changed)))
+    by_kernels(*given(arguments(cell, kind=kind, mask=True, dtype=dtype, changed=changed)))
 
 
 def equal(found, expected):
@@ -73,7 +59,7 @@ def equal(found, expected):
 
 
 def test_the_kernels_run_emulated():
-    case = given(call_of("gru"))
+    case = given(arguments("gru"))
     load().fail_after(0)
     with pytest.raises(RuntimeError, match="fusedrnn: .* failed with the plan 'stepwise'"):
         by_kernels(*case)
@@ -82,48 +68,85 @@ def test_the_kernels_run_emulated():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_neither_order_nor_what_lies_behind_a_length_changes_a_bit(cell):
-    call = call_of(cell, kind="lengths", mask=True, changed=True)
-    call, *made, direction, u, du = given(call)
-    expected = by_kernels(call, *made, direction, u, du)
+    call = arguments(cell, kind="lengths", mask=True, changed=True)
+    call, made, direction, u, du = given(call)
+    expected = by_kernels(call, made, direction, u, du)
     behind = torch.arange(T)[:, None] >= call.tensors[4]
     x, dx = call.tensors[0].clone(), direction[0].clone()
     x[behind] = dx[behind] = float("nan")
     call = call._replace(tensors=(x, *call.tensors[1:]))
     load().seed(2)
-    assert equal(by_kernels(call, *made, (dx, *direction[1:]), u, du), expected)
+    assert equal(by_kernels(call, made, (dx, *direction[1:]), u, du), expected)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
 def test_rows_may_lie_apart(cell):
-    call, *made, direction, u, du = given(call_of(cell, kind="lengths"))
-    expected = by_kernels(call, *made, direction, u, du)
+    call, made, direction, u, du = given(arguments(cell, kind="lengths"))
+    expected = by_kernels(call, made, direction, u, du)
     x, dx = (t.repeat_interleave(2, 1)[:, ::2] for t in (call.tensors[0], direction[0]))
     call = call._replace(tensors=(x, *call.tensors[1:]))
-    assert equal(by_kernels(call, *made, (dx, *direction[1:]), u, du), expected)
+    assert equal(by_kernels(call, made, (dx, *direction[1:]), u, du), expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_products_read_only_what_was_written(cell, monkeypatch):
     """Rows without a step too, though nothing depends on what comes out for them."""
     monkeypatch.setattr(emulated, "products_are_finite", True)
-    by_kernels(*given(call_of(cell, kind="lengths", dtype=torch.bfloat16)))
+    by_kernels(*given(arguments(cell, kind="lengths", dtype=torch.bfloat16)))
     assert emulated.products_are_finite
 
 
+# What test_tangents.py also runs with layer normalisation and all states.
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "all states" not in name])
+@pytest.mark.parametrize("cell", CELLS)
+def test_values(cell, name):
+    test_tangents.test_values(cell, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_odd_sizes_in_each_dtype(cell, dtype):
+    test_tangents.test_odd_sizes_in_each_dtype(cell, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_members(cell):
+    test_tangents.test_members(cell)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_opcheck(cell):
+    test_tangents.test_opcheck(cell, False)
+
+
+def test_options_run_in_kernels(monkeypatch):
+    options = {"proj_size": 2, "zoneout": (0.3, 0.4)}
+    test_tangents.test_options_run_in_kernels("LSTM", options, monkeypatch)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj"])
-def test_gradients_of_the_tangents(cell):
-    test_tangents.test_gradients_of_the_tangents(cell)
+def test_gradients_of_the_tangents():
+    test_tangents.test_gradients_of_the_tangents("lstm")
+
+
+@pytest.mark.parametrize("option", ["all_states", "layer_norm"])
+def test_what_has_no_kernel_is_refused_by_the_op(option):
+    call = arguments("lstm normed" if option == "layer_norm" else "lstm")
+    case = given(call | {option: True})
+    with pytest.raises(RuntimeError, match="have no CUDA kernel"):
+        by_kernels(*case)
 
 
 @pytest.mark.parametrize("steps, batch", [(0, 4), (3, 0)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_to_do(cell, steps, batch):
-    call = call_of(cell) | {"x": torch.randn(steps, batch, INPUT, dtype=torch.float64)}
+    call = arguments(cell) | {"x": torch.randn(steps, batch, INPUT, dtype=torch.float64)}
     call["hx"] = call["hx"][:, :batch]
     call["cx"] = None if call["cx"] is None else call["cx"][:, :batch]
-    call, *made, direction, u, du = given(call)
-    (dy, dhn, _), (dx, dhx, _, *dweights) = by_kernels(call, *made, direction, u, du)
+    call, made, direction, u, du = given(call)
+    (dy, dhn, *_), (dx, dhx, _, *dweights) = by_kernels(call, made, direction, u, du)
     assert dy.shape[:2] == dx.shape[:2] == (steps, batch)
     assert torch.equal(dhn, direction[1])
     assert torch.equal(dhx, du[1] if batch else direction[1])
@@ -132,7 +155,7 @@ def test_nothing_to_do(cell, steps, batch):
 
 def test_which_calls_on_cuda_have_kernels(monkeypatch):
     with FakeTensorMode():
-        call = call_of("gru")
+        call = arguments("gru")
         tensors = ops.Call.of(*call.values()).tensors
         on_cuda = tuple(None if t is None else torch.empty_like(t, device="cuda") for t in tensors)
         constants = ops.Call.of(*call.values()).constants

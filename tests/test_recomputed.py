@@ -6,9 +6,15 @@ from torch import Tensor
 
 import fusedrnn
 from benchmarks.machine import peak_bytes
-from fusedrnn import derivatives, recomputed, reference
+from fusedrnn import derivatives, recomputed, reference, tangents
 
 T = recomputed.LEAST_STEPS + 3  # the last chunk is shorter
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    """Second derivatives as on a device without kernels for them."""
+    monkeypatch.setattr(tangents, "has_kernels", lambda call: False)
 
 
 @pytest.fixture

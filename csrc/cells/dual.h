@@ -15,17 +15,22 @@ struct Dual {
   }
 };
 
-template <class V>
-FUSEDRNN_HD Dual<V> operator+(Dual<V> a, Dual<V> b) {
+// V and W: the same, or a vector and a number.
+template <class V, class W>
+FUSEDRNN_HD auto operator+(Dual<V> a, Dual<W> b) -> Dual<decltype(a.value + b.value)> {
   return {a.value + b.value, a.tangent + b.tangent};
 }
-template <class V>
-FUSEDRNN_HD Dual<V> operator-(Dual<V> a, Dual<V> b) {
+template <class V, class W>
+FUSEDRNN_HD auto operator-(Dual<V> a, Dual<W> b) -> Dual<decltype(a.value - b.value)> {
   return {a.value - b.value, a.tangent - b.tangent};
 }
-template <class V>
-FUSEDRNN_HD Dual<V> operator*(Dual<V> a, Dual<V> b) {
+template <class V, class W>
+FUSEDRNN_HD auto operator*(Dual<V> a, Dual<W> b) -> Dual<decltype(a.value * b.value)> {
   return {a.value * b.value, a.tangent * b.value + a.value * b.tangent};
+}
+template <class V>
+FUSEDRNN_HD Dual<V> operator/(Dual<V> a, V b) {
+  return {a.value / b, a.tangent / b};
 }
 template <class V>
 FUSEDRNN_HD Dual<V> operator-(float a, Dual<V> b) {

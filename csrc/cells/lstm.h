@@ -65,10 +65,15 @@ struct Lstm {
     return V{};
   }
 
+  // The derivatives of forward_cell, which returns the tangent of c, and of forward.
+  template <class V>
+  static FUSEDRNN_HD V tangent_cell(Dual<V> (&s)[4], Dual<V> c_prev) {
+    through_sigmoid(s[0]), through_sigmoid(s[1]), through_tanh(s[2]), through_sigmoid(s[3]);
+    return cell_state(s, c_prev).tangent;
+  }
   template <class M, class V>
   static FUSEDRNN_HD V tangent(Dual<V> (&s)[4], Dual<V>, V, Dual<V> c_prev, Dual<V>& c) {
-    through_sigmoid(s[0]), through_sigmoid(s[1]), through_tanh(s[2]), through_sigmoid(s[3]);
-    c.tangent = cell_state(s, c_prev).tangent;
+    c.tangent = tangent_cell(s, c_prev);
     return output<DualMath<M>>(s, c).tangent;
   }
 };

@@ -196,13 +196,13 @@ int64_t tangent_scratch_of(const Problem& p, int64_t rows) {
 }
 void forward_tangent_of(const ForwardTangent& a, const Rows& rows, Member& me) {
   const TileSetup tiles;
-  with_plain(a.primal.problem, [&](auto cell, auto s) {
+  with_both(a.primal.problem, [&](auto cell, auto s) {
     ForwardTangentPass<decltype(cell), decltype(s)>(a, rows, me).run();
   });
 }
 void backward_tangent_of(const BackwardTangent& a, const Rows& rows) {
   const TileSetup tiles;
-  with_plain(a.primal.problem, [&](auto cell, auto s) {
+  with_both(a.primal.problem, [&](auto cell, auto s) {
     BackwardTangentPass<decltype(cell), decltype(s)>(a, rows).run();
   });
 }

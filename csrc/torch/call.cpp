@@ -288,8 +288,6 @@ BackwardOutputs GradientTensors::in_type(ScalarType type) const {
 
 TangentTensors::TangentTensors(const Call& call, const Tangents& given) {
   const Problem& p = call.problem;
-  FUSEDRNN_EXPECT(!p.all_states && !p.layer_norm,
-                  "fusedrnn: derivatives of a call with return_all or layer_norm have no kernel");
   FUSEDRNN_EXPECT(!given.x || !p.one_hot, "fusedrnn: integer input has no tangent");
   auto checked = [&](const char* name, const OptionalTensor& t,
                      const std::vector<int64_t>& sizes) -> OptionalTensor {

@@ -79,7 +79,7 @@ struct CpuCall : Call {
     return plan_cpu_here(problem, request, &machine);
   }
 
-  // Backward only reads them.
+  // What is not a result is only read.
   void fill_states(Common& a, const OptionalTensor& hs, const OptionalTensor& cs) const {
     if (!problem.all_states) return;
     a.hs = const_cast<void*>(pointer(hs));

@@ -37,54 +37,54 @@ void* output_of(const Tensor& y) { return const_cast<void*>(y.const_data_ptr());
 
 }  // namespace
 
-ForwardTangentOutputs forward_tangent_cpu(const Inputs& in, const Config& config,
-                                          const Tangents& given, const Tensor& y,
-                                          const Tensor& reserve, bool save) {
+ForwardOutputs forward_tangent_cpu(const Inputs& in, const Config& config, const Tangents& given,
+                                   const SavedForBackward& saved, bool save) {
   ForwardTangent a{};
   CpuCall call(in, config, Call::Weighted::kAlike);
   call.fill(a.primal);
   TangentCall tangents(call, given);
   tangents.fill(a.tangent, a.primal, call);
-  const Tensor none = call.empty({0}, call.type()), no_cells = call.empty({0}, call.compute());
   const std::vector<bool> needs(3 + call.weights.size());
-  GradientTensors(call, {}, {y, reserve, none, no_cells}, {needs, 0});  // checks y and the reserve
-  auto [dy, dhn, dcn, dreserve, hs, cs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
-  if (call.padded_rows) torch::stable::zero_(dy);
-  if (call.batch == 0) return {dy, dhn, dcn, dreserve};
-  a.primal.y = output_of(y), a.primal.reserve = reserve_of(reserve);
+  GradientTensors(call, {}, saved, {needs, 0});  // checks what was saved
+  auto [dy, dhn, dcn, dreserve, dhs, dcs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
+  if (call.padded_rows)
+    for (Tensor* t : {&dy, &dhs, &dcs}) torch::stable::zero_(*t);
+  if (call.batch == 0) return {dy, dhn, dcn, dreserve, dhs, dcs};
+  call.fill_states(a.primal, saved.hs, saved.cs), call.fill_states(a.tangent, dhs, dcs);
+  a.primal.y = output_of(saved.y), a.primal.reserve = reserve_of(saved.reserve);
   a.tangent.y = dy.mutable_data_ptr(), a.tangent.hn = dhn.mutable_data_ptr();
   if (traits(call.problem.cell).has_cell) a.tangent.cn = dcn.mutable_data_ptr();
   a.tangent.reserve = save ? reserve_of(dreserve) : nullptr;
   const CpuPlan plan = call.plan(a.primal, false, true);
   run_forward_tangent({kernels_of(plan), plan, call.pool}, a);
-  return {dy, dhn, dcn, dreserve};
+  return {dy, dhn, dcn, dreserve, dhs, dcs};
 }
 
 BackwardOutputs backward_tangent_cpu(const Inputs& in, const Config& config,
                                      const OutputGradients& given, const OutputGradients& dgiven,
-                                     const Tangents& tangents_given, const SavedTangents& saved,
-                                     const Wanted& wanted) {
+                                     const Tangents& tangents_given, const SavedForBackward& saved,
+                                     const SavedForBackward& dsaved, const Wanted& wanted) {
   BackwardTangentStack a{};
   CpuCall call(in, config, Call::Weighted::kAlike);
   call.fill(a.primal);
   TangentCall tangents(call, tangents_given);
   tangents.fill(a.tangent, a.primal, call);
-  const Tensor none = call.empty({0}, call.type()), no_cells = call.empty({0}, call.compute());
   const std::vector<bool> nothing(wanted.needs.size());
-  const GradientTensors g(call, given, {saved.y, saved.reserve, none, no_cells}, {nothing, 0}),
-      d(call, dgiven, {saved.dy, saved.dreserve, none, no_cells}, wanted);
+  const GradientTensors g(call, given, saved, {nothing, 0}), d(call, dgiven, dsaved, wanted);
   const std::vector<MemberTokens> members =
       tokens_of_members(a.primal.seq, call.indices, a.primal.one_hot, d.members);
   Tensor dx = d.x;
   if (call.padded_rows) torch::stable::zero_(dx);
   if (call.batch == 0) return d.in_type(call.type());
-  auto fill = [](BackwardStack& s, const Tensor& y, const Tensor& reserve,
-                 const GradientTensors& gradients) {
-    s.y = y.const_data_ptr(), s.reserve = reserve_of(reserve);
+  auto fill = [&call](BackwardStack& s, const SavedForBackward& from,
+                      const GradientTensors& gradients) {
+    s.y = from.y.const_data_ptr(), s.reserve = reserve_of(from.reserve);
+    call.fill_states(s, from.hs, from.cs);
     s.grad_y = pointer(gradients.y);
     s.grad_hn = pointer(gradients.hn), s.grad_cn = pointer(gradients.cn);
+    s.grad_hs = pointer(gradients.hs), s.grad_cs = pointer(gradients.cs);
   };
-  fill(a.primal, saved.y, saved.reserve, g), fill(a.tangent, saved.dy, saved.dreserve, d);
+  fill(a.primal, saved, g), fill(a.tangent, dsaved, d);
   if (d.need_x) a.tangent.dx = dx.mutable_data_ptr();
   if (d.need_hx) a.tangent.dhx = d.hx.mutable_data_ptr();
   if (d.need_cx) a.tangent.dcx = d.cx.mutable_data_ptr();

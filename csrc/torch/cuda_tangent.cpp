@@ -41,9 +41,16 @@ struct TangentCall : CudaCall {
   const TangentTensors v;
   const Tensor y, reserve;
 
-  TangentCall(const Inputs& in, const Config& config, const Tangents& direction, const Tensor& y,
-              const Tensor& reserve, bool backward)
-      : CudaCall(in, config, backward, true), v(*this, direction), y(y), reserve(reserve) {}
+  TangentCall(const Inputs& in, const Config& config, const Tangents& direction,
+              const SavedForBackward& saved, bool backward)
+      : CudaCall(in, config, backward, true),
+        v(*this, direction),
+        y(saved.y),
+        reserve(saved.reserve) {
+    FUSEDRNN_EXPECT(!problem.all_states && !problem.layer_norm,
+                    "fusedrnn: derivatives of a call with return_all or layer_norm have no CUDA "
+                    "kernel");
+  }
 
   Tensor weight(int64_t layer, int64_t dir, WeightKind kind) const {
     return weights[problem.weight_index(layer, dir, kind)];
@@ -121,18 +128,17 @@ struct TangentCall : CudaCall {
   }
 };
 
-ForwardTangentOutputs run_forward_tangent(const Inputs& in, const Config& config,
-                                          const Tangents& direction, const Tensor& y,
-                                          const Tensor& reserve, bool save) {
-  const TangentCall call(in, config, direction, y, reserve, false);
+ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
+                                   const Tangents& direction, const SavedForBackward& saved,
+                                   bool save) {
+  const TangentCall call(in, config, direction, saved, false);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t size = bytes(p.dtype), out = p.out_size();
-  const Tensor none = call.empty({0}, call.type()), no_cells = call.empty({0}, call.compute());
   const std::vector<bool> needs(3 + call.weights.size());
-  GradientTensors(call, {}, {y, reserve, none, no_cells}, {needs, 0});  // checks y and the reserve
-  auto [dy, dhn, dcn, dreserve, hs, cs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
-  if (B == 0) return {dy, dhn, dcn, dreserve};
+  GradientTensors(call, {}, saved, {needs, 0});  // checks what was saved
+  auto [dy, dhn, dcn, dreserve, dhs, dcs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
+  if (B == 0) return {dy, dhn, dcn, dreserve, dhs, dcs};
   char *const dhn_at = static_cast<char*>(dhn.mutable_data_ptr()),
               *const dcn_at =
                   traits(p.cell).has_cell ? static_cast<char*>(dcn.mutable_data_ptr()) : nullptr;
@@ -179,9 +185,9 @@ ForwardTangentOutputs run_forward_tangent(const Inputs& in, const Config& config
                                           call.stream()),
                  "the derivative of forward");
     }
-    below = call.output(layer, y, reserve), below_tangent = output;
+    below = call.output(layer, call.y, call.reserve), below_tangent = output;
   }
-  return {dy, dhn, dcn, dreserve};
+  return {dy, dhn, dcn, dreserve, dhs, dcs};
 }
 
 // What backward of a layer and direction leaves of values and tangents side by side, as
@@ -217,18 +223,16 @@ void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
 
 BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
                                      const OutputGradients& given, const OutputGradients& dgiven,
-                                     const Tangents& direction, const SavedTangents& saved,
-                                     const Wanted& wanted) {
-  const TangentCall call(in, config, direction, saved.y, saved.reserve, true);
+                                     const Tangents& direction, const SavedForBackward& saved,
+                                     const SavedForBackward& dsaved, const Wanted& wanted) {
+  const TangentCall call(in, config, direction, saved, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size(), S = p.slot_columns(), G = p.gate_rows();
   const int64_t size = bytes(p.dtype), wide = compute_bytes(p.dtype);
-  const Tensor none = call.empty({0}, call.type()), no_cells = call.empty({0}, call.compute());
   const std::vector<bool> nothing(wanted.needs.size());
   // Of the value, of the tangent; the results are those of the second.
-  GradientTensors g(call, given, {saved.y, saved.reserve, none, no_cells}, {nothing, 0}),
-      d(call, dgiven, {saved.dy, saved.dreserve, none, no_cells}, wanted);
+  GradientTensors g(call, given, saved, {nothing, 0}), d(call, dgiven, dsaved, wanted);
   if (B == 0) return d.in_type(call.type());
 
   OptionalTensor grad_out[] = {g.y, d.y};  // of the output of the layer at hand; null: zeros
@@ -243,8 +247,8 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
       LayerBackwardTangent& both = layers.emplace_back();
       static_cast<LayerSaved&>(both.value) = call.value_of(layer, dir);
       static_cast<LayerSaved&>(both.tangent) =
-          call.with_tangents(call.saved_of(layer, dir, call.output(layer, saved.dy, saved.dreserve),
-                                           saved.dreserve, std::nullopt),
+          call.with_tangents(call.saved_of(layer, dir, call.output(layer, dsaved.y, dsaved.reserve),
+                                           dsaved.reserve, std::nullopt),
                              layer, dir);
       std::vector<Tensor> unwanted;  // gradients that no one asked for
       auto fill = [&](LayerBackward& a, GradientTensors& of_states, int which) {
@@ -294,7 +298,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
       if (!input) {
         std::optional<Tensor> below, below_tangent;
         if (layer) below = call.output(layer - 1, saved.y, saved.reserve);
-        if (layer) below_tangent = call.output(layer - 1, saved.dy, saved.dreserve);
+        if (layer) below_tangent = call.output(layer - 1, dsaved.y, dsaved.reserve);
         input = call.input_pair(layer, below, below_tangent, true, true);
       }
       weight_gradients_of(call, layers[dir], differentials[dir], *input, wanted.needs, index, d);
@@ -337,19 +341,19 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
 
 }  // namespace
 
-ForwardTangentOutputs forward_tangent_cuda(const Inputs& in, const Config& config,
-                                           const Tangents& direction, const Tensor& y,
-                                           const Tensor& reserve, bool save) {
-  return until_accepted(
-      [&] { return run_forward_tangent(in, config, direction, y, reserve, save); });
+ForwardOutputs forward_tangent_cuda(const Inputs& in, const Config& config,
+                                    const Tangents& direction, const SavedForBackward& saved,
+                                    bool save) {
+  return until_accepted([&] { return run_forward_tangent(in, config, direction, saved, save); });
 }
 
 BackwardOutputs backward_tangent_cuda(const Inputs& in, const Config& config,
                                       const OutputGradients& given, const OutputGradients& dgiven,
-                                      const Tangents& direction, const SavedTangents& saved,
-                                      const Wanted& wanted) {
-  return until_accepted(
-      [&] { return run_backward_tangent(in, config, given, dgiven, direction, saved, wanted); });
+                                      const Tangents& direction, const SavedForBackward& saved,
+                                      const SavedForBackward& dsaved, const Wanted& wanted) {
+  return until_accepted([&] {
+    return run_backward_tangent(in, config, given, dgiven, direction, saved, dsaved, wanted);
+  });
 }
 
 }  // namespace fusedrnn

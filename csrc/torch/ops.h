@@ -63,25 +63,18 @@ struct Tangents {
   OptionalTensor x, hx, cx;
   std::vector<Tensor> weights;
 };
-// What forward left and the tangents of that.
-struct SavedTangents {
-  Tensor y, reserve, dy, dreserve;
-};
-using ForwardTangentOutputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor>;  // tangents of y, hn, cn and of what is saved
-
 using ForwardFunction = ForwardOutputs(const Inputs&, const Config&, Save);
 using BackwardFunction = BackwardOutputs(const Inputs&, const Config&, const OutputGradients&,
                                          const SavedForBackward&, const Wanted&);
 
-using ForwardTangentFunction = ForwardTangentOutputs(const Inputs&, const Config&, const Tangents&,
-                                                     const Tensor& y, const Tensor& reserve,
-                                                     bool save);
-// Of backward, with tangents of its gradients too.
+// The tangents of all that forward puts out.
+using ForwardTangentFunction = ForwardOutputs(const Inputs&, const Config&, const Tangents&,
+                                              const SavedForBackward&, bool save);
+// Of backward, with tangents of its gradients, and of what forward left, after each.
 using BackwardTangentFunction = BackwardOutputs(const Inputs&, const Config&,
                                                 const OutputGradients&, const OutputGradients&,
-                                                const Tangents&, const SavedTangents&,
-                                                const Wanted&);
+                                                const Tangents&, const SavedForBackward&,
+                                                const SavedForBackward&, const Wanted&);
 
 ForwardFunction forward_cpu, forward_cuda;
 BackwardFunction backward_cpu, backward_cuda;
@@ -189,17 +182,30 @@ void infer_quantized(StableIValue* stack, uint64_t count, uint64_t) {
   torch::stable::detail::box_from_tuple(stack, States{y, hn, if_defined(cn)});
 }
 
+#define FUSEDRNN_GRADIENTS(d)                                                   \
+  "Tensor? " d "grad_y, Tensor? " d "grad_hn, Tensor? " d "grad_cn, Tensor? " d \
+  "grad_hs, Tensor? " d "grad_cs"
+#define FUSEDRNN_SAVED(d) "Tensor " d "y, Tensor " d "reserve, Tensor? " d "hs, Tensor? " d "cs"
+
+inline OutputGradients take_gradients(Arguments& args) {
+  OutputGradients grad;
+  args >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
+  return grad;
+}
+inline SavedForBackward take_saved(Arguments& args) {
+  SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>()};
+  args >> saved.hs >> saved.cs;
+  return saved;
+}
+
 inline constexpr const char* kBackwardSchema =
-    "backward(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_hs, Tensor? grad_cs, "
-    "Tensor y, Tensor reserve, Tensor? hs, Tensor? cs, bool[] needs, int members, " FUSEDRNN_CALL
-    ") -> (Tensor, Tensor, Tensor, Tensor[])";
+    "backward(" FUSEDRNN_GRADIENTS("") ", " FUSEDRNN_SAVED(
+        "") ", bool[] needs, int members, " FUSEDRNN_CALL ") -> (Tensor, Tensor, Tensor, Tensor[])";
 template <BackwardFunction& implementation>
 void backward(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments args(stack, count);
-  OutputGradients grad;
-  args >> grad.y >> grad.hn >> grad.cn >> grad.hs >> grad.cs;
-  SavedForBackward saved{args.take<Tensor>(), args.take<Tensor>()};
-  args >> saved.hs >> saved.cs;
+  const OutputGradients grad = take_gradients(args);
+  const SavedForBackward saved = take_saved(args);
   Wanted wanted;
   args >> wanted.needs >> wanted.members;
   const auto [in, config] = take_call(args);
@@ -215,39 +221,37 @@ inline Tangents take_tangents(Arguments& args) {
 }
 
 inline constexpr const char* kForwardTangentSchema =
-    "forward_tangent(" FUSEDRNN_TANGENTS ", Tensor y, Tensor reserve, bool save, " FUSEDRNN_CALL
-    ") -> (Tensor, Tensor, Tensor, Tensor)";
+    "forward_tangent(" FUSEDRNN_TANGENTS
+    ", " FUSEDRNN_SAVED("") ", bool save, " FUSEDRNN_CALL
+                            ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 template <ForwardTangentFunction& implementation>
 void forward_tangent(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments args(stack, count);
   const Tangents tangents = take_tangents(args);
-  const Tensor y = args.take<Tensor>(), reserve = args.take<Tensor>();
+  const SavedForBackward saved = take_saved(args);
   const bool save = args.take<bool>();
   const auto [in, config] = take_call(args);
   args.end();
-  torch::stable::detail::box_from_tuple(stack,
-                                        implementation(in, config, tangents, y, reserve, save));
+  torch::stable::detail::box_from_tuple(stack, implementation(in, config, tangents, saved, save));
 }
 
-inline constexpr const char* kBackwardTangentSchema =
-    "backward_tangent(Tensor? grad_y, Tensor? grad_hn, Tensor? grad_cn, Tensor? dgrad_y, "
-    "Tensor? dgrad_hn, Tensor? dgrad_cn, " FUSEDRNN_TANGENTS
-    ", Tensor y, Tensor reserve, Tensor dy, Tensor dreserve, bool[] needs, int "
-    "members, " FUSEDRNN_CALL ") -> (Tensor, Tensor, Tensor, Tensor[])";
+inline constexpr const char* kBackwardTangentSchema = "backward_tangent(" FUSEDRNN_GRADIENTS(
+    "") ", " FUSEDRNN_GRADIENTS("d") ", " FUSEDRNN_TANGENTS
+                                     ", " FUSEDRNN_SAVED("") ", " FUSEDRNN_SAVED(
+                                         "d") ", bool[] needs, int members, " FUSEDRNN_CALL
+                                              ") -> (Tensor, Tensor, Tensor, Tensor[])";
 template <BackwardTangentFunction& implementation>
 void backward_tangent(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments args(stack, count);
-  OutputGradients grad, dgrad;
-  args >> grad.y >> grad.hn >> grad.cn >> dgrad.y >> dgrad.hn >> dgrad.cn;
+  const OutputGradients grad = take_gradients(args), dgrad = take_gradients(args);
   const Tangents tangents = take_tangents(args);
-  const SavedTangents saved{args.take<Tensor>(), args.take<Tensor>(), args.take<Tensor>(),
-                            args.take<Tensor>()};
+  const SavedForBackward saved = take_saved(args), dsaved = take_saved(args);
   Wanted wanted;
   args >> wanted.needs >> wanted.members;
   const auto [in, config] = take_call(args);
   args.end();
   torch::stable::detail::box_from_tuple(
-      stack, implementation(in, config, grad, dgrad, tangents, saved, wanted));
+      stack, implementation(in, config, grad, dgrad, tangents, saved, dsaved, wanted));
 }
 
 }  // namespace fusedrnn

@@ -245,6 +245,13 @@ struct BackwardRows {
     return row;
   }
 
+  // The same with layer normalisation.
+  FUSEDRNN_INLINE NormedValues<S> normed_row_of(const Direction& d, int64_t t, int64_t r,
+                                                int64_t token, X* factors) const {
+    return {{row_of(d, t, r, token, factors), d.weights, d.scales + token * Cell::kScales,
+             d.dnormed + token * p.normed_columns()}};
+  }
+
   // Where the gradients of gates times W_hh go, and what is added to them there.
   C* product() const { return call.h_mask ? buf.dropped : buf.dh; }
   const C* addend() const { return adds_direct && !call.h_mask ? buf.dh : nullptr; }
@@ -363,13 +370,11 @@ class BackwardPass {
   // The cells of a row of a step: from dL/dh and dL/dc to the gradients of its gates.
   void compute_cells(const Direction& d, int64_t t, int64_t r, X* factors) const {
     const int64_t token = of.seq.token(t, of.rows.row(r));
-    const BackwardRow<S> row = of.row_of(d, t, r, token, factors);
     if constexpr (kIsNormed<Cell>)
-      normed_backward<Cell>(p.hidden_size, row, NormWeights<S>(d.weights),
-                            d.scales + token * Cell::kScales,
-                            d.dnormed + token * p.normed_columns());
+      normed_backward<Cell>(p.hidden_size, of.normed_row_of(d, t, r, token, factors));
     else
-      cell_backward_row<Cell, S>(p.hidden_size, of.units.begin, of.units.end, row);
+      cell_backward_row<Cell, S>(p.hidden_size, of.units.begin, of.units.end,
+                                 of.row_of(d, t, r, token, factors));
   }
 
   // dL/dh of the step before: the gradients of the gates times W_hh, and the direct part.

@@ -59,10 +59,7 @@ class BackwardTangentPass {
         const int64_t t = rows.time(v.dir, i), n = rows.active(t);
         if (p.proj_size) project(v, d, t, n);
         for (int64_t r = 0; r < n; r++) {
-          const int64_t token = value.seq.token(t, rows.row(r));
-          cell_backward_tangent<Cell, S>(p.hidden_size,
-                                         value.row_of(v, t, r, token, gates + r * ld),
-                                         tangent.row_of(d, t, r, token, dgates + r * ld));
+          compute_cells(v, d, t, r, gates + r * ld, dgates + r * ld);
         }
         recurrent_step(v, d, i, n, gates, dgates);
         gates += n * ld, dgates += n * ld, tokens += n;
@@ -70,6 +67,19 @@ class BackwardTangentPass {
       input_gradients(v, d, begin, end, tokens);
     }
     tangent.write_gradients(d);
+  }
+
+  // The cells of a row of a step.
+  void compute_cells(const Direction& v, const Direction& d, int64_t t, int64_t r, X* gates,
+                     X* dgates) const {
+    const int64_t token = value.seq.token(t, rows.row(r));
+    if constexpr (kIsNormed<Cell>)
+      normed_backward<Cell>(p.hidden_size,
+                            NormedDuals<S>{value.normed_row_of(v, t, r, token, gates),
+                                           tangent.normed_row_of(d, t, r, token, dgates)});
+    else
+      cell_backward_tangent<Cell, S>(p.hidden_size, value.row_of(v, t, r, token, gates),
+                                     tangent.row_of(d, t, r, token, dgates));
   }
 
   // From the gradients of the projected output to those of what was projected.

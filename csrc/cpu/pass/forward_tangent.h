@@ -9,7 +9,7 @@
 // those of a chunk's tokens at once. A layer whose weights have no tangents skips theirs.
 #pragma once
 #include "cpu/pass/forward.h"
-#include "cpu/pass/tangent_cell.h"
+#include "cpu/pass/layer_norm_tangent.h"
 
 namespace {
 
@@ -31,6 +31,7 @@ class ForwardTangentPass {
   using G = UnitGroups<Cell, C>;
   using Direction = ForwardDirection<S>;
   static constexpr int kFirstHSlot = Cell::kSlots - Cell::kGates;
+  static constexpr bool kNormed = kIsNormed<Cell>;
 
   // A direction of a layer: what forward used and made, and the tangents of these.
   struct Both {
@@ -76,6 +77,7 @@ class ForwardTangentPass {
         const int64_t t = rows.time(dir, i), n = rows.active(t);
         for (int64_t r = 0; r < n; r++) prepare(d, t, r, gates + r * buf.ld_gates);
         recurrent_step(d.value, i % 2, n, gates);
+        if constexpr (kNormed) normalise(d, t, n);
         if (p.proj_size) project(d, t, n);
         finish(n);
         gates += n * buf.ld_gates;
@@ -103,10 +105,14 @@ class ForwardTangentPass {
     const bool dx = !d.value.indexed && d.tangent.input.base, dw_ih = d.tangent.weights.w_ih,
                dw_hh = d.tangent.weights.w_hh;
     const int64_t tokens = each_token(dir, begin, end, [&](int64_t q, int64_t t, int64_t b) {
-      const C* start = bias;
+      const C* start = kNormed ? nullptr : bias;
       if (d.value.indexed && dw_ih)
         start = d.tangent.gates_of_values + call.one_hot.which[seq.token(t, b)] * columns;
-      convert_row(buf.gates + q * buf.ld_gates, start, columns);
+      C* const gates = buf.gates + q * buf.ld_gates;
+      if (start)
+        convert_row(gates, start, columns);
+      else
+        for (int64_t j = 0; j < columns; j++) gates[j] = 0;
       if (dx) d.tangent.input.read(buf.input + q * buf.ld_input, plane, t, b);
     });
     if (dx) add_product(d.value.w_ih, 0, tokens);
@@ -207,8 +213,19 @@ class ForwardTangentPass {
       C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
       d.w_hh.multiply(block, blocks * Cell::kGates * G::kWidth, n, dh, buf.ld_operand, sums,
                       buf.ld_gates, {sums, buf.ld_gates});
-      for (int64_t r = 0; r < n; r++) cell_tangent<Cell, S>(p.hidden_size, block, blocks, row[r]);
+      if constexpr (!kNormed)
+        for (int64_t r = 0; r < n; r++) cell_tangent<Cell, S>(p.hidden_size, block, blocks, row[r]);
     });
+  }
+
+  // Cells with layer normalisation, which needs the gates of all units.
+  void normalise(const Both& d, int64_t t, int64_t n) {
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t scales = seq.token(t, rows.row(r)) * Cell::kScales;
+      normed_tangent<Cell>(p.hidden_size, buf.row[r], NormWeights<S>(d.value.weights),
+                           NormWeights<S>(d.tangent.weights), d.value.scales + scales,
+                           d.tangent.scales ? d.tangent.scales + scales : nullptr);
+    }
   }
 
   // dh = dhidden W_hr^T + hidden dW_hr^T, and its zoneout.

@@ -9,14 +9,17 @@
 
 namespace {
 
+// Blocks of a group: few that fill its panels, where their gates are contiguous.
 template <class C>
-constexpr int group_blocks(int gates) {
-  return gates == 1 ? Panels<C>::kVectors : 1;
+constexpr int group_blocks(int gates, int slots) {
+  constexpr int kVectors = Panels<C>::kVectors;
+  return slots > gates ? 1 : gates == 1 || (kVectors == 3 && gates % 3) ? kVectors : 1;
 }
 
 template <class Cell, class C>
 struct UnitGroups {
-  static constexpr int kWidth = Panels<C>::kWidth, kBlocks = group_blocks<C>(Cell::kGates);
+  static constexpr int kWidth = Panels<C>::kWidth,
+                       kBlocks = group_blocks<C>(Cell::kGates, Cell::kSlots);
 
   static FUSEDRNN_INLINE int64_t blocks(int64_t H) { return (H + kWidth - 1) / kWidth; }
   static FUSEDRNN_INLINE int64_t gate_columns(int64_t H) {

@@ -4,7 +4,7 @@
 // Backward computes two sets of gradients. dgates has those of the products before normalisation,
 // from which everything else follows as without it. dnormed has those of the normalised values, one
 // for each slot of the plain cell and one for n(c), from which the gradients of gains, biases and
-// shift are summed.
+// shift are summed. On dual numbers it is the derivative of backward.
 #pragma once
 #include "cpu/pass/cell.h"
 
@@ -62,19 +62,25 @@ FUSEDRNN_INLINE Vec<C> first_lanes(Vec<C> v, int64_t n) {
   return v;
 }
 
+// Called a few times a row.
 template <class C>
-FUSEDRNN_INLINE C sum_of_lanes(Vec<C> v) {
+__attribute__((noinline)) C sum_of_lanes(Vec<C> v) {
   C sum = 0;
   for (int i = 0; i < Lanes<C>::kWidth; i++) sum += v[i];
   return sum;
 }
+template <class C>
+FUSEDRNN_INLINE Dual<C> sum_of_lanes(Dual<Vec<C>> v) {
+  return {sum_of_lanes<C>(v.value), sum_of_lanes<C>(v.tangent)};
+}
 
-// The mean of a quantity over all units of each gate's range, given the sums over units.
-template <int kGates, class C, class R>
-FUSEDRNN_INLINE void means(int64_t H, const R& ranges, const Vec<C> (&sums)[kGates],
-                           C (&mean)[kGates]) {
+// The mean of a quantity over all units of each gate's range, given the sums over units. Sums and
+// means are vectors and numbers, or dual numbers of these.
+template <int kGates, class C, class R, class Sum, class Mean>
+FUSEDRNN_INLINE void means(int64_t H, const R& ranges, const Sum (&sums)[kGates],
+                           Mean (&mean)[kGates]) {
   for (const GateRange& range : ranges.range) {
-    C total = 0;
+    Mean total{};
     for (int k = range.gate; k < range.gate + range.count; k++) total += sum_of_lanes<C>(sums[k]);
     for (int k = range.gate; k < range.gate + range.count; k++)
       mean[k] = total / C(range.count * H);
@@ -202,125 +208,211 @@ __attribute__((noinline)) void normed_forward(int64_t H, const ForwardRow<S>& ro
   }
 }
 
-// The gradient through n(a) = v, whose own gradient is d.
-template <class C>
-FUSEDRNN_INLINE Vec<C> through_norm(Vec<C> d, Vec<C> v, C mean_d, C mean_dv, C scale) {
+// The gradient through n(a) = v, whose own gradient is d. The derivative of n is symmetric, so this
+// is the tangent of v too, where that of a is d.
+template <class V, class C>
+FUSEDRNN_INLINE V through_norm(V d, V v, C mean_d, C mean_dv, C scale) {
   return scale * (d - mean_d - v * mean_dv);
 }
 
-// Sums over units of a gradient d of normalised values v, and of d * v; then their means.
-template <int kGates, class C>
+// Sums over units of a gradient or tangent d of normalised values v, and of d * v; then their
+// means. V and Scalar: a vector and a number, or dual numbers of these.
+template <int kGates, class C, class V, class Scalar>
 struct NormSums {
-  Vec<C> d[kGates], dv[kGates];
-  C mean_d[kGates], mean_dv[kGates];
+  V d[kGates], dv[kGates];
+  Scalar mean_d[kGates], mean_dv[kGates];
 
-  FUSEDRNN_INLINE void add(int k, Vec<C> gradient, Vec<C> value) {
+  FUSEDRNN_INLINE void add(int k, V gradient, V value) {
     d[k] += gradient, dv[k] += gradient * value;
   }
   template <class R>
   FUSEDRNN_INLINE void take_means(int64_t H, const R& ranges) {
     means<kGates, C>(H, ranges, d, mean_d), means<kGates, C>(H, ranges, dv, mean_dv);
   }
-  FUSEDRNN_INLINE Vec<C> through(int k, Vec<C> gradient, Vec<C> value, C scale) const {
-    return through_norm<C>(gradient, value, mean_d[k], mean_dv[k], scale);
+  FUSEDRNN_INLINE V through(int k, V gradient, V value, Scalar scale) const {
+    return through_norm(gradient, value, mean_d[k], mean_dv[k], scale);
   }
 };
 
-template <class Normed, class S>
-struct NormedBackward {
+// The arrays of one row of one step in backward.
+template <class S>
+struct NormedRow : BackwardRow<S>, NormWeights<S> {
+  const Compute<S>* scales;
+  Compute<S>* dnormed;
+
+  FUSEDRNN_INLINE NormedRow(const BackwardRow<S>& row, const Weights& weights,
+                            const Compute<S>* saved_scales, Compute<S>* gradients)
+      : BackwardRow<S>(row), NormWeights<S>(weights), scales(saved_scales), dnormed(gradients) {}
+};
+
+// What backward computes with, n units from j on: what the row has,
+template <class S>
+struct NormedValues {
   using C = Compute<S>;
+  using Scalar = C;
+  using V = Vec<C>;
+  using M = Math<S>;
+  using Row = NormedRow<S>;
+  const Row row;
+
+  template <class R, class P>
+  FUSEDRNN_INLINE bool has(P* R::* array) const {
+    return row.*array;
+  }
+  template <class R, class P>
+  FUSEDRNN_INLINE V load(P* R::* array, int64_t j, int64_t n) const {
+    return load_part(row.*array + j, n);
+  }
+  template <class R, class P>
+  FUSEDRNN_INLINE void store(P* R::* array, int64_t j, int64_t n, V v) const {
+    store_part(row.*array + j, v, n);
+  }
+  FUSEDRNN_INLINE Scalar scale(int i) const { return row.scales[i]; }
+  FUSEDRNN_INLINE V gradient_h(int64_t j, int64_t n, V* passed) const {
+    return gradient<C>(row.dh, row.dy, row.zoneout_h, j, n, passed);
+  }
+  FUSEDRNN_INLINE V gradient_c(int64_t j, int64_t n, V* passed) const {
+    return gradient<C>(row.dc, row.dcs, row.zoneout_c, j, n, passed);
+  }
+  FUSEDRNN_INLINE V c_prev(int64_t j, int64_t n) const { return read_c_prev(row, j, n); }
+  FUSEDRNN_INLINE void store_gate(int64_t j, int64_t n, V d) const {
+    store_part(row.dgates + j, d, n);
+    store_operands(row.factors, row.plane, j, d, n);
+  }
+};
+// or dual numbers of that and of another row's tangents, of which some are null: zeros. Loads and
+// stores are not inlined: products take most of the time of second derivatives.
+template <class S>
+struct NormedDuals {
+  using C = Compute<S>;
+  using Scalar = Dual<C>;
+  using V = Dual<Vec<C>>;
+  using M = DualMath<Math<S>>;
+  using Row = NormedRow<S>;
+  const NormedValues<S> value, tangent;
+
+  template <class R, class P>
+  FUSEDRNN_INLINE bool has(P* R::* array) const {
+    return value.has(array);
+  }
+  template <class R, class P>
+  __attribute__((noinline)) V load(P* R::* array, int64_t j, int64_t n) const {
+    return {value.load(array, j, n), tangent.has(array) ? tangent.load(array, j, n) : Vec<C>{}};
+  }
+  template <class R, class P>
+  __attribute__((noinline)) void store(P* R::* array, int64_t j, int64_t n, V v) const {
+    value.store(array, j, n, v.value), tangent.store(array, j, n, v.tangent);
+  }
+  FUSEDRNN_INLINE Scalar scale(int i) const { return {value.scale(i), tangent.scale(i)}; }
+  FUSEDRNN_INLINE V gradient_h(int64_t j, int64_t n, V* passed) const {
+    return {value.gradient_h(j, n, &passed->value), tangent.gradient_h(j, n, &passed->tangent)};
+  }
+  FUSEDRNN_INLINE V gradient_c(int64_t j, int64_t n, V* passed) const {
+    return {value.gradient_c(j, n, &passed->value), tangent.gradient_c(j, n, &passed->tangent)};
+  }
+  FUSEDRNN_INLINE V c_prev(int64_t j, int64_t n) const {
+    return {value.c_prev(j, n), tangent.c_prev(j, n)};
+  }
+  __attribute__((noinline)) void store_gate(int64_t j, int64_t n, V d) const {
+    value.store_gate(j, n, d.value), tangent.store_gate(j, n, d.tangent);
+  }
+};
+
+// Of: NormedValues or NormedDuals.
+template <class Normed, class Of>
+struct NormedBackward {
+  using C = typename Of::C;
+  using V = typename Of::V;
+  using M = typename Of::M;
+  using Row = typename Of::Row;
+  using Scalar = typename Of::Scalar;
   using Cell = typename Normed::Plain;
   static constexpr int kGates = Normed::kGates;
 
   const int64_t H;
-  const BackwardRow<S>& row;
-  const NormWeights<S>& weights;
-  C *const dnormed, *const dseen;  // dseen: of gain_c * n(c) + shift_c
+  const Of& of;
 
-  FUSEDRNN_INLINE Vec<C> saved(int k, int64_t j, int64_t n) const {
-    return load_part(row.saved + k * H + j, n);
+  FUSEDRNN_INLINE V saved(int k, int64_t j, int64_t n) const {
+    return of.load(&Row::saved, k * H + j, n);
   }
-  FUSEDRNN_INLINE Vec<C> saved_x(int k, int64_t j, int64_t n) const {
+  FUSEDRNN_INLINE V saved_x(int k, int64_t j, int64_t n) const {
     return saved(Normed::kSavedProducts + k, j, n);
   }
-  FUSEDRNN_INLINE Vec<C> saved_h(int k, int64_t j, int64_t n) const {
+  FUSEDRNN_INLINE V saved_h(int k, int64_t j, int64_t n) const {
     return saved(Normed::kSavedProducts + kGates + k, j, n);
   }
-  // The gradients of n(c), n(W_ih x) and n(W_hh h').
-  FUSEDRNN_INLINE Vec<C> gradient_c(int64_t j, int64_t n) const {
-    return load_part(dseen + j, n) * load_part(weights.gain_c + j, n);
+  // The gradients of n(c), n(W_ih x) and n(W_hh h'). That of gain_c * n(c) + shift_c follows those
+  // of the slots.
+  FUSEDRNN_INLINE V gradient_c(int64_t j, int64_t n) const {
+    return of.load(&Row::dnormed, Cell::kSlots * H + j, n) * of.load(&Row::gain_c, j, n);
   }
-  FUSEDRNN_INLINE Vec<C> gradient_x(int k, int64_t j, int64_t n) const {
-    return load_part(dnormed + slot_of(Cell::x_ranges(), k) * H + j, n) *
-           load_part(weights.gain_ih + k * H + j, n);
+  FUSEDRNN_INLINE V gradient_x(int k, int64_t j, int64_t n) const {
+    return of.load(&Row::dnormed, slot_of(Cell::x_ranges(), k) * H + j, n) *
+           of.load(&Row::gain_ih, k * H + j, n);
   }
-  FUSEDRNN_INLINE Vec<C> gradient_h(int k, int64_t j, int64_t n) const {
-    return load_part(dnormed + slot_of(Cell::h_ranges(), k) * H + j, n) *
-           load_part(weights.gain_hh + k * H + j, n);
+  FUSEDRNN_INLINE V gradient_h(int k, int64_t j, int64_t n) const {
+    return of.load(&Row::dnormed, slot_of(Cell::h_ranges(), k) * H + j, n) *
+           of.load(&Row::gain_hh, k * H + j, n);
   }
 
   // From dL/dh to the gradients of o and of n(c).
-  FUSEDRNN_INLINE void output(int64_t j, int64_t n, NormSums<1, C>& sums) const {
-    Vec<C> s[Cell::kSlots], passed{};
+  FUSEDRNN_INLINE void output(int64_t j, int64_t n, NormSums<1, C, V, Scalar>& sums) const {
+    V s[Cell::kSlots], passed{};
     for (int k = 0; k < Cell::kSaved; k++) s[k] = saved(k, j, n);
-    const Vec<C> c = saved(Normed::kSavedCell, j, n);
-    const Vec<C> seen = c * load_part(weights.gain_c + j, n) + load_part(weights.shift_c + j, n);
-    if (row.hidden) store_part(row.hidden + j, Cell::template output<Math<S>>(s, seen), n);
-    const Vec<C> dh = gradient<C>(row.dh, row.dy, row.zoneout_h, j, n, &passed);
-    store_part(dseen + j, Cell::template backward_output<Math<S>>(s, seen, dh), n);
-    store_part(dnormed + 3 * H + j, s[3], n);
-    if (row.dh_direct) store_part(row.dh_direct + j, passed, n);
+    const V c = saved(Normed::kSavedCell, j, n);
+    const V seen = c * of.load(&Row::gain_c, j, n) + of.load(&Row::shift_c, j, n);
+    if (of.has(&Row::hidden)) of.store(&Row::hidden, j, n, Cell::template output<M>(s, seen));
+    const V dh = of.gradient_h(j, n, &passed);
+    of.store(&Row::dnormed, Cell::kSlots * H + j, n,
+             Cell::template backward_output<M>(s, seen, dh));
+    of.store(&Row::dnormed, 3 * H + j, n, s[3]);
+    if (of.has(&Row::dh_direct)) of.store(&Row::dh_direct, j, n, passed);
     sums.add(0, gradient_c(j, n), c);
   }
 
   // The gradients of the slots; those of c are through `sums_c`.
-  FUSEDRNN_INLINE void cell(int64_t j, int64_t n, const NormSums<1, C>& sums_c, C scale_c) const {
-    Vec<C> s[Cell::kSlots], passed{};
+  FUSEDRNN_INLINE void cell(int64_t j, int64_t n, const NormSums<1, C, V, Scalar>& sums_c,
+                            Scalar scale_c) const {
+    V s[Cell::kSlots], passed{};
     for (int k = 0; k < Cell::kSaved; k++) s[k] = saved(k, j, n);
     if constexpr (Cell::kHasCell) {
-      Vec<C> dc = gradient<C>(row.dc, row.dcs, row.zoneout_c, j, n, &passed);
+      V dc = of.gradient_c(j, n, &passed);
       dc += sums_c.through(0, gradient_c(j, n), saved(Normed::kSavedCell, j, n), scale_c);
-      Cell::backward_cell(s, read_c_prev(row, j, n), dc);
-      store_part(row.dc + j, dc + passed, n);
+      Cell::backward_cell(s, of.c_prev(j, n), dc);
+      of.store(&Row::dc, j, n, dc + passed);
     } else {
-      const Vec<C> h_prev = row.h_prev ? load_part(row.h_prev + j, n) : Vec<C>{};
-      const Vec<C> dh = gradient<C>(row.dh, row.dy, row.zoneout_h, j, n, &passed), none{};
-      Vec<C> dc{};
-      const Vec<C> direct = Cell::template backward<Math<S>>(s, h_prev, none, none, none, dh, dc);
-      if (row.dh_direct) store_part(row.dh_direct + j, direct + passed, n);
+      const V h_prev = of.has(&Row::h_prev) ? of.load(&Row::h_prev, j, n) : V{};
+      const V dh = of.gradient_h(j, n, &passed), none{};
+      V dc{};
+      const V direct = Cell::template backward<M>(s, h_prev, none, none, none, dh, dc);
+      if (of.has(&Row::dh_direct)) of.store(&Row::dh_direct, j, n, direct + passed);
     }
     for (int k = 0; k < Cell::kSlots - Cell::kHasCell; k++)
-      store_part(dnormed + k * H + j, s[k], n);
-  }
-
-  // The gradient of a product before normalisation.
-  FUSEDRNN_INLINE void store_gate(int k, int64_t j, int64_t n, Vec<C> d) const {
-    store_part(row.dgates + k * H + j, d, n);
-    store_operands(row.factors, row.plane, k * H + j, d, n);
+      of.store(&Row::dnormed, k * H + j, n, s[k]);
   }
 };
 
-// Replaces cell_backward_row.
-template <class Normed, class S>
-__attribute__((noinline)) void normed_backward(int64_t H, const BackwardRow<S>& row,
-                                               const NormWeights<S>& weights,
-                                               const Compute<S>* scales, Compute<S>* dnormed) {
-  using C = Compute<S>;
+// Replaces cell_backward_row, and on dual numbers cell_backward_tangent.
+template <class Normed, class Of>
+__attribute__((noinline)) void normed_backward(int64_t H, const Of& of) {
+  using C = typename Of::C;
+  using V = typename Of::V;
+  using Scalar = typename Of::Scalar;
   using Cell = typename Normed::Plain;
   constexpr int kGates = Normed::kGates;
   constexpr auto ranges = Cell::x_ranges();
-  const NormedBackward<Normed, S> steps{H, row, weights, dnormed, dnormed + Cell::kSlots * H};
+  const NormedBackward<Normed, Of> steps{H, of};
 
-  NormSums<1, C> sums_c{};
+  NormSums<1, C, V, Scalar> sums_c{};
   if constexpr (Cell::kHasCell) {
     each_vector<C>(H, [&](int64_t j, int64_t n)
                           __attribute__((always_inline)) { steps.output(j, n, sums_c); });
     sums_c.take_means(H, kRangeOfC);
   }
 
-  NormSums<kGates, C> sums_x{}, sums_h{};
+  NormSums<kGates, C, V, Scalar> sums_x{}, sums_h{};
   each_vector<C>(H, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    steps.cell(j, n, sums_c, Cell::kHasCell ? scales[Normed::kScales - 1] : C(0));
+    steps.cell(j, n, sums_c, Cell::kHasCell ? of.scale(Normed::kScales - 1) : Scalar{});
 #pragma GCC unroll 4
     for (int k = 0; k < kGates; k++) {
       sums_x.add(k, steps.gradient_x(k, j, n), steps.saved_x(k, j, n));
@@ -329,20 +421,21 @@ __attribute__((noinline)) void normed_backward(int64_t H, const BackwardRow<S>& 
   });
   sums_x.take_means(H, ranges), sums_h.take_means(H, ranges);
 
-  C scale_x[kGates], scale_h[kGates];
+  Scalar scale_x[kGates], scale_h[kGates];
+  int next = 0;
   for (const GateRange& range : ranges.range) {
     for (int k = range.gate; k < range.gate + range.count; k++)
-      scale_x[k] = scales[0], scale_h[k] = scales[1];
-    scales += 2;
+      scale_x[k] = of.scale(next), scale_h[k] = of.scale(next + 1);
+    next += 2;
   }
   each_vector<C>(H, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int k = 0; k < kGates; k++) {
-      steps.store_gate(
-          k, j, n,
+      of.store_gate(
+          k * H + j, n,
           sums_x.through(k, steps.gradient_x(k, j, n), steps.saved_x(k, j, n), scale_x[k]));
-      steps.store_gate(
-          kGates + k, j, n,
+      of.store_gate(
+          (kGates + k) * H + j, n,
           sums_h.through(k, steps.gradient_h(k, j, n), steps.saved_h(k, j, n), scale_h[k]));
     }
   });

@@ -39,12 +39,12 @@ PackedOffsets backward_offsets(const Problem& p, int64_t layer) {
   return o;
 }
 
-// Packs w [gates * H, K] transposed, group by group, for the slots of `ranges`.
+// Packs w [gates * H, K] transposed, group by group of `most` blocks, for the slots of `ranges`.
 template <class X, class S>
 void pack_groups(X* dst, const S* w, int64_t H, int64_t K, const GateRangeList& ranges, int gates,
-                 int first_slot, int64_t part, int64_t parts) {
+                 int first_slot, int64_t most, int64_t part, int64_t parts) {
   constexpr int width = Panels<X>::kWidth;
-  const int64_t all = (H + width - 1) / width, most = group_blocks<X>(gates);
+  const int64_t all = (H + width - 1) / width;
   for (int64_t block = part * most; block < all; block += parts * most) {
     const int64_t vectors = min(most, all - block) * gates;
     pack_vectors(
@@ -59,9 +59,9 @@ void pack_groups(X* dst, const S* w, int64_t H, int64_t K, const GateRangeList& 
 // The same of weights that are stored in words.
 template <class X>
 void pack_groups(X* dst, const WordMatrix& m, const GateRangeList& ranges, int first_slot,
-                 int64_t part, int64_t parts) {
+                 int64_t most, int64_t part, int64_t parts) {
   constexpr int width = Panels<X>::kWidth;
-  const int64_t all = (m.rows + width - 1) / width, most = group_blocks<X>(m.gates);
+  const int64_t all = (m.rows + width - 1) / width;
   for (int64_t block = part * most; block < all; block += parts * most)
     pack_words(
         dst + block * m.gates * width * operands<X>(m.K), m, min(most, all - block) * m.gates,
@@ -94,6 +94,7 @@ class ForwardPacking {
         ranges(gate_ranges(p.cell, p.layer_norm)),
         gates(traits(p.cell).gates),
         slots(p.cell_traits().slots),
+        group(group_blocks<X>(gates, slots)),
         values(static_cast<C*>(packed)),
         panels(static_cast<X*>(packed)),
         part(my_part),
@@ -112,18 +113,19 @@ class ForwardPacking {
     // Tangents of weights may be null, which are zeros.
     if (!p.indexed(layer) && w.w_ih)
       pack_groups(panels + offsets.w_ih, static_cast<const S*>(w.w_ih), p.hidden_size,
-                  p.layer_input(layer), ranges.x, gates, 0, part, parts);
+                  p.layer_input(layer), ranges.x, gates, 0, group, part, parts);
     if (w.w_hh && (kDepth<X> > 1 || !call.pass.unpacked_hh))
       pack_groups(panels + offsets.w_hh, static_cast<const S*>(w.w_hh), p.hidden_size, p.out_size(),
-                  ranges.h, gates, slots - gates, part, parts);
+                  ranges.h, gates, slots - gates, group, part, parts);
     if (w.w_hr && part == parts - 1) pack_projection();
   }
 
   // Weights that are stored in fewer bytes.
   void pack_stored() const {
-    if (!p.indexed(layer)) pack_groups(panels + offsets.w_ih, words_ih(), ranges.x, 0, part, parts);
+    if (!p.indexed(layer))
+      pack_groups(panels + offsets.w_ih, words_ih(), ranges.x, 0, group, part, parts);
     pack_groups(panels + offsets.w_hh, words_of(w.w_hh, w.scale_hh, p.out_size()), ranges.h,
-                slots - gates, part, parts);
+                slots - gates, group, part, parts);
     if (!p.proj_size || part < parts - 1) return;
     constexpr int width = Panels<X>::kWidth;
     pack_words(
@@ -198,8 +200,8 @@ class ForwardPacking {
   const int64_t layer;
   const PackedOffsets offsets;
   const CellGateRanges ranges;
-  const int gates, slots;
-  C* const values;  // the packed weights, as the compute type and as operands
+  const int gates, slots, group;  // group: the blocks of one
+  C* const values;                // the packed weights, as the compute type and as operands
   X* const panels;
   const int64_t part, parts;
 };

@@ -12,7 +12,7 @@ namespace {
 template <class S>
 struct TangentRow {
   using C = Compute<S>;
-  const C* gates;
+  C* gates;
   const S *saved, *h, *h_prev, *c0;  // c0: c_prev when it is the initial state
   const C *c, *c_prev, *candidate;
   const C* dh;
@@ -24,6 +24,29 @@ struct TangentRow {
 template <class S>
 FUSEDRNN_INLINE Vec<Compute<S>> load_or_zero(const S* p, int64_t j, int64_t n) {
   return p ? load(p + j, n) : Vec<Compute<S>>{};
+}
+
+// The functions below take n units from j on.
+
+// Applies zoneout to the tangent of h, and stores it.
+template <class S>
+FUSEDRNN_INLINE void store_dh(const TangentRow<S>& row, int64_t j, int64_t n, Vec<Compute<S>> dh) {
+  if (row.zoneout_h) dh = with_zoneout<S>(row.zoneout_h, j, n, load(row.dh + j, n), dh);
+  store(row.dh_new + j, dh, n);
+  if (row.dy) store(row.dy + j, dh, n);
+}
+// Likewise of c, whose tangent before is in row.dc.
+template <class S>
+FUSEDRNN_INLINE void store_dc(const TangentRow<S>& row, int64_t j, int64_t n,
+                              Vec<Compute<S>> before, Vec<Compute<S>> dc) {
+  dc = with_zoneout<S>(row.zoneout_c, j, n, before, dc);
+  store(row.dc + j, dc, n);
+  if (row.saved_dc) store(row.saved_dc + j, dc, n);
+}
+// c_{t-1} and its tangent.
+template <class S>
+FUSEDRNN_INLINE Dual<Vec<Compute<S>>> read_c_prev(const TangentRow<S>& row, int64_t j, int64_t n) {
+  return {row.c_prev ? load(row.c_prev + j, n) : load_or_zero(row.c0, j, n), load(row.dc + j, n)};
 }
 
 // Computes the cells of blocks [block, block + blocks) of units (gate_layout.h).
@@ -39,24 +62,18 @@ void cell_tangent(int64_t H, int64_t block, int64_t blocks, const TangentRow<S>&
     Vec<C> h{};
     if constexpr (Cell::kSaved == 0)
       h = row.candidate ? load(row.candidate + j, n) : load(row.h + j, n);
-    if (Cell::kUsesHPrev || row.zoneout_h) h_prev.tangent = load(row.dh + j, n);
-    if constexpr (Cell::kUsesHPrev) h_prev.value = load_or_zero(row.h_prev, j, n);
+    if constexpr (Cell::kUsesHPrev) h_prev = {load_or_zero(row.h_prev, j, n), load(row.dh + j, n)};
     if constexpr (Cell::kHasCell) {
-      c_prev = {row.c_prev ? load(row.c_prev + j, n) : load_or_zero(row.c0, j, n),
-                load(row.dc + j, n)};
+      c_prev = read_c_prev(row, j, n);
       c.value = row.zoneout_c ? Cell::cell_state(s, c_prev).value : load(row.c + j, n);
     }
-    Vec<C> dh = Cell::template tangent<Math<S>>(s, h_prev, h, c_prev, c);
+    const Vec<C> dh = Cell::template tangent<Math<S>>(s, h_prev, h, c_prev, c);
     if (row.dcandidate) store(row.dcandidate + j, dh, n);
-    dh = with_zoneout<S>(row.zoneout_h, j, n, h_prev.tangent, dh);
-    store(row.dh_new + j, dh, n);
-    if (row.dy) store(row.dy + j, dh, n);
+    store_dh(row, j, n, dh);
     if constexpr (Cell::kHasCell) {
       if (row.hidden)
         store(row.hidden + j, Cell::template output<DualMath<Math<S>>>(s, c).value, n);
-      const Vec<C> dc = with_zoneout<S>(row.zoneout_c, j, n, c_prev.tangent, c.tangent);
-      store(row.dc + j, dc, n);
-      if (row.saved_dc) store(row.saved_dc + j, dc, n);
+      store_dc(row, j, n, c_prev.tangent, c.tangent);
     }
     for (int k = 0; row.dsaved && k < Cell::kSaved; k++)
       store(row.dsaved + k * H + j, s[k].tangent, n);

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int kRows = 6, kFewRows = 3;
+constexpr int kRows = kVectorRegisters == 32 ? 6 : 4, kFewRows = kRows / 2;
 constexpr int kCacheLine = 64;
 // Padding of a row of A: rows whose length is a power of two would share cache sets.
 template <class X>
@@ -64,13 +64,19 @@ FUSEDRNN_INLINE void add_products(Vec<Compute<X>> (&sums)[R][V], const X* a, int
   }
 }
 
-// C = A B + D for R rows of A and one panel of V vectors, K operands deep. A[r, k] = a[r * ar + k *
-// ak]; rows of C hold `cols`. The memory from `next` on, which is read after this, is prefetched to
-// L2, a line for each k.
+// A left factor: rows and values of a row are `row` and `k` apart, and blocks of R rows R * block.
+template <class X>
+struct Left {
+  const X* data;
+  int64_t row, k, block;
+};
+
+// C = A B + D for R rows of A and one panel of V vectors, K operands deep; rows of C hold `cols`.
+// The memory from `next` on, which is read after this, is prefetched to L2, a line for each k.
 template <class X, int R, int V>
-__attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64_t ak,
-                                        const X* panel, Compute<X>* c, int64_t ldc, int64_t cols,
-                                        Addend<Compute<X>> d, const void* next) {
+FUSEDRNN_INLINE void multiply_rows(int64_t K, const X* a, int64_t ar, int64_t ak, const X* panel,
+                                   Compute<X>* c, int64_t ldc, int64_t cols, Addend<Compute<X>> d,
+                                   const void* next) {
   using C = Compute<X>;
   constexpr int w = Lanes<X>::kWidth, kN = kChains<X, V>;
   Vec<C> acc[kN][R][V];
@@ -109,6 +115,20 @@ __attribute__((noinline)) void multiply(int64_t K, const X* a, int64_t ar, int64
         store(c + r * ldc + v * w,
               d.data ? load(d.data + r * d.ld + v * w, n) + sums[r][v] : sums[r][v], n);
       }
+  }
+}
+
+// The same for some blocks of R rows. Each prefetches a share of what follows the panel.
+template <class X, int R, int V>
+__attribute__((noinline)) void multiply(int64_t blocks, int64_t K, Left<X> a, const X* panel,
+                                        Compute<X>* c, int64_t ldc, int64_t cols,
+                                        Addend<Compute<X>> d) {
+  const X* const next = panel + K * V * Lanes<X>::kWidth;
+  for (int64_t i = 0; i < blocks; i++) {
+    multiply_rows<X, R, V>(K, a.data, a.row, a.k, panel, c, ldc, cols, d,
+                           next + i % V * K * (kCacheLine / sizeof(X)));
+    a.data += R * a.block, c += R * ldc;
+    if (d.data) d.data += R * d.ld;
   }
 }
 
@@ -168,67 +188,64 @@ __attribute__((noinline)) void multiply_few(int64_t K, int64_t part, const X* a,
 }
 
 template <class X>
-using Multiply = void (*)(int64_t, const X*, int64_t, int64_t, const X*, Compute<X>*, int64_t,
-                          int64_t, Addend<Compute<X>>, const void*);
+using Multiply = void (*)(int64_t, int64_t, Left<X>, const X*, Compute<X>*, int64_t, int64_t,
+                          Addend<Compute<X>>);
 
-template <class X, int V>
+template <class X, int V, int R = 1>
 FUSEDRNN_INLINE Multiply<X> multiply_for(int64_t rows) {
-  switch (rows) {
-    case 1:
-      return multiply<X, 1, V>;
-    case 2:
-      return multiply<X, 2, V>;
-    case 3:
-      return multiply<X, 3, V>;
-    case 4:
-      return multiply<X, 4, V>;
-    case 5:
-      return multiply<X, 5, V>;
-    default:
-      return multiply<X, 6, V>;
+  if constexpr (R < kRows) {
+    if (rows > R) return multiply_for<X, V, R + 1>(rows);
   }
+  return multiply<X, R, V>;
 }
-
-template <class X>
-FUSEDRNN_INLINE Multiply<X> multiply_for(int64_t rows, int64_t columns) {
-  const int64_t vectors = Panels<X>::padded(columns) / Panels<X>::kWidth;
-  if constexpr (Panels<X>::kVectors == 4) {
-    if (vectors == 3) return multiply_for<X, 3>(rows);
-    if (vectors >= 4) return multiply_for<X, 4>(rows);
-  }
-  return vectors == 1 ? multiply_for<X, 1>(rows) : multiply_for<X, 2>(rows);
-}
-
-template <class X, int V>
+template <class X, int V, int R = 1>
 FUSEDRNN_INLINE auto multiply_few_for(int64_t rows) {
-  return rows == 1   ? multiply_few<X, 1, V>
-         : rows == 2 ? multiply_few<X, 2, V>
-                     : multiply_few<X, 3, V>;
-}
-template <class X>
-FUSEDRNN_INLINE auto multiply_few_for(int64_t rows, int64_t columns) {
-  const int64_t vectors = Panels<X>::padded(columns) / Panels<X>::kWidth;
-  if constexpr (Panels<X>::kVectors == 4) {
-    if (vectors == 3) return multiply_few_for<X, 3>(rows);
-    if (vectors >= 4) return multiply_few_for<X, 4>(rows);
+  if constexpr (R < kFewRows) {
+    if (rows > R) return multiply_few_for<X, V, R + 1>(rows);
   }
-  return vectors == 1 ? multiply_few_for<X, 1>(rows) : multiply_few_for<X, 2>(rows);
+  return multiply_few<X, R, V>;
 }
 
-// Cuts M rows into blocks of at most kRows and nearly equal height: f(first, rows) for each.
-template <class F>
-FUSEDRNN_INLINE void each_block(int64_t M, F f) {
-  if (M == 0) return;
-  const int64_t blocks = (M + kRows - 1) / kRows, rows = M / blocks, higher = M % blocks;
-  for (int64_t m = 0, i = 0; i < blocks; i++) {
-    const int64_t height = rows + (i < higher);
-    f(m, height);
-    m += height;
+// f(Constant<V>) for a panel of V vectors.
+template <class X, int V = 1, class F>
+FUSEDRNN_INLINE void with_panel(int64_t columns, F f) {
+  if constexpr (V < Panels<X>::kVectors) {
+    if (columns > V * Panels<X>::kWidth) return with_panel<X, V + 1>(columns, f);
+  }
+  f(Constant<V>{});
+}
+
+// Blocks of nearly equal height, at most kRows: the first `higher` have a row more.
+struct RowBlocks {
+  int64_t count, rows, higher;
+
+  explicit RowBlocks(int64_t M)
+      : count((M + kRows - 1) / kRows), rows(M / max(1, count)), higher(M % max(1, count)) {}
+};
+
+// The product of M rows and one panel of V vectors, `part` operands at a time: longer sums lose too
+// much to rounding, and a panel of this depth stays in L1 beside the rows of A. a(m, rows, k): the
+// blocks of `rows` rows from the m-th row and k-th operand on.
+template <class X, int V, class A>
+FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, int64_t part, A a, const X* panel,
+                                    Compute<X>* c, int64_t ldc, int64_t cols,
+                                    Addend<Compute<X>> d) {
+  const RowBlocks blocks(M);
+  const int64_t m = blocks.higher * (blocks.rows + 1);
+  for (int64_t k = 0; k == 0 || k < K; k += part) {
+    const int64_t count = min(K - k, part);
+    const X* const rows = panel + k * V * Panels<X>::kWidth;
+    if (m > 0)
+      multiply_for<X, V>(blocks.rows + 1)(blocks.higher, count, a(0, blocks.rows + 1, k), rows, c,
+                                          ldc, cols, d);
+    multiply_for<X, V>(blocks.rows)(blocks.count - blocks.higher, count, a(m, blocks.rows, k), rows,
+                                    c + m * ldc, ldc, cols,
+                                    {d.data ? d.data + m * d.ld : nullptr, d.ld});
+    d = {c, ldc};
   }
 }
 
-// The most operands that are summed before they are added to an element of C. Longer sums lose too
-// much to rounding, and a panel of this depth stays in L1 beside the rows of A.
+// The most operands that are summed before they are added to an element of C.
 constexpr int64_t kLongestSum = 64;
 
 // C [M, N] = A [M, K] B + D. K counts values; rows of A hold lda operands, those of C ldc values.
@@ -241,29 +258,23 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
   if constexpr (kTiled<X>) {
     tile_product(M, N, depth, a, lda, packed, c, ldc, d, work);
   } else {
+    if (M == 0) return;
+    const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
+    const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // without depth C = D
+    auto left = [&](int64_t m, int64_t, int64_t k) {
+      return Left<X>{a + m * lda + k, lda, 1, lda};
+    };
     for (int64_t n = 0; n < N; n += P::kColumns) {
       const int64_t cols = min(N - n, P::kColumns);
       const X* const panel = packed + n * depth;
-      Addend<Compute<X>> addend{d.data ? d.data + n : nullptr, d.ld};
-      const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
-      const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // without depth C = D
-      if (M <= kFewRows) {
-        if (M > 0)
-          multiply_few_for<X>(M, cols)(depth, longest, a, lda, panel, c + n, ldc, cols, addend);
-        continue;
-      }
-      for (int64_t k = 0; k == 0 || k < depth; k += longest) {
-        const int64_t part = min(depth - k, longest);
-        each_block(M, [&](int64_t m, int64_t rows) __attribute__((always_inline)) {
-          // Each block of rows prefetches a share of the next part.
-          const int64_t share = m / rows % P::kVectors * part;
-          multiply_for<X>(rows, cols)(
-              part, a + m * lda + k, lda, 1, panel + k * P::padded(cols), c + m * ldc + n, ldc,
-              cols, {addend.data ? addend.data + m * addend.ld : nullptr, addend.ld},
-              panel + (k + part) * P::padded(cols) + share * kCacheLine / sizeof(X));
-        });
-        addend = {c + n, ldc};
-      }
+      const Addend<Compute<X>> addend{d.data ? d.data + n : nullptr, d.ld};
+      with_panel<X>(cols, [&](auto vectors) __attribute__((always_inline)) {
+        constexpr int V = vectors.value;
+        if (M <= kFewRows)
+          multiply_few_for<X, V>(M)(depth, longest, a, lda, panel, c + n, ldc, cols, addend);
+        else
+          multiply_panel<X, V>(M, depth, longest, left, panel, c + n, ldc, cols, addend);
+      });
     }
   }
 }

@@ -18,7 +18,8 @@ struct Outer {
   static constexpr int64_t kSplit = kPlanes<X> > 1 ? 2 : 1;  // planes take three times the bytes
   static constexpr int64_t kTokens = kTiled<X> ? 512 : 128;
   static constexpr int64_t kLong = 8192;  // tokens: a multiple of kTokens
-  static constexpr int64_t kColumns = kTiled<X> ? 256 / kSplit : 512;
+  static constexpr int64_t kColumns =
+      kTiled<X> ? 256 / kSplit : 512 / Panels<X>::kColumns * Panels<X>::kColumns;
   static constexpr int64_t kMostRows = kTiled<X> ? 512 / kSplit : 64 * kRows;  // M
 
   // Operands of a block of tokens, and of a row of a for tiles.
@@ -83,14 +84,17 @@ void pack_left(X* dst, int64_t M, int64_t tokens, Token token) {
     for (int64_t m = 0; m < M; m += w)
       store(row + m,
             operand<X>(load(a1 + m, M - m), pair ? load(a2 + m, M - m) : Vec<C>{}).plane[0]);
-    each_block(M, [&](int64_t m, int64_t rows) {
+    const RowBlocks blocks(M);
+    for (int64_t m = 0, i = 0; i < blocks.count; i++) {
+      const int64_t rows = blocks.rows + (i < blocks.higher);
       X* const block = dst + m * K + k * rows;
       if (rows == kRows) {  // a size the compiler knows
         std::memcpy(block, row + m, kRows * sizeof(X));
       } else {
         for (int64_t r = 0; r < rows; r++) block[r] = row[m + r];
       }
-    });
+      m += rows;
+    }
   }
 }
 
@@ -169,15 +173,14 @@ FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, cons
   } else if constexpr (kTiled<X>) {
     gemm(M, cols, count, left, Outer<X>::kRow, right, dst, N, {addend, N});
   } else {
+    auto packed = [&](int64_t m, int64_t rows, int64_t k) {
+      return Left<X>{left + m * K + k * rows, 1, rows, K};
+    };
     for (int64_t n = 0; n < cols; n += P::kColumns) {
-      const int64_t width = min(P::kColumns, cols - n), panel_width = P::padded(width);
-      each_block(M, [&](int64_t m, int64_t rows) {
-        C* const sums = dst + m * N + n;
-        Addend<C> add{addend ? addend + m * N + n : nullptr, N};
-        for (int64_t k = 0; k < K; k += chain, add.data = sums)
-          multiply_for<X>(rows, width)(min(chain, K - k), left + m * K + k * rows, 1, rows,
-                                       right + n * K + k * panel_width, sums, N, width, add,
-                                       left + (m + rows) * K + k * rows);
+      const int64_t width = min(P::kColumns, cols - n);
+      with_panel<X>(width, [&](auto vectors) __attribute__((always_inline)) {
+        multiply_panel<X, vectors.value>(M, K, chain, packed, right + n * K, dst + n, N, width,
+                                         {addend ? addend + n : nullptr, N});
       });
     }
   }

@@ -11,7 +11,7 @@ namespace {
 template <class X>
 struct Panels {
   static constexpr int kWidth = Lanes<X>::kWidth;
-  static constexpr int kVectors = kTiled<X> ? 1 : kVectorRegisters == 32 ? 4 : 2;
+  static constexpr int kVectors = kTiled<X> ? 1 : kVectorRegisters == 32 ? 4 : 3;
   static constexpr int kColumns = kVectors * kWidth;
 
   static constexpr int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }

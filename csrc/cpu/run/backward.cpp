@@ -88,16 +88,10 @@ class BackwardLayers {
     return most;
   }
 
-  // One layer's rows of the gradients of all states; null stays null.
-  const char* rows_of_layer(const void* all, int64_t layer, int64_t width) const {
-    return all ? static_cast<const char*>(all) + layer * columns_ * width : nullptr;
-  }
-
   // The gradient of the states of the layer below, to which this layer's is added.
-  const char* grad_below(int64_t i) const {
+  const void* grad_below(int64_t i) const {
     const Backward& b = arguments(i);
-    if (b.layer == 0 || !b.grad_in) return nullptr;
-    return rows_of_layer(a_.grad_hs, b.layer - 1, a_.problem.out_size());
+    return b.layer && b.grad_in ? a_.grad_outputs(b.layer - 1) : nullptr;
   }
 
   Backward& arguments(int64_t i, int64_t which = 0) {
@@ -118,7 +112,7 @@ class BackwardLayers {
     if (a_.wants_input(b.layer)) b.grad_in = b.layer ? between_.data(i % 2) : a_.dx;
     b.dhx = a_.dhx, b.dcx = a_.dcx;
     b.onto_grad_in = grad_below(i);
-    b.grad_cs = rows_of_layer(a_.grad_cs, b.layer, a_.problem.hidden_size);
+    b.grad_cs = a_.grad_cells(b.layer);
     b.dgates = dgates_.data(), b.dproj = dproj_.data();
     b.hidden = hidden_.data(), b.dnormed = dnormed_.data();
     b.dweights = a_.dweights + b.layer * a_.problem.num_directions;

@@ -29,6 +29,19 @@ struct BackwardStack : Common {
   int64_t lowest;                   // layers below are left alone
 
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && dx); }
+  // The gradients of a layer's outputs and cell states as states of all layers; null where none.
+  const void* grad_outputs(int64_t layer) const {
+    return layer_of(grad_hs, layer, problem.out_size());
+  }
+  const void* grad_cells(int64_t layer) const {
+    return layer_of(grad_cs, layer, problem.hidden_size);
+  }
+
+ private:
+  const void* layer_of(const void* all, int64_t layer, int64_t width) const {
+    const int64_t columns = seq.tokens * problem.num_directions * compute_bytes(problem.dtype);
+    return all ? static_cast<const char*>(all) + layer * columns * width : nullptr;
+  }
 };
 void run_backward(const CpuRun&, const BackwardStack&);
 

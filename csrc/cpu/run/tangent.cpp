@@ -1,5 +1,6 @@
 // The derivatives of forward and backward in one direction, as phases.
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 
 #include "cpu/run/run.h"
@@ -12,8 +13,8 @@ RowsScratch tangent_scratch(const CpuRun& run, const Problem& p) {
   return {0, run.kernels.tangent_scratch(p, run.plan.rows_per_task)};
 }
 
-// Weights whose gradients are two sums.
-constexpr WeightKind kMatrices[] = {kWeightIH, kWeightHH, kWeightHR};
+// Weights that are multiplied with what has a tangent: their gradients are two sums.
+constexpr WeightKind kFactors[] = {kWeightIH, kWeightHH, kWeightHR, kGainIH, kGainHH, kGainC};
 
 // All layers of backward, the last one first: weights and their tangents are packed, rows go back
 // through time, then come the gradients of weights, in two sums.
@@ -30,6 +31,7 @@ class BackwardTangentLayers {
         dgates_(2, columns_ * p_.slot_columns()),
         dproj_(2, p_.proj_size ? columns_ * p_.out_size() : 0),
         hidden_(2, p_.proj_size ? columns_ * p_.hidden_size : 0),
+        dnormed_(2, columns_ * p_.normed_columns()),
         between_(layers_ > 1 ? 4 : 0, columns_ * p_.out_size()),
         packed_(2, p_.num_directions * packed_bytes_),
         more_(1, a.tangent.member_count * most_weights() * size_),
@@ -43,7 +45,7 @@ class BackwardTangentLayers {
     for (int64_t i = 0; i < layers_; i++) {
       set_arguments(i, grad_out, dgrad_out);
       grad_out = arguments_[i].primal.grad_in, dgrad_out = arguments_[i].tangent.grad_in;
-      phases.push_back(pack(i));
+      phases.push_back(prepare(i));
       phases.push_back(tasks_.phase(i, [this, i](int64_t, const Rows& rows, Member&) {
         run_.kernels.backward_tangent(arguments_[i], rows);
       }));
@@ -62,20 +64,22 @@ class BackwardTangentLayers {
       most = std::max(most, run_.kernels.backward_offsets(p_, layer).total);
     return most;
   }
-  // Of the matrix of a kind.
+  // Of the weight of a kind.
   int64_t elements(int64_t layer, WeightKind kind) const {
     switch (kind) {
       case kWeightIH:
         return p_.gate_rows() * p_.layer_input(layer);
       case kWeightHH:
         return p_.gate_rows() * p_.out_size();
-      default:
+      case kWeightHR:
         return p_.proj_size * p_.hidden_size;
+      default:
+        return !p_.has_weight(kind) ? 0 : kind == kGainC ? p_.hidden_size : p_.gate_rows();
     }
   }
   int64_t weight_elements(int64_t layer) const {
     int64_t sum = 0;
-    for (const WeightKind kind : kMatrices) sum += elements(layer, kind);
+    for (const WeightKind kind : kFactors) sum += elements(layer, kind);
     return p_.num_directions * sum;
   }
   int64_t most_weights() const {
@@ -83,6 +87,15 @@ class BackwardTangentLayers {
     for (int64_t layer = a_.tangent.lowest; layer < p_.num_layers; layer++)
       most = std::max(most, weight_elements(layer));
     return most;
+  }
+
+  // The gradient of the states of the layer below, to which this layer's is added.
+  const void* grad_below(const BackwardStack& of, const Backward& b) const {
+    return b.layer && b.grad_in ? of.grad_outputs(b.layer - 1) : nullptr;
+  }
+  void copy_below(const BackwardStack& of, const Backward& b) const {
+    if (const void* const below = grad_below(of, b))
+      std::memcpy(b.grad_in, below, columns_ * p_.out_size());
   }
 
   void set_arguments(int64_t i, const void* grad_out, const void* dgrad_out) {
@@ -96,8 +109,10 @@ class BackwardTangentLayers {
       b.y = of.y;
       b.grad_hn = of.grad_hn, b.grad_cn = of.grad_cn, b.grad_out = from_above;
       if (layer > a_.tangent.lowest) b.grad_in = between_.data(2 * place + i % 2);
+      b.onto_grad_in = grad_below(of, b), b.grad_cs = of.grad_cells(layer);
       b.dgates = dgates_.data(place);
       b.dproj = dproj_.data(place), b.hidden = hidden_.data(place);
+      b.dnormed = dnormed_.data(place);
     };
     set(arguments_[i].primal, a_.primal, 0, grad_out);
     Backward& tangent = arguments_[i].tangent;
@@ -106,13 +121,16 @@ class BackwardTangentLayers {
     tangent.dhx = a_.tangent.dhx, tangent.dcx = a_.tangent.dcx;
   }
 
-  Phase pack(int64_t i) {
+  // Packs the weights, and copies the gradients that the layer's own are added to.
+  Phase prepare(int64_t i) {
     const int64_t each = pack_parts(run_.plan), parts = p_.num_directions * each;
     const int64_t layer = arguments_[i].primal.layer,
                   total = run_.kernels.backward_offsets(p_, layer).total * size_;
-    return {2 * parts, 0, [this, i, each, parts, layer, total](int64_t part, char*) {
+    return {2 * parts + 2, 0, [this, i, each, parts, layer, total](int64_t part, char*) {
               const int64_t place = part / parts, dir = part % parts / each;
               const BackwardTangent& both = arguments_[i];
+              if (part == 2 * parts) return copy_below(a_.primal, both.primal);
+              if (part > 2 * parts) return copy_below(a_.tangent, both.tangent);
               // Tangents need the primal weights wherever they need their own.
               Backward b = place ? both.tangent : both.primal;
               b.grad_in = both.tangent.grad_in, b.dhx = both.tangent.dhx;
@@ -121,10 +139,10 @@ class BackwardTangentLayers {
             }};
   }
 
-  // Where member m's gradients of a layer's matrices go for now: by directions, then by kinds.
+  // Where member m's second sums of a layer go for now: by directions, then by kinds.
   char* more(int64_t layer, int64_t m, int64_t dir, WeightKind wanted) const {
     int64_t place = m * weight_elements(layer) + dir * (weight_elements(layer) / p_.num_directions);
-    for (const WeightKind kind : kMatrices) {
+    for (const WeightKind kind : kFactors) {
       if (kind == wanted) break;
       place += elements(layer, kind);
     }
@@ -142,9 +160,13 @@ class BackwardTangentLayers {
         const WeightGradients& to =
             a_.tangent.dweights[(m * p_.num_layers + d.layer) * p_.num_directions + dir];
         WeightGradients other{};
-        if (to.w_ih && dx) other.w_ih = more(d.layer, m, dir, kWeightIH);
-        if (to.w_hh) other.w_hh = more(d.layer, m, dir, kWeightHH);
-        if (to.w_hr) other.w_hr = more(d.layer, m, dir, kWeightHR);
+        auto place = [&](WeightKind kind) {
+          return to[kind] ? more(d.layer, m, dir, kind) : nullptr;
+        };
+        if (dx) other.w_ih = place(kWeightIH);
+        other.w_hh = place(kWeightHH), other.w_hr = place(kWeightHR);
+        other.gain_ih = place(kGainIH), other.gain_hh = place(kGainHH);
+        other.gain_c = place(kGainC);
         sums_[2 * i].push_back(to), sums_[2 * i + 1].push_back(other);
       }
   }
@@ -170,6 +192,7 @@ class BackwardTangentLayers {
               Backward b = sum ? both.tangent : both.primal;
               b.dgates = sum ? both.primal.dgates : both.tangent.dgates;
               b.dproj = sum ? both.primal.dproj : both.tangent.dproj;
+              b.dnormed = sum ? both.primal.dnormed : both.tangent.dnormed;
               b.seq = a_.tangent.members[m].of(b.seq);
               b.one_hot = a_.tangent.members[m].of(both.primal.one_hot);
               b.dweights = to.data() + m * p_.num_directions;
@@ -180,9 +203,9 @@ class BackwardTangentLayers {
   Phase add(int64_t i) {
     const std::vector<WeightGradients>& sums = sums_[2 * i + 1];
     if (!any(sums)) return {};
-    const int64_t kinds = std::size(kMatrices);
+    const int64_t kinds = std::size(kFactors);
     return {kinds * int64_t(sums.size()), 0, [this, i, kinds](int64_t task, char*) {
-              const WeightKind kind = kMatrices[task % kinds];
+              const WeightKind kind = kFactors[task % kinds];
               void* const to = sums_[2 * i][task / kinds][kind];
               const void* const from = sums_[2 * i + 1][task / kinds][kind];
               if (!to || !from) return;
@@ -204,7 +227,8 @@ class BackwardTangentLayers {
   // Bytes: of the compute type; of one column of all tokens and directions.
   const int64_t size_, columns_;
   const int64_t layers_, packed_bytes_;
-  const ScratchMemory dgates_, dproj_, hidden_;  // two: of the primal pass, and their tangents
+  // Two: of the primal pass, and their tangents.
+  const ScratchMemory dgates_, dproj_, hidden_, dnormed_;
   const ScratchMemory between_;  // gradients of the inputs of two layers that take turns, likewise
   const ScratchMemory packed_;
   const ScratchMemory more_;
@@ -221,7 +245,8 @@ void run_forward_tangent(const CpuRun& run, ForwardTangent& a) {
   const int64_t size = compute_bytes(p.dtype), stack = p.num_layers * p.num_directions;
   a.primal.pass = a.tangent.pass = run.plan.pass;
   // The tangents of outputs of the layers but the last, where they are not kept, take turns.
-  const int64_t turns = a.tangent.reserve ? 0 : std::min<int64_t>(2, p.num_layers - 1);
+  const bool held = a.tangent.reserve || a.tangent.hs;
+  const int64_t turns = held ? 0 : std::min<int64_t>(2, p.num_layers - 1);
   const ScratchMemory inner(turns,
                             a.primal.seq.tokens * p.num_directions * p.out_size() * bytes(p.dtype));
   for (int64_t i = 0; i < turns; i++) a.tangent.inner[i] = inner.data(i);
