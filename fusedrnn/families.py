@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import _C, cuda, derivatives, reference, tangents
-from fusedrnn.ops import RESULTS, Call, Config
+from fusedrnn.ops import Call, Config
 
 MODES = tuple(reference.STEPS)
 # The largest error of a result, as a part of its largest element, that rounding explains.
@@ -221,31 +221,19 @@ class _Call:
                 )
             return [g for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True) if need]
 
-    @staticmethod
-    def _of_all(grads: list[Tensor]) -> tuple[Any, ...]:
-        """Gradients of all results of forward."""
-        return (*grads, *[None] * RESULTS)[:RESULTS]
-
     def exact_tangents(self, backward: bool) -> list[Tensor]:
         """The derivatives of the same along `direction`."""
 
         def wide(tensors: Any) -> tuple[Any, ...]:
-            return tuple(None if t is None else t.double() for t in tensors)
+            return tuple(None if t is None else t.double() for t in (*tensors, None)[:3])
 
         weights = [w.double() for w in self.weights]
         call = Call.of(*wide((self.x, self.hx, self.cx)), weights, *self.rest)
         dweights = [t.double() for t in self.direction[3:] if t is not None]
         direction = (*wide(self.direction[:3]), *dweights)
         needs = [t is not None for t in call.differentiable()]
-        given = tangents.TangentCall(
-            wide(self._of_all(self.grads)),
-            wide(self._of_all(self.grad_tangents)),
-            direction,
-            (),
-            needs,
-            0,
-            call,
-        )
+        u, du = ((*wide(g), None, None) for g in (self.grads, self.grad_tangents))
+        given = tangents.TangentCall(u, du, direction, (), needs, 0, call)
         found = derivatives.plain_tangents(given)[backward]
         return [t.detach() for t in found if t is not None and t.numel()]
 
@@ -259,14 +247,14 @@ class _Call:
         dx, dhx, dcx, *dweights = moved(self.direction)
         call, direction = (x, hx, cx, weights, *self.rest), (dx, dhx, dcx, dweights)
         with torch.no_grad(), plans(backward):
-            y, _, _, *made = ops.forward(*call, True)
-            dy, dhn, dcn, *dmade = ops.forward_tangent(*direction, y, *made, True, *call)
+            y, _, _, *kept = ops.forward(*call, True)
+            dy, dhn, dcn, *dkept = ops.forward_tangent(*direction, y, *kept, True, *call)
             if not backward:
                 return [t for t in (dy, dhn, dcn) if t.numel()]
-            u, du = (moved(self._of_all(g)) for g in (self.grads, self.grad_tangents))
+            u, du = (moved((*g, None, None, None)[:5]) for g in (self.grads, self.grad_tangents))
             needs = [t is not None for t in (x, hx, cx, *weights)]
             *states, dweights = ops.backward_tangent(
-                *u, *du, *direction, y, *made, dy, *dmade, needs, 0, *call
+                *u, *du, *direction, y, *kept, dy, *dkept, needs, 0, *call
             )
             return [g for g, need in zip((*states, *dweights), needs, strict=True) if need]
 

@@ -35,25 +35,23 @@ backward_tangent = torch.ops.fusedrnn.backward_tangent.default
 Tensors = tuple[Tensor | None, ...]
 
 
-def _on_cuda(call: ops.Call, device: torch.device) -> bool:
-    config = ops.Config(*call.constants[1:])
-    return (
-        device.type == "cuda"
-        and not config.all_states
-        and not config.layer_norm
-        and cuda.missing(device) is None
-    )
-
-
 def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
     x = call.tensors[0]
     assert x is not None
     return (
-        (x.device.type == "cpu" or _on_cuda(call, x.device))
+        (x.device.type == "cpu" or _on_cuda(call))
         and not call.stacked
         and not batched_gradients.are_batched(call.tensors)
     )
+
+
+def _on_cuda(call: ops.Call) -> bool:
+    """Whether the CUDA kernels take them."""
+    config, x = ops.Config(*call.constants[1:]), call.tensors[0]
+    assert x is not None
+    options = config.all_states or config.layer_norm
+    return x.is_cuda and not options and cuda.missing(x.device) is None
 
 
 def take_transformed(call: ops.Call) -> bool:

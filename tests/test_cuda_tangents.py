@@ -13,7 +13,6 @@ from test_ops import INPUT, T
 from test_tangents import (  # noqa: F401
     CALLS,
     CELLS,
-    OPTIONS,
     arguments,
     by_kernels,
     filled,
@@ -59,7 +58,45 @@ def equal(found, expected):
     )
 
 
-# What the kernels take here: not layer normalisation or the states of all steps.
+def test_the_kernels_run_emulated():
+    case = given(arguments("gru"))
+    load().fail_after(0)
+    with pytest.raises(RuntimeError, match="fusedrnn: .* failed with the plan 'stepwise'"):
+        by_kernels(*case)
+    load().fail_after(-1)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_neither_order_nor_what_lies_behind_a_length_changes_a_bit(cell):
+    call = arguments(cell, kind="lengths", mask=True, changed=True)
+    call, made, direction, u, du = given(call)
+    expected = by_kernels(call, made, direction, u, du)
+    behind = torch.arange(T)[:, None] >= call.tensors[4]
+    x, dx = call.tensors[0].clone(), direction[0].clone()
+    x[behind] = dx[behind] = float("nan")
+    call = call._replace(tensors=(x, *call.tensors[1:]))
+    load().seed(2)
+    assert equal(by_kernels(call, made, (dx, *direction[1:]), u, du), expected)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_rows_may_lie_apart(cell):
+    call, made, direction, u, du = given(arguments(cell, kind="lengths"))
+    expected = by_kernels(call, made, direction, u, du)
+    x, dx = (t.repeat_interleave(2, 1)[:, ::2] for t in (call.tensors[0], direction[0]))
+    call = call._replace(tensors=(x, *call.tensors[1:]))
+    assert equal(by_kernels(call, made, (dx, *direction[1:]), u, du), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_products_read_only_what_was_written(cell, monkeypatch):
+    """Rows without a step too, though nothing depends on what comes out for them."""
+    monkeypatch.setattr(emulated, "products_are_finite", True)
+    by_kernels(*given(arguments(cell, kind="lengths", dtype=torch.bfloat16)))
+    assert emulated.products_are_finite
+
+
+# What test_tangents.py also runs with layer normalisation and all states.
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "all states" not in name])
@@ -74,75 +111,32 @@ def test_odd_sizes_in_each_dtype(cell, dtype):
     test_tangents.test_odd_sizes_in_each_dtype(cell, dtype)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj"])
-def test_opcheck(cell):
-    test_tangents.test_opcheck(cell, all_states=False)
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_members(cell):
     test_tangents.test_members(cell)
 
 
-@pytest.mark.parametrize(("cell", "changed"), OPTIONS)
-def test_options_run_in_kernels(cell, changed, monkeypatch):
-    test_tangents.test_options_run_in_kernels(cell, changed, monkeypatch)
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_opcheck(cell):
+    test_tangents.test_opcheck(cell, False)
 
 
-def test_wrong_arguments():
-    test_tangents.test_wrong_arguments(all_states=False)
+def test_options_run_in_kernels(monkeypatch):
+    options = {"proj_size": 2, "zoneout": (0.3, 0.4)}
+    test_tangents.test_options_run_in_kernels("LSTM", options, monkeypatch)
+
+
+@pytest.mark.slow
+def test_gradients_of_the_tangents():
+    test_tangents.test_gradients_of_the_tangents("lstm")
 
 
 @pytest.mark.parametrize("option", ["all_states", "layer_norm"])
 def test_what_has_no_kernel_is_refused_by_the_op(option):
-    call = arguments("gru normed" if option == "layer_norm" else "gru")
-    call[option] = True
-    with pytest.raises(RuntimeError, match="return_all or layer_norm have no kernel on CUDA"):
-        by_kernels(*given(call))
-
-
-def test_the_kernels_run_emulated():
-    case = given(arguments("gru"))
-    load().fail_after(0)
-    with pytest.raises(RuntimeError, match="fusedrnn: .* failed with the plan 'stepwise'"):
+    call = arguments("lstm normed" if option == "layer_norm" else "lstm")
+    case = given(call | {option: True})
+    with pytest.raises(RuntimeError, match="have no CUDA kernel"):
         by_kernels(*case)
-    load().fail_after(-1)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_neither_order_nor_what_lies_behind_a_length_changes_a_bit(cell):
-    call = arguments(cell, kind="lengths", mask=True, changed=True)
-    call, *made, direction, u, du = given(call)
-    expected = by_kernels(call, *made, direction, u, du)
-    behind = torch.arange(T)[:, None] >= call.tensors[4]
-    x, dx = call.tensors[0].clone(), direction[0].clone()
-    x[behind] = dx[behind] = float("nan")
-    call = call._replace(tensors=(x, *call.tensors[1:]))
-    load().seed(2)
-    assert equal(by_kernels(call, *made, (dx, *direction[1:]), u, du), expected)
-
-
-@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
-def test_rows_may_lie_apart(cell):
-    call, *made, direction, u, du = given(arguments(cell, kind="lengths"))
-    expected = by_kernels(call, *made, direction, u, du)
-    x, dx = (t.repeat_interleave(2, 1)[:, ::2] for t in (call.tensors[0], direction[0]))
-    call = call._replace(tensors=(x, *call.tensors[1:]))
-    assert equal(by_kernels(call, *made, (dx, *direction[1:]), u, du), expected)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_products_read_only_what_was_written(cell, monkeypatch):
-    """Rows without a step too, though nothing depends on what comes out for them."""
-    monkeypatch.setattr(emulated, "products_are_finite", True)
-    by_kernels(*given(arguments(cell, kind="lengths", dtype=torch.bfloat16)))
-    assert emulated.products_are_finite
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj"])
-def test_gradients_of_the_tangents(cell):
-    test_tangents.test_gradients_of_the_tangents(cell, all_states=False)
 
 
 @pytest.mark.parametrize("steps, batch", [(0, 4), (3, 0)])
@@ -151,8 +145,8 @@ def test_nothing_to_do(cell, steps, batch):
     call = arguments(cell) | {"x": torch.randn(steps, batch, INPUT, dtype=torch.float64)}
     call["hx"] = call["hx"][:, :batch]
     call["cx"] = None if call["cx"] is None else call["cx"][:, :batch]
-    call, *made, direction, u, du = given(call)
-    (dy, dhn, *_), (dx, dhx, _, *dweights) = by_kernels(call, *made, direction, u, du)
+    call, made, direction, u, du = given(call)
+    (dy, dhn, *_), (dx, dhx, _, *dweights) = by_kernels(call, made, direction, u, du)
     assert dy.shape[:2] == dx.shape[:2] == (steps, batch)
     assert torch.equal(dhn, direction[1])
     assert torch.equal(dhx, du[1] if batch else direction[1])

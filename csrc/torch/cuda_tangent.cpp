@@ -41,12 +41,15 @@ struct TangentCall : CudaCall {
   const TangentTensors v;
   const Tensor y, reserve;
 
-  TangentCall(const Inputs& in, const Config& config, const Tangents& direction, const Tensor& y,
-              const Tensor& reserve, bool backward)
-      : CudaCall(in, config, backward, true), v(*this, direction), y(y), reserve(reserve) {
+  TangentCall(const Inputs& in, const Config& config, const Tangents& direction,
+              const SavedForBackward& saved, bool backward)
+      : CudaCall(in, config, backward, true),
+        v(*this, direction),
+        y(saved.y),
+        reserve(saved.reserve) {
     FUSEDRNN_EXPECT(!problem.all_states && !problem.layer_norm,
-                    "fusedrnn: derivatives of a call with return_all or layer_norm have no kernel "
-                    "on CUDA");
+                    "fusedrnn: derivatives of a call with return_all or layer_norm have no CUDA "
+                    "kernel");
   }
 
   Tensor weight(int64_t layer, int64_t dir, WeightKind kind) const {
@@ -126,14 +129,14 @@ struct TangentCall : CudaCall {
 };
 
 ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
-                                   const Tangents& direction, const SavedForBackward& made,
+                                   const Tangents& direction, const SavedForBackward& saved,
                                    bool save) {
-  const TangentCall call(in, config, direction, made.y, made.reserve, false);
+  const TangentCall call(in, config, direction, saved, false);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t size = bytes(p.dtype), out = p.out_size();
   const std::vector<bool> needs(3 + call.weights.size());
-  GradientTensors(call, {}, made, {needs, 0});  // checks what was made
+  GradientTensors(call, {}, saved, {needs, 0});  // checks what was saved
   auto [dy, dhn, dcn, dreserve, dhs, dcs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
   if (B == 0) return {dy, dhn, dcn, dreserve, dhs, dcs};
   char *const dhn_at = static_cast<char*>(dhn.mutable_data_ptr()),
@@ -182,7 +185,7 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
                                           call.stream()),
                  "the derivative of forward");
     }
-    below = call.output(layer, made.y, made.reserve), below_tangent = output;
+    below = call.output(layer, call.y, call.reserve), below_tangent = output;
   }
   return {dy, dhn, dcn, dreserve, dhs, dcs};
 }
@@ -222,7 +225,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
                                      const OutputGradients& given, const OutputGradients& dgiven,
                                      const Tangents& direction, const SavedForBackward& saved,
                                      const SavedForBackward& dsaved, const Wanted& wanted) {
-  const TangentCall call(in, config, direction, saved.y, saved.reserve, true);
+  const TangentCall call(in, config, direction, saved, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size(), S = p.slot_columns(), G = p.gate_rows();
@@ -339,9 +342,9 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
 }  // namespace
 
 ForwardOutputs forward_tangent_cuda(const Inputs& in, const Config& config,
-                                    const Tangents& direction, const SavedForBackward& made,
+                                    const Tangents& direction, const SavedForBackward& saved,
                                     bool save) {
-  return until_accepted([&] { return run_forward_tangent(in, config, direction, made, save); });
+  return until_accepted([&] { return run_forward_tangent(in, config, direction, saved, save); });
 }
 
 BackwardOutputs backward_tangent_cuda(const Inputs& in, const Config& config,
