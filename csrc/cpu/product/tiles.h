@@ -103,11 +103,12 @@ FUSEDRNN_INLINE void tile_multiply_add() {
 
 // C = A B + D for R tiles of `height` rows of A, which has `rows` rows, and V panels that hold
 // `depth` operands each. K of them, a multiple of 16, are multiplied; rows of C hold `cols`.
-template <int R, int V>
-__attribute__((noinline)) void multiply_tiles(int64_t K, int64_t depth, int64_t height,
+template <int R, int V, bool kFull>
+__attribute__((noinline)) void multiply_tiles(int64_t K, int64_t depth, int64_t tile_height,
                                               const Pair* a, int64_t lda, const Pair* panels,
                                               int64_t rows, float* c, int64_t ldc, int64_t cols,
                                               Addend<float> d, Progress& progress) {
+  const int64_t height = kFull ? kTileRows : tile_height;
   constexpr int kFirstA = 4, kFirstB = kFirstA + R, kBs = 8 - kFirstB;  // used in rotation
   constexpr auto each_row = FirstIndices<R>{};
   constexpr auto each_vector = FirstIndices<V>{};
@@ -176,13 +177,21 @@ FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a
     };
     for (int64_t m = 0; m < pairs * two; m += two)
       for (int64_t n = 0; n < N; n += kTwo)
-        multiply(N - n > kTileRows ? multiply_tiles<2, 2> : multiply_tiles<2, 1>, m, n);
+        multiply(
+            N - n > kTileRows
+                ? (height == kTileRows ? multiply_tiles<2, 2, true> : multiply_tiles<2, 2, false>)
+                : (height == kTileRows ? multiply_tiles<2, 1, true> : multiply_tiles<2, 1, false>),
+            m, n);
     for (int64_t n = 0; rest > 0 && n < N; n += 2 * kTwo)
-      multiply(N - n > 3 * kTileRows   ? multiply_tiles<1, 4>
-               : N - n > 2 * kTileRows ? multiply_tiles<1, 3>
-               : N - n > kTileRows     ? multiply_tiles<1, 2>
-                                       : multiply_tiles<1, 1>,
-               pairs * two, n);
+      multiply(
+          N - n > 3 * kTileRows
+              ? (height == kTileRows ? multiply_tiles<1, 4, true> : multiply_tiles<1, 4, false>)
+          : N - n > 2 * kTileRows
+              ? (height == kTileRows ? multiply_tiles<1, 3, true> : multiply_tiles<1, 3, false>)
+          : N - n > kTileRows
+              ? (height == kTileRows ? multiply_tiles<1, 2, true> : multiply_tiles<1, 2, false>)
+              : (height == kTileRows ? multiply_tiles<1, 1, true> : multiply_tiles<1, 1, false>),
+          pairs * two, n);
     d = {c, ldc};
   }
 }
