@@ -4,8 +4,8 @@
 // A tile of A is 16 rows of 16 pairs in place; a tile of B is 16 rows of one vector of a packed
 // panel. Two tiles of A are multiplied with up to two of B, or one of A with up to four, and the
 // sums stay in their tiles for a part of the depth. They start from the addend, so every element is
-// one chain of additions however rows are divided. Tiles are always full: up to kSpareRows rows
-// after the last one of A are read, and their sums are not stored.
+// one chain of additions however rows are divided. Tiles are full, or as high as StepTiles says: up
+// to kSpareRows rows after the last one of A are read, and their sums are not stored.
 #pragma once
 #include "cpu/product/interface.h"
 #include "cpu/product/operand.h"
