@@ -100,7 +100,8 @@ void clear_row_ends(const Problem& p, const BackwardBuffers<S>& buf) {
 template <class S, class Ranges>
 void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int64_t M,
                     const Operand<S>* gates, int64_t ld_gates, Columns columns, Compute<S>* dst,
-                    int64_t ld, const Compute<S>* addend, bool descending) {
+                    int64_t ld, const Compute<S>* addend, bool descending,
+                    int64_t tile_height = kTileRows) {
   using C = Compute<S>;
   using X = Operand<S>;
   using E = Element<X>;
@@ -130,7 +131,7 @@ void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int
       const int64_t K = range.count * H;
       gemm(M, min(kAtOnce, columns.end - n), K, slot_of_gates(range.slot), ld_gates,
            panels + n * operands<X>(K), dst + n, ld,
-           {block_addend ? block_addend + n : nullptr, ld});
+           {block_addend ? block_addend + n : nullptr, ld}, {}, tile_height);
       panels += Panels<X>::size(K, N);
       block_addend = dst;
     }
@@ -380,9 +381,11 @@ class BackwardPass {
   // dL/dh of the step before: the gradients of the gates times W_hh, and the direct part.
   void recurrent_step(const Direction& d, int64_t step, int64_t n, const X* gates) const {
     const bool multiplies = step > 0 || call.dhx;  // the initial state is before the first step
+    const StepTiles<X> tiles(n);
     if (multiplies)
       multiply_gates<S>(Cell::h_ranges(), d.w_hh, p.hidden_size, n, gates, buf.ld_gates, of.outputs,
-                        of.product(), buf.ld_dh, of.addend(), call.pass.alternates && step % 2);
+                        of.product(), buf.ld_dh, of.addend(), call.pass.alternates && step % 2,
+                        tiles.height);
     of.finish_rows(d, of.rows.time(d.dir, step), n, multiplies);
   }
 

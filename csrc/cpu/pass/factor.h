@@ -36,10 +36,11 @@ class Factor {
   // C = A W^T + D of some blocks of units, whose first column is c; in a projection only N columns
   // exist.
   FUSEDRNN_INLINE void multiply(int64_t block, int64_t N, int64_t M, const X* a, int64_t lda, C* c,
-                                int64_t ldc, Addend<C> d, OverlappedWork work = {}) const {
+                                int64_t ldc, Addend<C> d, OverlappedWork work = {},
+                                int64_t tile_height = kTileRows) const {
     gemm(M, N, shape_.K, a, lda,
          panels_ + block * shape_.gates * Panels<X>::kWidth * operands<X>(shape_.K), c, ldc, d,
-         work);
+         work, tile_height);
   }
 
  private:
@@ -56,7 +57,7 @@ class Factor<S, true> {
   Factor(const X*, const FactorShape& shape) : shape_(shape) {}
 
   void multiply(int64_t block, int64_t N, int64_t M, const X* a, int64_t lda, float* c, int64_t ldc,
-                Addend<float> d, OverlappedWork work = {}) const {
+                Addend<float> d, OverlappedWork work = {}, int64_t = kTileRows) const {
     (void)work;
     const WordMatrix m = shape_.words();
     const int64_t vectors = (N + w - 1) / w;

@@ -284,10 +284,11 @@ class ForwardPass {
     OverlappedWork work{};
     if constexpr (!kNormed)
       if (overlaps_cells) work = {cells.run, &cells};
+    const StepTiles<X> tiles(n);
     const bool after_all =
         kTiled<X> && !overlaps_cells && n * Cell::kGates * G::kBlocks >= kLongCells;
     G::each(H, me, descending, [&](int64_t block, int64_t blocks) {
-      multiply_group(d, block, blocks, n, h, gates, work);
+      multiply_group(d, block, blocks, n, h, gates, work, tiles.height);
       if constexpr (!kNormed) {
         if (after_all) {
           const int64_t first = cells.blocks ? min(cells.block, block) : block;
@@ -303,7 +304,8 @@ class ForwardPass {
   }
 
   FUSEDRNN_INLINE void multiply_group(const Direction& d, int64_t block, int64_t blocks, int64_t n,
-                                      const X* h, C* gates, OverlappedWork work) const {
+                                      const X* h, C* gates, OverlappedWork work,
+                                      int64_t tile_height) const {
     if constexpr (kDepth<X> == 1 && !kNormed && !kInPlace<S>)
       if (call.pass.unpacked_hh)
         return add_unpacked<Cell>(static_cast<const S*>(d.weights.w_hh), p.hidden_size,
@@ -311,7 +313,7 @@ class ForwardPass {
                                   buf.ld_gates);
     C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
     d.w_hh.multiply(block, blocks * Cell::kGates * G::kWidth, n, h, buf.ld_operand, sums,
-                    buf.ld_gates, {kNormed ? nullptr : sums, buf.ld_gates}, work);
+                    buf.ld_gates, {kNormed ? nullptr : sums, buf.ld_gates}, work, tile_height);
   }
 
   // Cells with layer normalisation, which needs the gates of all units.

@@ -5,6 +5,8 @@
 // a float32 is three such pairs, one in each plane (PlanePair): the nearest bfloat16, the nearest
 // to the remainder, and the remainder of that. Three times 8 bits are the 24 of a float32.
 #pragma once
+#include <type_traits>
+
 #include "cpu/vector/simd.h"
 
 namespace {
@@ -190,6 +192,16 @@ FUSEDRNN_INLINE void store_operands(X* row, int64_t plane, int64_t j, Vec<Comput
   put(v);
 }
 
+// Zeros after the last of n values, as far as a product takes them.
+template <class X>
+FUSEDRNN_INLINE void clear_after(X* dst, int64_t plane, int64_t n) {
+  for (int p = 0; p < kPlanes<X>; p++) {
+    Element<X>* elements = reinterpret_cast<Element<X>*>(dst + p * plane);
+    for (int64_t j = n; j < operands<X>(n) / kPlanes<X> * kDepth<X>; j++)
+      elements[j] = Element<X>{};
+  }
+}
+
 // Fills a row of n operands; value(j, lanes) returns the values from j on.
 template <class X, class Value>
 FUSEDRNN_INLINE void make_operands(X* dst, int64_t plane, int64_t n, Value value) {
@@ -197,13 +209,14 @@ FUSEDRNN_INLINE void make_operands(X* dst, int64_t plane, int64_t n, Value value
   int64_t j = 0;
   for (; j + w <= n; j += w) store_operands(dst, plane, j, value(j, w), w);
   if (j < n) store_operands(dst, plane, j, value(j, n - j), n - j);
-  for (int p = 0; p < kPlanes<X>; p++) {
-    Element<X>* elements = reinterpret_cast<Element<X>*>(dst + p * plane);
-    for (j = n; j < operands<X>(n) / kPlanes<X> * kDepth<X>; j++) elements[j] = Element<X>{};
-  }
+  clear_after(dst, plane, n);
 }
 template <class X, class From>
 FUSEDRNN_INLINE void to_operands(X* dst, int64_t plane, const From* src, int64_t n) {
+  if constexpr (kDepth<X> > 1 && kPlanes<X> == 1 && std::is_same_v<From, Element<X>>) {
+    std::memcpy(dst, src, n * sizeof(From));
+    return clear_after(dst, plane, n);
+  }
   make_operands(dst, plane, n, [src](int64_t j, int64_t lanes) { return load(src + j, lanes); });
 }
 
