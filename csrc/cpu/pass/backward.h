@@ -121,6 +121,9 @@ void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int
       return;
     }
   }
+  int64_t rows = 0;
+  for (const GateRange& range : ranges.range) rows += range.count * H;
+  const TileShape shape = TileShape::of(tile_height, rows * N * int64_t(sizeof(E)));
   constexpr int64_t kAtOnce = kTiled<X> ? 4 * Panels<X>::kColumns : Panels<X>::kColumns;
   const int64_t blocks = (columns.count() + kAtOnce - 1) / kAtOnce;
   for (int64_t i = 0; i < blocks; i++) {
@@ -131,7 +134,7 @@ void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int
       const int64_t K = range.count * H;
       gemm(M, min(kAtOnce, columns.end - n), K, slot_of_gates(range.slot), ld_gates,
            panels + n * operands<X>(K), dst + n, ld,
-           {block_addend ? block_addend + n : nullptr, ld}, {}, tile_height);
+           {block_addend ? block_addend + n : nullptr, ld}, {}, shape);
       panels += Panels<X>::size(K, N);
       block_addend = dst;
     }

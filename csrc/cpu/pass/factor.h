@@ -38,9 +38,10 @@ class Factor {
   FUSEDRNN_INLINE void multiply(int64_t block, int64_t N, int64_t M, const X* a, int64_t lda, C* c,
                                 int64_t ldc, Addend<C> d, OverlappedWork work = {},
                                 int64_t tile_height = kTileRows) const {
-    gemm(M, N, shape_.K, a, lda,
-         panels_ + block * shape_.gates * Panels<X>::kWidth * operands<X>(shape_.K), c, ldc, d,
-         work, tile_height);
+    const int64_t panel = Panels<X>::kWidth * operands<X>(shape_.K);  // of one gate
+    const int64_t bytes = shape_.gates * shape_.rows * operands<X>(shape_.K) * sizeof(X);
+    gemm(M, N, shape_.K, a, lda, panels_ + block * shape_.gates * panel, c, ldc, d, work,
+         TileShape::of(tile_height, bytes));
   }
 
  private:

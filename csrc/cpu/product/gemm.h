@@ -249,16 +249,15 @@ FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, int64_t part, A a, con
 constexpr int64_t kLongestSum = 64;
 
 // C [M, N] = A [M, K] B + D. K counts values; rows of A hold lda operands, those of C ldc values.
-// The planes of a row of A lie at equal parts of lda. `tile_height` is that of the thread's
-// StepTiles.
+// The planes of a row of A lie at equal parts of lda. The shape's height is that of the
+// thread's StepTiles.
 template <class X>
 void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* packed, Compute<X>* c,
-          int64_t ldc, Addend<Compute<X>> d, OverlappedWork work = {},
-          int64_t tile_height = kTileRows) {
+          int64_t ldc, Addend<Compute<X>> d, OverlappedWork work = {}, TileShape shape = {}) {
   using P = Panels<X>;
   const int64_t depth = operands<X>(K);
   if constexpr (kTiled<X>) {
-    tile_product(M, N, depth, a, lda, packed, c, ldc, d, work, tile_height);
+    tile_product(M, N, depth, a, lda, packed, c, ldc, d, work, shape);
   } else {
     if (M == 0) return;
     const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;

@@ -157,19 +157,19 @@ __attribute__((noinline)) void multiply_tiles(int64_t K, int64_t depth, int64_t 
   });
 }
 
-// C [M, N] = A [M, K] B + D. K counts operands. It is cut into parts, so that what a block of rows
-// of A holds of one stays in L1 while panels pass; between parts the sums are in C.
+// C [M, N] = A [M, K] B + D. K counts operands. It is cut into parts of the shape's depth, between
+// which the sums are in C.
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t lda,
                                   const Pair* packed, float* c, int64_t ldc, Addend<float> d,
-                                  OverlappedWork work, int64_t height) {
-  constexpr int64_t kTwo = 2 * kTileRows, kPart = 128;
-  const int64_t two = 2 * height;
+                                  OverlappedWork work, TileShape shape) {
+  constexpr int64_t kTwo = 2 * kTileRows;
+  const int64_t height = shape.height, two = 2 * height;
   const int64_t pairs = uint32_t(M + height - 1) / uint32_t(two), rest = M - pairs * two;
   const int64_t blocks =
       pairs * ((N + kTwo - 1) / kTwo) + (rest > 0 ? (N + 2 * kTwo - 1) / (2 * kTwo) : 0);
   Progress progress{work, blocks * K / kTileRows};
-  for (int64_t k = 0; k == 0 || k < K; k += kPart) {
-    const int64_t part = min(K - k, kPart);
+  for (int64_t k = 0; k == 0 || k < K; k += shape.depth) {
+    const int64_t part = min(K - k, shape.depth);
     auto multiply = [&](auto product, int64_t m, int64_t n) __attribute__((always_inline)) {
       product(part, K, height, a + m * lda + k, lda, packed + n * K + k * kTileRows, M - m,
               c + m * ldc + n, ldc, N - n, {d.data ? d.data + m * d.ld + n : nullptr, d.ld},

@@ -169,7 +169,7 @@ __attribute__((noinline)) void multiply_planes(int64_t steps, const PlanePair* a
 template <bool kApart = false>
 FUSEDRNN_INLINE void tile_product(int64_t M, int64_t N, int64_t K, const PlanePair* a, int64_t lda,
                                   const PlanePair* packed, float* c, int64_t ldc, Addend<float> d,
-                                  OverlappedWork work, int64_t = kTileRows) {
+                                  OverlappedWork work, TileShape = {}) {
   if (M == 0) return;
   const int64_t steps = K / (3 * kTileRows);
   const bool single = M <= kTileRows;
