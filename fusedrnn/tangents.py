@@ -50,8 +50,7 @@ def _on_cuda(call: ops.Call) -> bool:
     """Whether the CUDA kernels take them."""
     config, x = ops.Config(*call.constants[1:]), call.tensors[0]
     assert x is not None
-    options = config.all_states or config.layer_norm
-    return x.is_cuda and not options and cuda.missing(x.device) is None
+    return x.is_cuda and not config.layer_norm and cuda.missing(x.device) is None
 
 
 def take_transformed(call: ops.Call) -> bool:

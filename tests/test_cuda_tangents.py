@@ -27,6 +27,7 @@ from test_tangents import (  # noqa: F401
     test_outputs_may_be_written_between_the_derivatives,
     test_transforms_by_weights_run_in_kernels,
     test_transforms_run_in_kernels,
+    test_wrong_arguments,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -96,10 +97,10 @@ def test_products_read_only_what_was_written(cell, monkeypatch):
     assert emulated.products_are_finite
 
 
-# What test_tangents.py also runs with layer normalisation and all states.
+# What test_tangents.py also runs with layer normalisation.
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if "all states" not in name])
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_values(cell, name):
     test_tangents.test_values(cell, name)
@@ -116,26 +117,33 @@ def test_members(cell):
     test_tangents.test_members(cell)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
-def test_opcheck(cell):
-    test_tangents.test_opcheck(cell, False)
+@pytest.mark.parametrize(("cell", "all_states"), [("gru", True), ("lstm-proj", False)])
+def test_opcheck(cell, all_states):
+    test_tangents.test_opcheck(cell, all_states)
 
 
-def test_options_run_in_kernels(monkeypatch):
-    options = {"proj_size": 2, "zoneout": (0.3, 0.4)}
-    test_tangents.test_options_run_in_kernels("LSTM", options, monkeypatch)
+@pytest.mark.parametrize(
+    ("cell", "changed"),
+    [
+        ("LSTM", {"proj_size": 2, "zoneout": (0.3, 0.4)}),
+        ("LSTM", {"return_all": True, "proj_size": 2, "zoneout": (0.3, 0.4)}),
+        ("GRU", {"return_all": True, "bidirectional": True}),
+        ("RNN", {"return_all": True, "zoneout": 0.3}),
+    ],
+)
+def test_options_run_in_kernels(cell, changed, monkeypatch):
+    test_tangents.test_options_run_in_kernels(cell, changed, monkeypatch)
 
 
 @pytest.mark.slow
-def test_gradients_of_the_tangents():
-    test_tangents.test_gradients_of_the_tangents("lstm")
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj"])
+def test_gradients_of_the_tangents(cell):
+    test_tangents.test_gradients_of_the_tangents(cell)
 
 
-@pytest.mark.parametrize("option", ["all_states", "layer_norm"])
-def test_what_has_no_kernel_is_refused_by_the_op(option):
-    call = arguments("lstm normed" if option == "layer_norm" else "lstm")
-    case = given(call | {option: True})
-    with pytest.raises(RuntimeError, match="have no CUDA kernel"):
+def test_what_has_no_kernel_is_refused_by_the_op():
+    case = given(arguments("lstm normed"))
+    with pytest.raises(RuntimeError, match="layer_norm have no CUDA kernel"):
         by_kernels(*case)
 
 
@@ -161,9 +169,9 @@ def test_which_calls_on_cuda_have_kernels(monkeypatch):
         constants = ops.Call.of(*call.values()).constants
         monkeypatch.setattr(cuda, "missing", lambda device: None)
         assert tangents.has_kernels(ops.Call(on_cuda, constants))
-        for option in ("all_states", "layer_norm"):
+        for option, taken in (("all_states", True), ("layer_norm", False)):
             changed = ops.Call.of(*(call | {option: True}).values()).constants
-            assert not tangents.has_kernels(ops.Call(on_cuda, changed))
+            assert tangents.has_kernels(ops.Call(on_cuda, changed)) == taken
         stacked = [torch.empty((1, *t.shape), device="cuda") for t in on_cuda[ops.FIRST_WEIGHT :]]
         given = ops.Call((*on_cuda[: ops.FIRST_WEIGHT], *stacked), constants)
         assert not tangents.has_kernels(given)

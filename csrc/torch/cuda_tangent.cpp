@@ -39,17 +39,11 @@ Tensor halves(const Tensor& rows) {
 // A call with tangents of its tensors, and what forward left of it.
 struct TangentCall : CudaCall {
   const TangentTensors v;
-  const Tensor y, reserve;
 
-  TangentCall(const Inputs& in, const Config& config, const Tangents& direction,
-              const SavedForBackward& saved, bool backward)
-      : CudaCall(in, config, backward, true),
-        v(*this, direction),
-        y(saved.y),
-        reserve(saved.reserve) {
-    FUSEDRNN_EXPECT(!problem.all_states && !problem.layer_norm,
-                    "fusedrnn: derivatives of a call with return_all or layer_norm have no CUDA "
-                    "kernel");
+  TangentCall(const Inputs& in, const Config& config, const Tangents& direction, bool backward)
+      : CudaCall(in, config, backward, true), v(*this, direction) {
+    FUSEDRNN_EXPECT(!problem.layer_norm,
+                    "fusedrnn: derivatives of a call with layer_norm have no CUDA kernel");
   }
 
   Tensor weight(int64_t layer, int64_t dir, WeightKind kind) const {
@@ -60,12 +54,13 @@ struct TangentCall : CudaCall {
     return v.weights[problem.weight_index(layer, dir, kind)];
   }
   // The output of a layer [tokens, width], or the tangent of that.
-  Tensor output(int64_t layer, const Tensor& y, const Tensor& reserve) const {
-    if (layer < problem.num_layers - 1) return output_in(reserve, std::nullopt, layer);
-    return torch::stable::reshape(y, {tokens, out_width()});
+  Tensor output(int64_t layer, const SavedForBackward& of) const {
+    if (layer < problem.num_layers - 1) return output_in(of.reserve, of.hs, layer);
+    return torch::stable::reshape(of.y, {tokens, out_width()});
   }
-  LayerSaved value_of(int64_t layer, int64_t dir) const {
-    return saved_of(layer, dir, output(layer, y, reserve), reserve, std::nullopt);
+  // What was saved of a layer and direction, or the tangents of that.
+  LayerSaved layer_in(const SavedForBackward& of, int64_t layer, int64_t dir) const {
+    return saved_of(layer, dir, output(layer, of), of.reserve, of.cs);
   }
   // `a`, of the values, with the tangents of states and weights in their place.
   template <class L>
@@ -131,7 +126,7 @@ struct TangentCall : CudaCall {
 ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
                                    const Tangents& direction, const SavedForBackward& saved,
                                    bool save) {
-  const TangentCall call(in, config, direction, saved, false);
+  const TangentCall call(in, config, direction, false);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t size = bytes(p.dtype), out = p.out_size();
@@ -139,21 +134,25 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
   GradientTensors(call, {}, saved, {needs, 0});  // checks what was saved
   auto [dy, dhn, dcn, dreserve, dhs, dcs] = call.outputs(save ? Save::kReserve : Save::kEmpty);
   if (B == 0) return {dy, dhn, dcn, dreserve, dhs, dcs};
+  // As in forward, the kernels write no cell states where a row has no step.
+  if (p.all_states && call.lengths) torch::stable::zero_(dcs);
+  const SavedForBackward dmade{dy, dreserve, dhs, dcs};
   char *const dhn_at = static_cast<char*>(dhn.mutable_data_ptr()),
               *const dcn_at =
                   traits(p.cell).has_cell ? static_cast<char*>(dcn.mutable_data_ptr()) : nullptr;
 
   std::optional<Tensor> below, below_tangent;
   for (int64_t layer = 0; layer < L; layer++) {
-    const Tensor output = layer == L - 1 || save ? call.output(layer, dy, dreserve)
-                                                 : call.empty({tokens, D * out}, call.type());
+    const Tensor output = layer == L - 1 || save || p.all_states
+                              ? call.output(layer, dmade)
+                              : call.empty({tokens, D * out}, call.type());
     bool moves = false;  // W_ih of a direction
     for (int64_t dir = 0; dir < D; dir++)
       moves |= call.weight_tangent(layer, dir, kWeightIH).numel() > 0;
     TangentCall::Input input = call.input_pair(layer, below, below_tangent, moves, false);
     for (int64_t dir = 0; dir < D; dir++) {
       LayerForwardTangent both{};
-      both.value = call.value_of(layer, dir);
+      both.value = call.layer_in(saved, layer, dir);
       LayerForward& a = both.tangent;
       static_cast<Layer&>(a) = call.with_tangents(static_cast<Layer>(both.value), layer, dir);
       const std::optional<Tensor> gates_x = call.gates_of_input(layer, dir, input);
@@ -176,16 +175,14 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
       const int64_t row = (layer * D + dir) * B * size;
       a.hn = dhn_at + row * out;
       a.cn = dcn_at ? dcn_at + row * p.hidden_size : nullptr;
-      if (save) {
-        a.saved = call.slots_in(dreserve, layer, dir);
-        a.saved_c = call.cells_in(dreserve, std::nullopt, layer, dir);
-      }
+      if (save) a.saved = call.slots_in(dreserve, layer, dir);
+      if (save || (p.all_states && dcn_at)) a.saved_c = call.cells_in(dreserve, dcs, layer, dir);
       const Tensor workspace = call.bytes(stepwise_workspace(both));
       call.check(stepwise_forward_tangent(both, workspace.mutable_data_ptr(), call.multiply(),
                                           call.stream()),
                  "the derivative of forward");
     }
-    below = call.output(layer, call.y, call.reserve), below_tangent = output;
+    below = call.output(layer, saved), below_tangent = output;
   }
   return {dy, dhn, dcn, dreserve, dhs, dcs};
 }
@@ -225,7 +222,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
                                      const OutputGradients& given, const OutputGradients& dgiven,
                                      const Tangents& direction, const SavedForBackward& saved,
                                      const SavedForBackward& dsaved, const Wanted& wanted) {
-  const TangentCall call(in, config, direction, saved, true);
+  const TangentCall call(in, config, direction, true);
   const Problem& p = call.problem;
   const int64_t L = p.num_layers, D = p.num_directions, B = call.batch, tokens = call.tokens;
   const int64_t H = p.hidden_size, out = p.out_size(), S = p.slot_columns(), G = p.gate_rows();
@@ -245,11 +242,9 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
           call.empty({tokens, 2 * S}, call.type()), call.empty({projected, 2 * out}, call.type()),
           call.empty({projected, 2 * H}, call.type())});
       LayerBackwardTangent& both = layers.emplace_back();
-      static_cast<LayerSaved&>(both.value) = call.value_of(layer, dir);
+      static_cast<LayerSaved&>(both.value) = call.layer_in(saved, layer, dir);
       static_cast<LayerSaved&>(both.tangent) =
-          call.with_tangents(call.saved_of(layer, dir, call.output(layer, dsaved.y, dsaved.reserve),
-                                           dsaved.reserve, std::nullopt),
-                             layer, dir);
+          call.with_tangents(call.layer_in(dsaved, layer, dir), layer, dir);
       std::vector<Tensor> unwanted;  // gradients that no one asked for
       auto fill = [&](LayerBackward& a, GradientTensors& of_states, int which) {
         auto element = [&](const Tensor& all, int64_t i, int64_t bytes) -> void* {
@@ -258,6 +253,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
         const int64_t row = (layer * D + dir) * B;
         if (grad_out[which]) a.dy = element(*grad_out[which], dir * out, wide);
         a.dy_stride = D * out;
+        if (of_states.cs) a.dcs = element(*of_states.cs, (layer * tokens * D + dir) * H, wide);
         if (of_states.hn) a.dhn = element(*of_states.hn, row * out, wide);
         if (of_states.cn) a.dcn = element(*of_states.cn, row * H, wide);
         auto result = [&](bool needed, const Tensor& all, int64_t width) {
@@ -297,8 +293,8 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
       if (!wants_weights(p, wanted.needs, index)) continue;
       if (!input) {
         std::optional<Tensor> below, below_tangent;
-        if (layer) below = call.output(layer - 1, saved.y, saved.reserve);
-        if (layer) below_tangent = call.output(layer - 1, dsaved.y, dsaved.reserve);
+        if (layer) below = call.output(layer - 1, saved);
+        if (layer) below_tangent = call.output(layer - 1, dsaved);
         input = call.input_pair(layer, below, below_tangent, true, true);
       }
       weight_gradients_of(call, layers[dir], differentials[dir], *input, wanted.needs, index, d);
@@ -324,17 +320,23 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
       if (layer > d.lowest) product(values, 0, w);
     }
     const uint8_t* const mask = call.mask_of(layer);
-    auto sum = [&](const std::vector<Tensor>& parts) -> OptionalTensor {
+    // `given`: beside what the layer contributes, for the states of the one below.
+    auto sum = [&](const std::vector<Tensor>& parts,
+                   const GradientTensors& given) -> OptionalTensor {
       if (parts.empty()) return std::nullopt;
       void* const at = parts[0].mutable_data_ptr();
-      if (D == 2 || mask)
-        call.check(input_gradient({p.dtype, at, D == 2 ? parts[1].const_data_ptr() : nullptr,
-                                   nullptr, mask, call.mask_scale(), tokens * width, at},
+      const void* const more = layer && given.hs
+                                   ? static_cast<const char*>(given.hs->const_data_ptr()) +
+                                         (layer - 1) * tokens * width * wide
+                                   : nullptr;
+      if (D == 2 || mask || more)
+        call.check(input_gradient({p.dtype, at, D == 2 ? parts[1].const_data_ptr() : nullptr, more,
+                                   mask, call.mask_scale(), tokens * width, at},
                                   call.stream()),
                    "the gradient of a layer's input");
       return parts[0];
     };
-    grad_out[0] = sum(values), grad_out[1] = sum(tangents);
+    grad_out[0] = sum(values, g), grad_out[1] = sum(tangents, d);
   }
   return d.in_type(call.type());
 }

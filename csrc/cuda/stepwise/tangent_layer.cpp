@@ -150,7 +150,7 @@ int stepwise_backward_tangent(const LayerBackwardTangent& both, void* workspace,
         q.dy = at(of.dy, first * of.dy_stride, wide), q.dy_stride = of.dy_stride;
       }
       static_cast<SavedStep&>(q) = saved_at(of, walk);
-      q.dc = of.dc0;
+      q.dc = of.dc0, q.dcs = at(of.dcs, first * of.c_stride, wide);
       q.dgates = at(of.dgates, 2 * first * S, size);
     });
     if ((error = cell_backward_tangent(p, stream))) break;

@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
         c = dual<C>(both, [&](auto& a) { return read<C>(a.c, b * a.c_stride + j); });
         c_prev = dual<C>(
             both, [&](auto& a) { return state_before<S, C>(a, a.c0, a.c_prev, a.c_stride, b, j); });
-        dc = dual<C>(both, [&](auto& a) { return read<C>(a.dc, at); });
+        dc = dual<C>(
+            both, [&](auto& a) { return read<C>(a.dc, at) + read<C>(a.dcs, b * a.c_stride + j); });
         if (p.zoneout_c.rate > 0) {
           c = Cell::cell_state(s, c_prev);
           passed_c = zone_out(rate_of<C>(p.zoneout_c, at), dc);
