@@ -32,7 +32,7 @@ from fusedrnn import _C
 
 MOST_WORK = 1 << 26  # multiply-adds of one forward pass
 DRAWS = (10, 30, 100)  # as long as a case fails
-QUICK, SLOW, OF_VARIANT = 80, 190, 40  # cases
+QUICK, SLOW, OF_VARIANT = 50, 190, 40  # cases
 VARIANTS = [name for name, supported in _C.cpu_variants() if supported]
 
 

@@ -403,7 +403,16 @@ def test_gradient_penalties_run_in_kernels(cell, monkeypatch):
     close(found[1], found[0])
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj", "gru normed", "lstm normed"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "rnn",
+        "lstm",
+        "lstm-proj",
+        pytest.param("gru normed", marks=pytest.mark.slow),
+        pytest.param("lstm normed", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_of_the_tangents(cell):
     """F' by kernels and further by kernels and the plain implementation."""
     call = arguments(cell, changed=cell == "lstm-proj")
