@@ -267,7 +267,7 @@ def test_opcheck_with_gradients(cell):
     made = tuple(t.detach() for t in made)
     torch.library.opcheck(tangents.forward_tangent, (*v, *made, True, *call.arguments()))
     u = tuple(g if g is None else g.requires_grad_() for g in u)
-    case = (call, *made, direction, u, du)
+    case = (call, made, direction, u, du)
     torch.library.opcheck(tangents.backward_tangent, backward_call(case, 2))
 
 
