@@ -136,7 +136,7 @@ def test_options_run_in_kernels(cell, changed, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "lstm-proj"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
 def test_gradients_of_the_tangents(cell):
     test_tangents.test_gradients_of_the_tangents(cell)
 

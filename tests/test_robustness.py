@@ -250,8 +250,9 @@ def test_nothing_at_all(cell, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
 def test_more_steps_than_16_bits_count(cell):
+    """All cells share the code that counts steps; of others torch.nn takes minutes."""
     plain, fused = make_pair(cell, 2, 3, bidirectional=True, dtype=torch.float64)
     x = torch.randn(70_000, 2, 2, dtype=torch.float64)
     theirs, ours = (run(m, x, random_state(plain, 2)) for m in (plain, fused))
