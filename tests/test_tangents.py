@@ -278,9 +278,8 @@ def test_members(cell):
     call["batch_sizes"] = torch.tensor([4, 2])
     call["x"] = call["x"][:6]
     case = given(call)
-    check_equal(
-        by_kernels(*case, members=2), ((*by_kernels(*case)[0],), by_reference(*case, 2)[1]), 1e-10
-    )
+    expected = by_kernels(*case)[0], by_reference(*case, 2)[1]
+    check_equal(by_kernels(*case, members=2), expected, 1e-10 if cell in NORMED else 1e-11)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "lstm normed"])

@@ -11,11 +11,13 @@ struct Addend {
   int64_t ld;
 };
 
+constexpr int kTileRows = 16;
+
 // How a product of pairs goes through tiles: the rows of a tile of A, and the operands that are
 // multiplied at a time. A block of rows of that depth stays in L1 while panels pass. Panels of a
 // matrix from beyond L2 are read whole, in the order in which they lie.
 struct TileShape {
-  int64_t height = 16, depth = 128;
+  int64_t height = kTileRows, depth = 128;
 
   static FUSEDRNN_INLINE TileShape of(int64_t height, int64_t matrix_bytes) {
     constexpr int64_t kFarBytes = 1 << 20;

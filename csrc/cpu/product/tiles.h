@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr int kTileRows = 16;
-
 #if defined(__AMX_BF16__)
 
 // Counts the steps of a product over all its blocks, and calls the overlapped work.

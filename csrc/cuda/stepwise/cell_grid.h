@@ -13,6 +13,16 @@ namespace fusedrnn {
 
 constexpr int kUnits = 32, kRows = 8;  // of a block
 
+// f(b, j) for all that a thread owns.
+template <class F>
+__device__ inline void each_cell(const CellStep& p, F f) {
+  const int64_t j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
+  if (j >= p.hidden_size) return;
+  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
+       b += int64_t(gridDim.y) * kRows)
+    f(b, j);
+}
+
 // h = what a product gave: lets the kernels finish a step whose h is projected.
 struct Projection {
   static constexpr int kSlots = 1, kSaved = 0;

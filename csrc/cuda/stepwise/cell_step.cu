@@ -9,13 +9,11 @@ template <class Cell, class S>
 __global__ void __launch_bounds__(kUnits* kRows, 2)
     forward_kernel(const __grid_constant__ CellForward p) {
   using C = Compute<S>;
-  const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
-  if (j >= H) return;
-  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
-       b += int64_t(gridDim.y) * kRows) {
+  const int64_t H = p.hidden_size;
+  each_cell(p, [&](int64_t b, int64_t j) {
     if (!runs_at(p, b, p.step)) {
       write<S>(p.y, b * p.y_stride + j, 0);
-      continue;
+      return;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
     C s[Cell::kSlots];
@@ -42,24 +40,22 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
       write<C>(p.saved_c, b * p.c_stride + j, c);
     }
     for (int k = 0; k < Cell::kSaved; k++) write<S>(p.saved, (b * Cell::kSaved + k) * H + j, s[k]);
-  }
+  });
 }
 
 template <class Cell, class S>
 __global__ void __launch_bounds__(kUnits* kRows, 2)
     backward_kernel(const __grid_constant__ CellBackward p) {
   using C = Compute<S>;
-  const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
-  if (j >= H) return;
-  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
-       b += int64_t(gridDim.y) * kRows) {
+  const int64_t H = p.hidden_size;
+  each_cell(p, [&](int64_t b, int64_t j) {
     const int64_t at = b * H + j;
     C dh = later_gradient<C>(p, b, j);
     if (!runs_at(p, b, p.step)) {
       write<C>(p.dh, at, dh);
       for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, 0);
       write<S>(p.hidden, at, 0);
-      continue;
+      return;
     }
     dh += read<C>(p.dy, b * p.dy_stride + j);
     const bool anew = begins_anew(p, p.resets, b, p.step);
@@ -86,7 +82,7 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
     write<C>(p.dh, at, anew ? 0 : direct + passed_h);
     if constexpr (Cell::kHasCell) write<C>(p.dc, at, anew ? 0 : dc + passed_c);
     for (int k = 0; k < Cell::kSlots; k++) write<S>(p.dgates, (b * Cell::kSlots + k) * H + j, s[k]);
-  }
+  });
 }
 
 template <class Cell>

@@ -40,9 +40,8 @@ int64_t stepwise_workspace(const LayerBackward& a) { return BackwardArrays(a, nu
 int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& multiply,
                      void* stream) {
   const ForwardArrays w(a, workspace);
-  const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
-  const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
-  const int64_t saved_columns = a.cell_traits().saved * H;
+  const int64_t H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
+  const int64_t wide = compute_bytes(a.dtype);
 
   auto run_cells = [&](const CellForward& p, int64_t first) {
     if (!a.layer_norm) return cell_forward(p, stream);
@@ -53,25 +52,14 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
     return normed_forward(normed, stream);
   };
 
-  int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
-  if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
-  if (!error && w.operand != w.h)
-    error = to_storage_type(a.dtype, w.h, a.h_mask, w.operand, B * P, stream);
-  // Rows that have no step yet are multiplied too, and are not written by the cells.
-  if (!error && w.hidden) error = to_storage_type(a.dtype, nullptr, w.hidden, B * H, stream);
-
+  int error = begin_forward(a, w, stream);
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
     const int64_t first = walk.first, rows = walk.rows();
     multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G});
     const CellForward step = step_of<CellForward>(a, walk);
     CellForward p = a.proj_size ? cell_of(step) : step;
-    p.gates_x = at(a.gates_x, first * G, wide), p.gates_x_stride = G;
-    p.gates_h = w.gates_h, p.gates_h_stride = G;
-    p.b_ih = a.weights.b_ih, p.b_hh = a.weights.b_hh;
-    p.c = w.c;
-    p.saved = at(a.saved, first * saved_columns, size);
-    p.saved_c = at(a.saved_c, first * a.c_stride, wide);
+    set_cells(p, a, w, walk);
 
     CellForward result{};  // of the kernel that ends the step
     if (a.proj_size) {
@@ -83,14 +71,10 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
     } else {
       result = p;
     }
-    result.h = w.h;
-    result.operand = w.operand == w.h ? nullptr : w.operand;
-    result.y = at(a.y, first * a.y_stride, size), result.y_stride = a.y_stride;
+    set_results(result, a, w, walk);
     error = a.proj_size ? projection_forward(result, stream) : run_cells(result, first);
   }
-  if (!error) error = to_storage_type(a.dtype, w.h, a.hn, B * P, stream);
-  if (!error && w.c) error = to_storage_type(a.dtype, w.c, a.cn, B * H, stream);
-  return error;
+  return error ? error : end_forward(a, w, stream);
 }
 
 int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& multiply,

@@ -37,17 +37,10 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
   const LayerForward& a = both.tangent;
   const Weights& weights = both.value.weights;
   const ForwardArrays w(a, workspace, 2);
-  const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
-  const int64_t size = bytes(a.dtype), wide = compute_bytes(a.dtype);
-  const int64_t saved_columns = a.cell_traits().saved * H;
+  const int64_t H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
+  const int64_t wide = compute_bytes(a.dtype);
 
-  int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
-  if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
-  if (!error && w.operand != w.h)
-    error = to_storage_type(a.dtype, w.h, a.h_mask, w.operand, B * P, stream);
-  // Rows that have no step yet are multiplied too, and are not written by the cells.
-  if (!error && w.hidden) error = to_storage_type(a.dtype, nullptr, w.hidden, 2 * B * H, stream);
-
+  int error = begin_forward(a, w, stream);
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
     const int64_t first = walk.first, rows = walk.rows();
@@ -55,20 +48,10 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
     const CellForwardTangent step = step_of<CellForwardTangent>(a, walk);
     CellForwardTangent p = a.proj_size ? cell_of(step) : step;
     p.value = saved_at(both.value, walk);
-    p.gates_x = at(a.gates_x, first * G, wide), p.gates_x_stride = G;
+    set_cells(p, a, w, walk);
     p.known_h = at(both.known_h, first * G, wide), p.known_h_stride = G;
-    p.gates_h = w.gates_h, p.gates_h_stride = G;
-    p.b_ih = a.weights.b_ih, p.b_hh = a.weights.b_hh;
-    p.c = w.c;
-    p.saved = at(a.saved, first * saved_columns, size);
-    p.saved_c = at(a.saved_c, first * a.c_stride, wide);
-    auto end = [&](CellForward& last) {  // of the kernel that ends the step
-      last.h = w.h;
-      last.operand = w.operand == w.h ? nullptr : w.operand;
-      last.y = at(a.y, first * a.y_stride, size), last.y_stride = a.y_stride;
-    };
     if (!a.proj_size) {
-      end(p);
+      set_results(p, a, w, walk);
       error = cell_forward_tangent(p, stream);
       continue;
     }
@@ -80,12 +63,10 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
       multiply({w.hidden, 2 * H, rows, H, weights.w_hr, true, w.projected, P});
     CellForward result = projection_of<CellForward>(step, P);
     result.gates_x = w.projected, result.gates_x_stride = P;
-    end(result);
+    set_results(result, a, w, walk);
     error = projection_forward(result, stream);
   }
-  if (!error) error = to_storage_type(a.dtype, w.h, a.hn, B * P, stream);
-  if (!error && w.c) error = to_storage_type(a.dtype, w.c, a.cn, B * H, stream);
-  return error;
+  return error ? error : end_forward(a, w, stream);
 }
 
 int stepwise_backward_tangent(const LayerBackwardTangent& both, void* workspace,

@@ -11,13 +11,11 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
     forward_tangent_kernel(const __grid_constant__ CellForwardTangent p) {
   using C = Compute<S>;
   const SavedStep& value = p.value;
-  const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
-  if (j >= H) return;
-  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
-       b += int64_t(gridDim.y) * kRows) {
+  const int64_t H = p.hidden_size;
+  each_cell(p, [&](int64_t b, int64_t j) {
     if (!runs_at(p, b, p.step)) {
       write<S>(p.y, b * p.y_stride + j, 0);
-      continue;
+      return;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
     Dual<C> s[Cell::kSlots]{}, h_prev{}, c_prev{}, c{};
@@ -61,7 +59,7 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
     }
     for (int k = 0; k < Cell::kSaved; k++)
       write<S>(p.saved, (b * Cell::kSaved + k) * H + j, s[k].tangent);
-  }
+  });
 }
 
 // f of the value's arrays and of the tangent's.
@@ -75,10 +73,8 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
     backward_tangent_kernel(const __grid_constant__ CellBackwardTangent both) {
   using C = Compute<S>;
   const CellBackward& p = both.value;  // it has what both have in common
-  const int64_t H = p.hidden_size, j = int64_t(blockIdx.x) * kUnits + threadIdx.x;
-  if (j >= H) return;
-  for (int64_t b = int64_t(blockIdx.y) * kRows + threadIdx.y; b < p.batch;
-       b += int64_t(gridDim.y) * kRows) {
+  const int64_t H = p.hidden_size;
+  each_cell(p, [&](int64_t b, int64_t j) {
     const int64_t at = b * H + j, in_turn = 2 * b * H + j;
     Dual<C> s[Cell::kSlots]{}, h{}, h_prev{}, c{}, c_prev{}, dc{}, hidden{}, direct{};
     Dual<C> dh = dual<C>(both, [&](auto& a) { return later_gradient<C>(a, b, j); });
@@ -128,7 +124,7 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
     };
     put(p, [](const Dual<C>& x) { return x.value; });
     put(both.tangent, [](const Dual<C>& x) { return x.tangent; });
-  }
+  });
 }
 
 template <class Cell>

@@ -1,5 +1,6 @@
 // What drives the launches of a layer: its scratch memory, and the walk through its steps.
 #pragma once
+#include "cuda/elementwise.h"
 #include "cuda/stack.h"
 #include "cuda/stepwise/cell_step.h"
 
@@ -23,10 +24,10 @@ struct ForwardArrays {
   void* operand;             // storage type: h as the product reads it
   void *hidden, *projected;  // with a projection: what goes into its product and comes out
   void* halves;              // NormedForward's
+  int64_t hidden_parts;      // of a row of `hidden`
   int64_t bytes;
 
-  // hidden_parts: of a token's row of `hidden`.
-  ForwardArrays(const LayerForward& a, void* workspace, int64_t hidden_parts = 1) {
+  ForwardArrays(const LayerForward& a, void* workspace, int64_t parts = 1) : hidden_parts(parts) {
     Arrays arrays{static_cast<char*>(workspace)};
     const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
     const int64_t size = fusedrnn::bytes(a.dtype), wide = compute_bytes(a.dtype);
@@ -102,6 +103,43 @@ template <class Step>
 Step projection_of(Step p, int64_t proj_size) {
   p.hidden_size = proj_size, p.zoneout_c = {};
   return p;
+}
+
+// The initial states as forward's scratch memory has them. Rows that have no step yet are
+// multiplied with W_hr too, and are not written by the cells.
+inline int begin_forward(const LayerForward& a, const ForwardArrays& w, void* stream) {
+  const int64_t B = a.tokens.batch, H = a.hidden_size, P = a.out_size();
+  int error = to_compute_type(a.dtype, a.h0, w.h, B * P, stream);
+  if (!error && w.c) error = to_compute_type(a.dtype, a.c0, w.c, B * H, stream);
+  if (!error && w.operand != w.h)
+    error = to_storage_type(a.dtype, w.h, a.h_mask, w.operand, B * P, stream);
+  if (!error && w.hidden)
+    error = to_storage_type(a.dtype, nullptr, w.hidden, w.hidden_parts * B * H, stream);
+  return error;
+}
+// What the kernel of the cells takes of a step, and what the one puts out that ends it.
+inline void set_cells(CellForward& p, const LayerForward& a, const ForwardArrays& w,
+                      const Walk& walk) {
+  const int64_t G = a.gate_columns(), size = bytes(a.dtype), wide = compute_bytes(a.dtype);
+  p.gates_x = at(a.gates_x, walk.first * G, wide), p.gates_x_stride = G;
+  p.gates_h = w.gates_h, p.gates_h_stride = G;
+  p.b_ih = a.weights.b_ih, p.b_hh = a.weights.b_hh;
+  p.c = w.c;
+  p.saved = at(a.saved, walk.first * a.cell_traits().saved * a.hidden_size, size);
+  p.saved_c = at(a.saved_c, walk.first * a.c_stride, wide);
+}
+inline void set_results(CellForward& p, const LayerForward& a, const ForwardArrays& w,
+                        const Walk& walk) {
+  p.h = w.h;
+  p.operand = w.operand == w.h ? nullptr : w.operand;
+  p.y = at(a.y, walk.first * a.y_stride, bytes(a.dtype)), p.y_stride = a.y_stride;
+}
+// The last states.
+inline int end_forward(const LayerForward& a, const ForwardArrays& w, void* stream) {
+  const int64_t B = a.tokens.batch;
+  const int error = to_storage_type(a.dtype, w.h, a.hn, B * a.out_size(), stream);
+  if (error || !w.c) return error;
+  return to_storage_type(a.dtype, w.c, a.cn, B * a.hidden_size, stream);
 }
 
 // What forward left of the step at hand, of the saved values or of their tangents.
