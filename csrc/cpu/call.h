@@ -101,6 +101,7 @@ struct Backward : Common {
   void* hidden;   // [directions, tokens, hidden], what was projected, with a projection
   void* dnormed;  // [directions, tokens, Problem::normed_columns()] (pass/layer_norm.h)
   const WeightGradients* dweights;  // [directions]; null: not wanted
+  bool rounds_weights;              // they are of the storage type, not the compute type
   int64_t layer;
 };
 

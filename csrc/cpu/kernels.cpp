@@ -212,8 +212,7 @@ int64_t weight_tasks_of(const Problem& p, int64_t threads) {
   });
 }
 int64_t weight_scratch_of(const Problem& p, int64_t layer, int64_t tokens) {
-  return with_dtype(p.dtype,
-                    [&](auto s) { return weight_scratch<Operand<decltype(s)>>(p, layer, tokens); });
+  return with_dtype(p.dtype, [&](auto s) { return weight_scratch<decltype(s)>(p, layer, tokens); });
 }
 void weight_grad_of(const Backward& a, int64_t task, int64_t threads, void* scratch) {
   const TileSetup tiles;

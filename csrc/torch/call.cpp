@@ -208,7 +208,8 @@ ForwardOutputs Call::outputs(Save save) const {
 }
 
 GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
-                                 const SavedForBackward& saved, const Wanted& wanted)
+                                 const SavedForBackward& saved, const Wanted& wanted,
+                                 ScalarType of_weights)
     : members(wanted.members ? wanted.members : call.ensemble) {
   const std::vector<bool>& needs = wanted.needs;
   const Problem& p = call.problem;
@@ -272,9 +273,8 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
     const auto of_weight = call.weights[i].sizes();
     std::vector<int64_t> sizes{of_weight.begin() + stacked(call.weights), of_weight.end()};
     if (wanted.members || stacked(call.weights)) sizes.insert(sizes.begin(), members);
-    // Of many members they are large, and live as long as what becomes of them.
-    weights.push_back(members > 1 && needs[3 + i] ? make_pooled(call.like, sizes, call.compute())
-                                                  : result(needs[3 + i], sizes));
+    weights.push_back(needs[3 + i] ? make_pooled(call.like, sizes, of_weights)
+                                   : call.empty({0}, of_weights));
     if (call.tokens == 0) torch::stable::zero_(weights.back());
     if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
   }

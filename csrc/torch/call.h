@@ -44,7 +44,8 @@ struct Call {
   void check_regularisers() const;
 };
 
-// The tensors of a backward call beside those of its forward, all in the compute type.
+// The tensors of a backward call beside those of its forward, in the compute type but for
+// gradients of weights.
 struct GradientTensors {
   OptionalTensor y, hn, cn, hs, cs;  // given
   Tensor x, hx, cx;                  // to be written; empty where not wanted
@@ -54,7 +55,12 @@ struct GradientTensors {
   // The lowest layer that anything asked for depends on; below it nothing is done.
   int64_t lowest;
 
-  GradientTensors(const Call&, const OutputGradients&, const SavedForBackward&, const Wanted&);
+  // `of_weights`: the type of their gradients.
+  GradientTensors(const Call&, const OutputGradients&, const SavedForBackward&, const Wanted&,
+                  ScalarType of_weights);
+  GradientTensors(const Call& call, const OutputGradients& given, const SavedForBackward& saved,
+                  const Wanted& wanted)
+      : GradientTensors(call, given, saved, wanted, call.compute()) {}
 
   // Whether the gradient of a layer's input is needed, for the layer below or for itself.
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && need_x); }

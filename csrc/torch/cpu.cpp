@@ -31,7 +31,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   BackwardStack a{};
   CpuCall call(in, config);
   call.fill(a);
-  const GradientTensors g(call, given, saved, wanted);
+  const GradientTensors g(call, given, saved, wanted, call.type());
   const std::vector<MemberTokens> members =
       tokens_of_members(a.seq, call.indices, a.one_hot, g.members);
   Tensor dx = g.x;
@@ -47,7 +47,7 @@ BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const Outpu
   if (g.need_hx) a.dhx = g.hx.mutable_data_ptr();
   if (g.need_cx) a.dcx = g.cx.mutable_data_ptr();
   const std::vector<WeightGradients> dweights = gradient_pointers(call.problem, g, wanted.needs);
-  a.dweights = dweights.data(), a.lowest = g.lowest;
+  a.dweights = dweights.data(), a.rounds_weights = true, a.lowest = g.lowest;
   a.members = members.data(), a.member_count = g.members;
   const CpuPlan plan = call.plan(a, true);
   run_backward({kernels_of(plan), plan, call.pool}, a);

@@ -129,7 +129,7 @@ inline std::vector<WeightGradients> gradient_pointers(const Problem& p, const Gr
     const Tensor& t = g.weights[i];
     if (!needs[3 + i++]) return nullptr;
     return static_cast<char*>(t.mutable_data_ptr()) +
-           member * (t.numel() / g.members) * compute_bytes(p.dtype);
+           member * (t.numel() / g.members) * bytes(dtype_of(t.scalar_type()));
   };
   for (size_t k = 0; k < all.size(); k++) {
     if (k % stack == 0) member = k / stack, i = 0;

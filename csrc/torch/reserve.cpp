@@ -22,7 +22,8 @@ constexpr int64_t kLeastPooled = 1 << 20;  // bytes; less has few pages
 Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   constexpr size_t kMostDims = 3;
   FUSEDRNN_EXPECT(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");
-  int64_t bytes = type == ScalarType::Byte ? 1 : compute_bytes(dtype_of(type)), strides[kMostDims];
+  int64_t bytes = type == ScalarType::Byte ? 1 : fusedrnn::bytes(dtype_of(type)),
+          strides[kMostDims];
   const int64_t size = bytes;
   for (size_t i = sizes.size(); i-- > 0; bytes = checked_product(bytes, sizes[i]))
     strides[i] = bytes / size;

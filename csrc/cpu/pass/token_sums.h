@@ -29,11 +29,11 @@ struct Total {
 
 // The product over tokens with one-hot rows: dst[m, value] is the sum of a[token, m] over the
 // tokens of that value.
-template <class C, class A>
-void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda, C* dst) {
+template <class D, class A>
+void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda, D* dst) {
+  using C = Compute<D>;
   constexpr int w = Lanes<C>::kWidth;
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t n = 0; n < N; n++) dst[m * N + n] = 0;
+  std::memset(dst, 0, M * N * sizeof(D));
   for (int64_t i = 0; i < x.distinct; i++) {
     for (int64_t m = 0; m < M; m += w) {
       const int64_t lanes = min(w, M - m);
@@ -45,7 +45,7 @@ void scatter_add(const OneHot& x, int64_t M, int64_t N, const A* a, int64_t lda,
         total.add(block);
       }
       const Vec<C> sum = total.value();
-      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = sum[j];
+      for (int64_t j = 0; j < lanes; j++) dst[(m + j) * N + x.value[i]] = from_compute<D>(sum[j]);
     }
   }
 }

@@ -31,6 +31,7 @@ class WeightGradTask {
                dir * seq.tokens * p.slot_columns()),
         input(backward, backward.layer,
               backward.layer ? layer_output<S>(backward, backward.layer - 1) : nullptr),
+        rounds(backward.rounds_weights && !std::is_same_v<S, C>),
         scratch(static_cast<X*>(scratch_memory)) {}
 
   void run() const {
@@ -42,29 +43,45 @@ class WeightGradTask {
   }
 
  private:
-  // Null where it is not required.
-  C* gradient_of(WeightKind kind) const { return static_cast<C*>(call.dweights[dir][kind]); }
+  // Calls f with the gradient from element `first` on, in its type; not where none is required.
+  template <class F>
+  FUSEDRNN_INLINE void with_gradient(WeightKind kind, int64_t first, F f) const {
+    void* const dst = call.dweights[dir][kind];
+    if (!dst) return;
+    if (!rounds) return f(static_cast<C*>(dst) + first);
+    f(static_cast<S*>(dst) + first);
+  }
+  // The same as an address; null where none is required.
+  void* gradient_of(WeightKind kind, int64_t first) const {
+    void* found = nullptr;
+    with_gradient(kind, first, [&](auto* dst) { found = dst; });
+    return found;
+  }
+  template <class D>
+  static void put(D* dst, C value) {
+    *dst = from_compute<D>(value);
+  }
   int64_t token(int64_t k) const { return seq.token(seq.valid_step[k], seq.valid_row[k]); }
 
   void biases() const {
     const CellGateRanges ranges = gate_ranges(p.cell, false);
-    C *const db_ih = gradient_of(kBiasIH), *const db_hh = gradient_of(kBiasHH);
-    if (!db_ih && !db_hh) return;
+    if (!call.dweights[dir][kBiasIH] && !call.dweights[dir][kBiasHH]) return;
     const int64_t ld = p.slot_columns(), column = tile.begin, cols = tile.columns;
     const auto* const values = dgates;
     C total[kBiasTile];
     sum_tokens(seq, cols, total, [&](int64_t token, int64_t j, int64_t lanes) {
       return load(values + token * ld + column + j, lanes);
     });
-    auto store_range = [&](C* db, const GateRange& range) {
-      if (!db) return;
-      for (int64_t j = 0; j < cols; j++) {
-        const int64_t unit = column + j - range.slot * H;
-        if (unit >= 0 && unit < range.count * H) db[range.gate * H + unit] = total[j];
-      }
+    auto store_range = [&](WeightKind kind, const GateRange& range) {
+      with_gradient(kind, range.gate * H, [&](auto* db) {
+        for (int64_t j = 0; j < cols; j++) {
+          const int64_t unit = column + j - range.slot * H;
+          if (unit >= 0 && unit < range.count * H) put(db + unit, total[j]);
+        }
+      });
     };
-    for (const GateRange& range : ranges.x) store_range(db_ih, range);
-    for (const GateRange& range : ranges.h) store_range(db_hh, range);
+    for (const GateRange& range : ranges.x) store_range(kBiasIH, range);
+    for (const GateRange& range : ranges.h) store_range(kBiasHH, range);
   }
 
   // With layer normalisation biases, gains and shift: `cols` units from `unit` on of one slot of
@@ -95,8 +112,7 @@ class WeightGradTask {
   // gradient of a gate.
   __attribute__((noinline)) void norm_sum(WeightKind kind, int64_t gate, int64_t factor,
                                           int64_t slot, int64_t unit, int64_t cols) const {
-    C* const dst = gradient_of(kind);
-    if (!dst) return;
+    if (!call.dweights[dir][kind]) return;
     const int64_t ld = p.normed_columns(), ld_saved = p.cell_traits().saved * H;
     const C* const dnormed =
         static_cast<const C*>(call.dnormed) + dir * seq.tokens * ld + slot * H + unit;
@@ -106,18 +122,20 @@ class WeightGradTask {
       const Vec<C> v = load(dnormed + token * ld + j, lanes);
       return factor < 0 ? v : v * load(factors + token * ld_saved + j, lanes);
     });
-    for (int64_t j = 0; j < cols; j++) dst[gate * H + unit + j] = total[j];
+    with_gradient(kind, gate * H + unit, [&](auto* dst) {
+      for (int64_t j = 0; j < cols; j++) put(dst + j, total[j]);
+    });
   }
 
   void projection() const {
-    C* const dst = gradient_of(kWeightHR);
+    void* const dst = gradient_of(kWeightHR, tile.begin * H);
     if (!dst) return;
     const C* const hidden = static_cast<const C*>(call.hidden) + dir * seq.tokens * H;
     const C* const dproj = static_cast<const C*>(call.dproj) + dir * seq.tokens * P + tile.begin;
     auto row = [&](int64_t k) { return TokenRow<C>{hidden + token(k) * H, nullptr, nullptr, 0}; };
-    outer_products<X>(
-        seq.valid, tile.columns, [&](int64_t k) { return dproj + token(k) * P; }, scratch,
-        [&](auto product) { product(H, row, dst + tile.begin * H); });
+    outer_products<S>(
+        seq.valid, tile.columns, [&](int64_t k) { return dproj + token(k) * P; }, scratch, rounds,
+        [&](auto product) { product(H, row, dst); });
   }
 
   // The row of the layer's input that belongs to the k-th token.
@@ -145,22 +163,23 @@ class WeightGradTask {
   void matrices() const {
     const Segment& segment = segments.segment[tile.part];
     // The tile's rows of one of the matrices; null: it has none, or no gradient is required.
-    auto rows_of = [&](WeightKind kind, int gate, int64_t width) -> C* {
-      C* const dst = gate < 0 ? nullptr : gradient_of(kind);
-      return dst ? dst + (gate * H + tile.begin) * width : nullptr;
+    auto rows_of = [&](WeightKind kind, int gate, int64_t width) {
+      return gate < 0 ? nullptr : gradient_of(kind, (gate * H + tile.begin) * width);
     };
-    const bool indexed = p.indexed(call.layer);
-    C* const dw_ih = rows_of(kWeightIH, segment.x_gate, indexed ? p.input_size : input.width);
-    C* const dw_hh = rows_of(kWeightHH, segment.h_gate, P);
     const auto* const gates = dgates + segment.slot * H + tile.begin;
     const int64_t ld = p.slot_columns();
-    if (dw_ih && indexed) scatter_add(call.one_hot, tile.columns, p.input_size, gates, ld, dw_ih);
-    if ((!dw_ih || indexed) && !dw_hh) return;
-    outer_products<X>(
-        seq.valid, tile.columns, [&](int64_t k) { return gates + token(k) * ld; }, scratch,
+    const bool indexed = p.indexed(call.layer);
+    if (indexed && segment.x_gate >= 0)
+      with_gradient(kWeightIH, (segment.x_gate * H + tile.begin) * p.input_size, [&](auto* dst) {
+        scatter_add(call.one_hot, tile.columns, p.input_size, gates, ld, dst);
+      });
+    void* const dw_ih = indexed ? nullptr : rows_of(kWeightIH, segment.x_gate, input.width);
+    void* const dw_hh = rows_of(kWeightHH, segment.h_gate, P);
+    if (!dw_ih && !dw_hh) return;
+    outer_products<S>(
+        seq.valid, tile.columns, [&](int64_t k) { return gates + token(k) * ld; }, scratch, rounds,
         [&](auto product) {
-          if (dw_ih && !indexed)
-            product(input.width, [this](int64_t k) { return input_row(k); }, dw_ih);
+          if (dw_ih) product(input.width, [this](int64_t k) { return input_row(k); }, dw_ih);
           if (dw_hh) product(P, [this](int64_t k) { return state_row(k); }, dw_hh);
         });
   }
@@ -173,6 +192,7 @@ class WeightGradTask {
   const Tile tile;
   const StoredOperand<X>* const dgates;
   const LayerInput<S> input;
+  const bool rounds;
   X* const scratch;
 };
 

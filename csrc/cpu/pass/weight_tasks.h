@@ -94,10 +94,11 @@ int64_t weight_tasks(const Problem& p, int64_t threads) {
   return tile_of<X>(p, Segments(gate_ranges(p.cell, p.layer_norm)), INT64_MAX, threads).before;
 }
 
-template <class X>
+template <class S>
 int64_t weight_scratch(const Problem& p, int64_t layer, int64_t tokens) {
   const int64_t x = p.product_input(layer), h = p.out_size();
-  return Outer<X>::scratch_bytes(max(max(x, h), p.hidden_size), max(x + h, p.hidden_size), tokens);
+  return Outer<Operand<S>>::scratch_bytes(max(max(x, h), p.hidden_size), max(x + h, p.hidden_size),
+                                          tokens, !std::is_same_v<S, Compute<S>>);
 }
 
 }  // namespace

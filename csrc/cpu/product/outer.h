@@ -4,7 +4,7 @@
 // Tokens are taken in blocks. The a of a block is packed once, each b a block of columns at a time.
 // Of many tokens, each kLong make a sum of their own, which keeps chains of additions short. Tokens
 // are always added in the same order, so results do not depend on how columns of a are divided into
-// tasks.
+// tasks. Sums that are to be rounded to a storage type are complete before they are.
 #pragma once
 #include "cpu/product/gemm.h"
 
@@ -33,10 +33,12 @@ struct Outer {
     constexpr int64_t kSize = sizeof(Compute<X>) / sizeof(X);
     return tokens > kLong ? whole_lines(M * columns * kSize) : 0;
   }
-  // `widest`: the columns of the widest b.
-  static constexpr int64_t scratch_bytes(int64_t widest, int64_t columns, int64_t tokens) {
+  // `widest`: the columns of the widest b. `rounded`: whether results are of a storage type.
+  static constexpr int64_t scratch_bytes(int64_t widest, int64_t columns, int64_t tokens,
+                                         bool rounded) {
     const int64_t right = kDepth * Panels<X>::padded(min(widest, kColumns));
-    return (long_sums(kMostRows, columns, tokens) + left(kMostRows) + right) * sizeof(X);
+    return (long_sums(kMostRows, columns, tokens) + left(kMostRows) + right) * sizeof(X) +
+           (rounded ? kMostRows * columns * sizeof(Compute<X>) : 0);
   }
 
  private:
@@ -188,8 +190,9 @@ FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, cons
 
 // dst [M, N] of a few tokens without packing, whose number is that of the indices. Rows of dst are
 // written one after the other, as fast as memory takes them.
-template <class C, class LeftRow, class Row, int... I>
-void outer_products_of_few(int64_t M, int64_t N, LeftRow left_row, Row row, C* dst, Indices<I...>) {
+template <class D, class LeftRow, class Row, int... I>
+void outer_products_of_few(int64_t M, int64_t N, LeftRow left_row, Row row, D* dst, Indices<I...>) {
+  using C = Compute<D>;
   constexpr int w = Lanes<C>::kWidth;
   const decltype(left_row(0)) a[] = {left_row(I)...};
   const decltype(row(0)) b[] = {row(I)...};
@@ -208,29 +211,35 @@ void outer_products_of_few(int64_t M, int64_t N, LeftRow left_row, Row row, C* d
 
 // Adds up `tokens` products: left_row(k) points to the M values of a of the k-th token.
 // each_right(f) calls f(N, row, dst) for every b, where row(k) returns the TokenRow of the k-th
-// token's N values. `scratch` has Outer::scratch_bytes.
-template <class X, class LeftRow, class EachRight>
-void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, EachRight each_right) {
-  using C = Compute<X>;
+// token's N values. Results are of type S if `rounded`, else of the compute type. `scratch` has
+// Outer::scratch_bytes.
+template <class S, class LeftRow, class EachRight>
+void outer_products(int64_t tokens, int64_t M, LeftRow left_row, Operand<S>* scratch, bool rounded,
+                    EachRight each_right) {
+  using X = Operand<S>;
+  using C = Compute<S>;
   using O = Outer<X>;
-  if constexpr (kDepth<X> == 1 && kPlanes<X> == 1) {  // operands are numbers
-    auto few = [&](auto tokens) {
-      each_right([&](int64_t N, auto row, C* dst) {
-        outer_products_of_few(M, N, left_row, row, dst, tokens);
-      });
-    };
-    if (tokens == 1) return few(FirstIndices<1>{});
-    if (tokens == 2) return few(FirstIndices<2>{});
-  }
+  auto few = [&](auto count) {
+    each_right([&](int64_t N, auto row, void* dst) {
+      if (rounded)
+        outer_products_of_few(M, N, left_row, row, static_cast<S*>(dst), count);
+      else
+        outer_products_of_few(M, N, left_row, row, static_cast<C*>(dst), count);
+    });
+  };
+  if (tokens == 1) return few(FirstIndices<1>{});
+  if (tokens == 2) return few(FirstIndices<2>{});
   int64_t columns = 0;
-  each_right([&](int64_t N, auto, C*) { columns += N; });
+  each_right([&](int64_t N, auto, void*) { columns += N; });
   // Sums of kLong tokens, which are added to dst when they are complete.
   C* const long_sums = reinterpret_cast<C*>(scratch);
   X* const left = scratch + O::long_sums(M, columns, tokens);
   X* const right = left + O::left(M);
+  C* const unrounded =
+      reinterpret_cast<C*>(right + O::kDepth * Panels<X>::padded(min(columns, O::kColumns)));
   // Whether b lies beyond L2, and a with it, which is seldom narrower.
   constexpr int64_t kFarBytes = 4 << 20;
-  const bool far = tokens * columns * int64_t(sizeof(Compute<X>)) > kFarBytes;
+  const bool far = tokens * columns * int64_t(sizeof(C)) > kFarBytes;
   // A chain rounds about as often as the one that it is added to.
   const int64_t chain = max(8, min(kLongestSum, tokens / 8));
   for (int64_t k0 = 0; k0 < tokens; k0 += O::kTokens) {
@@ -242,10 +251,11 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, Eac
       pack_left(left, M, count, token);
     const bool begins = k0 % O::kLong == 0,
                ends = (k0 + O::kTokens) % O::kLong == 0 || k0 + count == tokens;
-    C* next = long_sums;
-    each_right([&](int64_t N, auto row, C* dst) {
-      C* const sums = k0 < O::kLong ? dst : next;
-      next += M * N;
+    int64_t done = 0;  // sums of the b before
+    each_right([&](int64_t N, auto row, void* result) {
+      C* const dst = rounded ? unrounded + done : static_cast<C*>(result);
+      C* const sums = k0 < O::kLong ? dst : long_sums + done;
+      done += M * N;
       decltype(row(k0)) rows[O::kTokens];
       for (int64_t k = 0; k < count; k++) rows[k] = row(k0 + k);
       for (int64_t n0 = 0; n0 < N; n0 += O::kColumns) {
@@ -255,11 +265,12 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, X* scratch, Eac
                        chain);
       }
       for (int64_t i = 0; sums != dst && ends && i < M * N; i++) dst[i] += sums[i];
+      if (rounded && k0 + count == tokens) convert_row(static_cast<S*>(result), dst, M * N);
     });
   }
   if (tokens > 0) return;
-  each_right([&](int64_t N, auto, C* dst) {
-    for (int64_t i = 0; i < M * N; i++) dst[i] = 0;
+  each_right([&](int64_t N, auto, void* dst) {
+    std::memset(dst, 0, M * N * (rounded ? sizeof(S) : sizeof(C)));
   });
 }
 

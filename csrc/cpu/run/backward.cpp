@@ -116,6 +116,7 @@ class BackwardLayers {
     b.dgates = dgates_.data(), b.dproj = dproj_.data();
     b.hidden = hidden_.data(), b.dnormed = dnormed_.data();
     b.dweights = a_.dweights + b.layer * a_.problem.num_directions;
+    b.rounds_weights = a_.rounds_weights;
   }
 
   // Packs a part of the weights of a layer and direction.

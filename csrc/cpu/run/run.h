@@ -26,6 +26,7 @@ struct BackwardStack : Common {
   const MemberTokens* members;      // [member_count]
   int64_t member_count;             // at least 1
   const WeightGradients* dweights;  // [member_count * layers * directions]
+  bool rounds_weights;              // they are of the storage type
   int64_t lowest;                   // layers below are left alone
 
   bool wants_input(int64_t layer) const { return layer > lowest || (layer == 0 && dx); }
