@@ -15,7 +15,7 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 namespace fusedrnn {
 namespace {
 
-constexpr int64_t kLeastPooled = 1 << 20;  // bytes; less has few pages
+constexpr int64_t kLeastPooled = 1 << 18;  // bytes; less has few pages
 
 }  // namespace
 

@@ -4,7 +4,7 @@
 
 namespace fusedrnn {
 
-// A tensor beside `like`, unwritten, of bytes or of a dtype of the kernels. One of a megabyte and
+// A tensor beside `like`, unwritten, of bytes or of a dtype of the kernels. One of 256 KiB and
 // more on the CPU lies in a pool of the process, where torch (from 2.11 on) takes it: it may die in
 // another thread than it was made in.
 Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType);
