@@ -30,12 +30,18 @@ FUSEDRNN_INLINE Vec<C> lane_sums(Vec<C> (&v)[Lanes<C>::kWidth]) {
   return v[0];
 }
 
+// What dot products of unpacked weights multiply: operands, in one plane.
+template <class S>
+using DotOperand =
+    std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
+
 // Lane i of out[r] is the dot product of row i of w, which has `rows` rows, and row r of x, both of
 // K elements. Lanes from `rows` on are undefined.
 template <int kRows, class C, class S>
 __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
                                         int64_t ldx, int64_t K) {
-  constexpr int width = Lanes<C>::kWidth;
+  using X = DotOperand<S>;
+  constexpr int width = Lanes<C>::kWidth, kAtOnce = width * kDepth<X>;
   // Few rows of w at a time: rows whose length is a power of two share cache sets.
   constexpr int kTile = kRows == 1 ? width < 8 ? width : 8 : width < 4 ? width : 4;
   Vec<C> all[kRows][width];
@@ -44,21 +50,21 @@ __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, c
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; i++) row[i] = w + min(first + i, rows - 1) * K;
     Vec<C> sums[kRows][kTile] = {};
-    auto step = [&](int64_t k, auto read) __attribute__((always_inline)) {
-      Vec<C> part[kRows];
+    auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      auto read = [&](auto* p) { return load_operands<X>(p + k, n).plane[0]; };
+      Vec<X> part[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) part[r] = read(x + r * ldx + k);
+      for (int r = 0; r < kRows; r++) part[r] = read(x + r * ldx);
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; i++) {
-        const Vec<C> weights = read(row[i] + k);
+        const Vec<X> weights = read(row[i]);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; r++) sums[r][i] += weights * part[r];
+        for (int r = 0; r < kRows; r++) sums[r][i] = multiply_add<X>(weights, part[r], sums[r][i]);
       }
     };
     int64_t k = 0;
-    for (; k + width <= K; k += width)
-      step(k, [](auto* p) __attribute__((always_inline)) { return load(p); });
-    if (k < K) step(k, [&](auto* p) __attribute__((always_inline)) { return load(p, K - k); });
+    for (; k + kAtOnce <= K; k += kAtOnce) step(k, kAtOnce);
+    if (k < K) step(k, K - k);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
