@@ -105,7 +105,7 @@ CpuCosts costs_of(DType dtype) {
                     kTiled<X> ? 8 : 1,
                     kPlanes<X>,
                     kPlanes<X> * int64_t(sizeof(Element<X>)),
-                    kLoadsQuickly<decltype(s)>,
+                    kLoadsQuickly<decltype(s)> || (kDepth<X> == 2 && kPlanes<X> == 1),
                     none.digits};
   });
 }

@@ -12,7 +12,7 @@ struct CpuCosts {
   int64_t least_rows;    // that fill what they multiply at a time
   int64_t planes;        // values of the multiplied type that make up one weight
   int64_t weight_bytes;  // that a weight takes when it is packed
-  bool loads_quickly;    // weights as they are stored: no conversion, or one instruction
+  bool loads_quickly;    // weights as they are stored: no conversion of values, or one instruction
   bool digits;           // whether 8-bit weights are multiplied as bytes; on tiles if `tiled`
 };
 

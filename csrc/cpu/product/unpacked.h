@@ -32,8 +32,7 @@ FUSEDRNN_INLINE Vec<C> lane_sums(Vec<C> (&v)[Lanes<C>::kWidth]) {
 
 // What dot products of unpacked weights multiply: operands, in one plane.
 template <class S>
-using DotOperand =
-    std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
+using DotOperand = std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
 
 // Lane i of out[r] is the dot product of row i of w, which has `rows` rows, and row r of x, both of
 // K elements. Lanes from `rows` on are undefined.
