@@ -245,8 +245,10 @@ FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, int64_t part, A a, con
   }
 }
 
-// The most operands that are summed before they are added to an element of C.
-constexpr int64_t kLongestSum = 64;
+// The most operands that are summed before they are added to an element of C. Results of pairs are
+// rounded to bfloat16, beside which the error of longer sums is small.
+template <class X>
+constexpr int64_t kLongestSum = kDepth<X> == 2 ? 256 : 64;
 
 // C [M, N] = A [M, K] B + D. K counts values; rows of A hold lda operands, those of C ldc values.
 // The planes of a row of A lie at equal parts of lda. The shape's height is that of the
@@ -260,7 +262,7 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
     tile_product(M, N, depth, a, lda, packed, c, ldc, d, work, shape);
   } else {
     if (M == 0) return;
-    const int64_t parts = (depth + kLongestSum - 1) / kLongestSum;
+    const int64_t parts = (depth + kLongestSum<X> - 1) / kLongestSum<X>;
     const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // without depth C = D
     auto left = [&](int64_t m, int64_t, int64_t k) {
       return Left<X>{a + m * lda + k, lda, 1, lda};

@@ -241,7 +241,7 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, Operand<S>* scr
   constexpr int64_t kFarBytes = 4 << 20;
   const bool far = tokens * columns * int64_t(sizeof(C)) > kFarBytes;
   // A chain rounds about as often as the one that it is added to.
-  const int64_t chain = max(8, min(kLongestSum, tokens / 8));
+  const int64_t chain = max(8, min(kLongestSum<X>, tokens / 8));
   for (int64_t k0 = 0; k0 < tokens; k0 += O::kTokens) {
     const int64_t count = min(O::kTokens, tokens - k0);
     auto token = [&](int64_t k) { return left_row(k0 + k); };
