@@ -158,9 +158,8 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
     if any(d is not None for d in dims.made):
         of_made = zip(given.made, dims.made, (rows[0], 0, rows[3], rows[4]), strict=True)
         made = tuple(t if d is None else fold.rows(t, d, row).contiguous() for t, d, row in of_made)
-    elif _is_batched(given.made[1]) or fold.stacked:
-        # A reserve does not have the members of an outer rule apart, nor always those of stacked
-        # weights.
+    elif _is_batched(given.made[1]):
+        # A reserve does not have the members of an outer rule apart.
         y, _, _, *kept = ops.forward(*folded.arguments(), True)
         made = (y, *kept)
     else:

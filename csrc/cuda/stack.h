@@ -39,7 +39,8 @@ struct Layer : LayerRegularisers {  // of one direction
   bool layer_norm;
   bool reverse;
   Tokens tokens;
-  Weights weights;      // contiguous
+  Weights weights;      // contiguous; [members, ...] where they differ
+  int64_t members = 1;  // weights that differ; row b of the batch has weights b % members
   const void *h0, *c0;  // storage type [batch, out], [batch, hidden]; null: zeros
   int64_t y_stride;     // of y
   int64_t c_stride;     // of saved_c

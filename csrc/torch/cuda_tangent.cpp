@@ -31,9 +31,12 @@ Tensor above(const CudaCall& call, const Tensor& a, int64_t gap, const Tensor& b
   put(both, 0, 0, a), put(both, 0, rows, b);
   return both;
 }
-// The left part of each row, then its right part, as rows of their own.
+// The left part of each row, then its right part, as rows of their own; of a matrix, or of one for
+// each member.
 Tensor halves(const Tensor& rows) {
-  return torch::stable::reshape(rows, {2 * rows.size(0), rows.size(1) / 2});
+  std::vector<int64_t> sizes{rows.sizes().begin(), rows.sizes().end()};
+  sizes[sizes.size() - 2] *= 2, sizes.back() /= 2;
+  return torch::stable::reshape(rows, sizes);
 }
 
 // A call with tangents of its tensors, and what forward left of it.
@@ -46,9 +49,6 @@ struct TangentCall : CudaCall {
                     "fusedrnn: derivatives of a call with layer_norm have no CUDA kernel");
   }
 
-  Tensor weight(int64_t layer, int64_t dir, WeightKind kind) const {
-    return weights[problem.weight_index(layer, dir, kind)];
-  }
   // Empty: zeros.
   Tensor weight_tangent(int64_t layer, int64_t dir, WeightKind kind) const {
     return v.weights[problem.weight_index(layer, dir, kind)];
@@ -205,17 +205,15 @@ void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
     call.put_states_before(a.value, before, out);
   }
   const bool moves = input.tangent.has_value();
-  for (int64_t m = 0; m < d.members; m++) {
-    auto rows = [&](const Tensor& all) { return rows_of_member(all, m, d.members); };
-    Tensor own = rows(of.dgates);
-    const Tensor both = halves(own), tangent = narrow(own, 1, S, S);
-    std::optional<Tensor> read;
-    if (input.value) read = moves ? halves(rows(input.pair(call))) : rows(*input.value);
-    weight_gradients(call, a.value,
-                     {moves ? both : tangent, read, both, halves(rows(before)), tangent,
-                      halves(rows(of.dproj)), halves(rows(of.hidden))},
-                     needs, index, m, d);
-  }
+  auto rows = [&](const Tensor& all) { return by_member(all, d.members); };
+  Tensor dgates = of.dgates;
+  const Tensor both = halves(rows(dgates)), tangent = rows(narrow(dgates, 1, S, S));
+  std::optional<Tensor> read;
+  if (input.value) read = moves ? halves(rows(input.pair(call))) : rows(*input.value);
+  weight_gradients(call, a.value,
+                   {moves ? both : tangent, read, both, halves(rows(before)), tangent,
+                    halves(rows(of.dproj)), halves(rows(of.hidden))},
+                   needs, index, d);
 }
 
 BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,

@@ -18,6 +18,7 @@ struct CellStep {
   Cell cell;
   DType dtype;
   int64_t batch, hidden_size;
+  int64_t members = 1;  // weights that differ; row b has biases, gains and shifts b % members
   int64_t step, steps;  // this step in time, also in the reverse direction, and how many there are
   const int64_t* lengths;  // [batch], null: every row has `steps` steps
   bool reverse;
@@ -33,7 +34,7 @@ struct CellStep {
 struct CellForward : CellStep {
   const void* gates_x;      // compute type [batch, gates * hidden]: x W_ih^T
   const void* gates_h;      // the same of h W_hh^T; null: zeros
-  const void *b_ih, *b_hh;  // storage type [gates * hidden]; null: zeros
+  const void *b_ih, *b_hh;  // storage type [members, gates * hidden]; null: zeros
   void *h, *c;              // compute type [batch, hidden], updated in place; h may be null for
                             // cells that do not read it, c for those that have none
   void* operand;            // storage type [batch, hidden]: h times h_mask for the next product,
@@ -75,7 +76,8 @@ struct CellBackward : CellStep, SavedStep {
 };
 
 // The same of cells with layer normalisation (cells/normed.h): saved and dgates have the slots of
-// Normed. Storage type [gates * hidden] and [hidden]; the latter null for cells without c.
+// Normed. Storage type [members, gates * hidden] and [members, hidden]; the latter null for cells
+// without c.
 struct NormWeights {
   const void *gain_ih, *gain_hh, *gain_c, *shift_c;
 };

@@ -56,7 +56,7 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
     const int64_t first = walk.first, rows = walk.rows();
-    multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G});
+    multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G, a.members});
     const CellForward step = step_of<CellForward>(a, walk);
     CellForward p = a.proj_size ? cell_of(step) : step;
     set_cells(p, a, w, walk);
@@ -65,7 +65,7 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
     if (a.proj_size) {
       p.operand = w.hidden;
       if ((error = run_cells(p, first))) break;
-      multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P});
+      multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P, a.members});
       result = projection_of(step, P);
       result.gates_x = w.projected, result.gates_x_stride = P;
     } else {
@@ -115,7 +115,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
       void* const dproj = at(a.dproj, first * P, size);
       outer.dgates = dproj;
       if ((error = projection_backward(outer, stream))) break;
-      multiply({dproj, P, rows, P, a.weights.w_hr, false, w.dhidden, H});
+      multiply({dproj, P, rows, P, a.weights.w_hr, false, w.dhidden, H, a.members});
       p = cell_of(step);
       p.dy = w.dhidden, p.dy_stride = H;
       p.hidden = at(a.hidden, first * H, size);
@@ -125,7 +125,8 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
     p.dgates = at(a.dgates, first * S, size);
     if ((error = run_cells(p, first))) break;
     // W_hh reaches the last slots.
-    multiply({at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P});
+    multiply(
+        {at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P, a.members});
     product = w.product, later_resets = step.resets;
   }
   if (error || !product) return error;

@@ -74,6 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
+    // Of the row's weights, among those of all members.
+    const int64_t unit0 = member_of(p, b) * H, gate0 = unit0 * kGates;
     // Products of the input (0) and of h (1).
     auto product = [&](int which, int gate, int64_t j) {
       if (which == 0) return load<C>(p.gates_x, b * p.gates_x_stride + gate * H + j);
@@ -118,10 +120,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         save(Norm::kSavedProducts + i % 2 * kGates + gate, j, value);
         if (i % 2 == 0)
           s[slot_of(Cell::x_ranges(), gate)] +=
-              value * load<S>(p.norms.gain_ih, gate * H + j) + read<S>(p.b_ih, gate * H + j);
+              value * load<S>(p.norms.gain_ih, gate0 + gate * H + j) +
+              read<S>(p.b_ih, gate0 + gate * H + j);
         else
           s[slot_of(Cell::h_ranges(), gate)] +=
-              value * load<S>(p.norms.gain_hh, gate * H + j) + read<S>(p.b_hh, gate * H + j);
+              value * load<S>(p.norms.gain_hh, gate0 + gate * H + j) +
+              read<S>(p.b_hh, gate0 + gate * H + j);
       }
       if constexpr (Cell::kHasCell) {
         const C c_prev = anew ? C(0) : read<C>(p.c, at);
@@ -158,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         s[3] = halves[H + j];
         const C value = (halves[j] - mean_c[0]) * scale_c[0];
         save(Norm::kSavedCell, j, value);
-        const C seen = value * load<S>(p.norms.gain_c, j) + load<S>(p.norms.shift_c, j);
+        const C seen =
+            value * load<S>(p.norms.gain_c, unit0 + j) + load<S>(p.norms.shift_c, unit0 + j);
         C h = Cell::template output<ScalarMath>(s, seen);
         if (zones_h) h = zone_out(rate_of<C>(p.zoneout_h, at), anew ? C(0) : read<C>(p.h, at), h);
         write_h<S>(p, b, j, h);
@@ -195,6 +200,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
+    // Of the row's weights, among those of all members.
+    const int64_t unit0 = member_of(p, b) * H, gate0 = unit0 * kGates;
     const C* const scales = static_cast<const C*>(p.scales) + b * Norm::kScales;
     auto saved = [&](int slot, int64_t j) {
       return load<S>(p.saved, (b * Norm::kSaved + slot) * H + j);
@@ -213,8 +220,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       each_unit(H, [&](int64_t j) {
         C s[Cell::kSlots] = {}, passed;
         s[3] = saved(3, j);
-        const C value = saved(Norm::kSavedCell, j), gain = load<S>(p.norms.gain_c, j);
-        const C seen = value * gain + load<S>(p.norms.shift_c, j);
+        const C value = saved(Norm::kSavedCell, j), gain = load<S>(p.norms.gain_c, unit0 + j);
+        const C seen = value * gain + load<S>(p.norms.shift_c, unit0 + j);
         if (p.hidden) write<S>(p.hidden, b * H + j, Cell::template output<ScalarMath>(s, seen));
         const C dh = gradient_h(j, &passed);
         const C dseen = Cell::template backward_output<ScalarMath>(s, seen, dh);
@@ -232,9 +239,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     C means[4 * kCount] = {};
     auto normed_gradient = [&](const C(&s)[Cell::kSlots], int i, int64_t j) {
       const int gate = i / 2;
-      return i % 2 == 0
-                 ? s[slot_of(Cell::x_ranges(), gate)] * load<S>(p.norms.gain_ih, gate * H + j)
-                 : s[slot_of(Cell::h_ranges(), gate)] * load<S>(p.norms.gain_hh, gate * H + j);
+      return i % 2 == 0 ? s[slot_of(Cell::x_ranges(), gate)] *
+                              load<S>(p.norms.gain_ih, gate0 + gate * H + j)
+                        : s[slot_of(Cell::h_ranges(), gate)] *
+                              load<S>(p.norms.gain_hh, gate0 + gate * H + j);
     };
     auto saved_product = [&](int i, int64_t j) {
       return saved(Norm::kSavedProducts + i % 2 * kGates + i / 2, j);
@@ -247,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if constexpr (Cell::kHasCell) {
         C dc = read<C>(p.dc, at) + read<C>(p.dcs, b * p.c_stride + j), passed = 0;
         if (p.zoneout_c.rate > 0) passed = zone_out_backward(rate_of<C>(p.zoneout_c, at), dc);
-        dc += through_norm<C>(dnormed[Cell::kSlots * H + j] * load<S>(p.norms.gain_c, j),
+        dc += through_norm<C>(dnormed[Cell::kSlots * H + j] * load<S>(p.norms.gain_c, unit0 + j),
                               saved(Norm::kSavedCell, j), means_c[0], means_c[1],
                               scales[Norm::kScales - 1]);
         Cell::backward_cell(s, state_before<S, C>(p, p.c0, p.c_prev, p.c_stride, b, j), dc);

@@ -80,7 +80,7 @@ template <class Step>
 Step step_of(const Layer& a, const Walk& walk) {
   Step p{};
   p.cell = a.cell, p.dtype = a.dtype;
-  p.batch = walk.rows(), p.hidden_size = a.hidden_size;
+  p.batch = walk.rows(), p.hidden_size = a.hidden_size, p.members = a.members;
   p.step = walk.t, p.steps = a.tokens.steps;
   p.lengths = a.tokens.lengths, p.reverse = a.reverse;
   p.resets = walk.resets(a);
