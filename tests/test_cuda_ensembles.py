@@ -73,6 +73,12 @@ def stacked_results(each, batched, needs):
     return vmap(lambda own: test_ensembles.forward_and_backward(each[0] | own, needs))(batched)
 
 
+def call_kernels(cell, dtype):
+    """Both ops once."""
+    each, batched = test_ensembles.stacked_call(cell, kind="lengths", dtype=dtype)
+    stacked_results(each, batched, [True, True, False] + [True] * len(each[0]["weights"]))
+
+
 def check_members(each, batched, few):
     """Against the same kernels with each member's weights alone."""
     needs = [each[0][n] is not None for n in ("x", "hx", "cx")] + [True] * len(each[0]["weights"])

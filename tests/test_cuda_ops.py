@@ -468,6 +468,7 @@ def test_a_split_product_keeps_what_is_not_finite(precision):
 
 def addresses():
     """A program of its own, run under AddressSanitizer: every kind of call once."""
+    import test_cuda_ensembles
     import test_cuda_tangents
 
     with instead_of_cpu("address", seed=1):
@@ -485,6 +486,9 @@ def addresses():
                             ops.backward(*call.values())
                             if not plan:
                                 test_cuda_tangents.call_kernels(cell, kind, dtype, changed)
+            test_cuda_ensembles.call_kernels("gru", torch.float32)
+            for cell in () if plan else test_cuda_tangents.NORMED:
+                test_cuda_tangents.call_kernels(cell, "lengths", torch.float32, True)
     print("no error")
 
 

@@ -114,9 +114,14 @@ __global__ void times_saved_kernel(const __grid_constant__ SavedProduct p) {
   for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
     const int64_t token = i / p.width, j = i % p.width;
     C value = 0;
-    if (t.offsets || runs_at(t, token % t.batch, token / t.batch))
-      value = static_cast<const C*>(p.d)[token * p.d_stride + j] *
-              to_compute(static_cast<const S*>(p.saved)[token * p.saved_stride + j]);
+    auto product = [&](const void* d, const void* saved) {
+      return static_cast<const C*>(d)[token * p.d_stride + j] *
+             to_compute(static_cast<const S*>(saved)[token * p.saved_stride + j]);
+    };
+    if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
+      value = product(p.d, p.saved);
+      if (p.other_d) value += product(p.other_d, p.other_saved);
+    }
     static_cast<C*>(p.out)[i] = value;
   }
 }

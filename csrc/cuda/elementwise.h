@@ -87,11 +87,12 @@ struct SplitFloat32 {
 int split_float32(const SplitFloat32&, void* stream);
 
 // out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
-// saved of the storage type, `width` elements of each token.
+// saved of the storage type, `width` elements of each token. In derivatives plus the same of
+// others, which are null elsewhere.
 struct SavedProduct {
   DType dtype;
   Tokens tokens;
-  const void *d, *saved;
+  const void *d, *saved, *other_d, *other_saved;
   int64_t d_stride, saved_stride, width;
   void* out;
 };

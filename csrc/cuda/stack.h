@@ -103,9 +103,9 @@ struct LayerForwardTangent {
 };
 
 // Backward together with its derivative in one direction; what the first LayerBackward has, the
-// second has the tangents of, and the weights of the second are not read. Rows of dgates and of
-// dproj of the value and of the tangent take turns, those of `hidden` of the tangent and of the
-// value.
+// second has the tangents of, and of the weights of the second only gains and shifts are read. Rows
+// of dgates and of dproj of the value and of the tangent take turns, those of `hidden` of the
+// tangent and of the value.
 struct LayerBackwardTangent {
   LayerBackward value, tangent;
   // Storage type, null where the tangent is zeros: the tangent of W_hh, rows of zeros for the slots

@@ -55,8 +55,9 @@ Tensor sums_of(const CudaCall& call, const Tensor& rows) {
 // The gradients of the biases, gains and shift of layer normalisation: sums of dnormed, of gains
 // times the normalised value. wanted(kind), gradient(kind): of a weight.
 template <class Wanted, class Gradient>
-void norm_gradients(const CudaCall& call, const LayerSaved& a, const Tensor& dnormed,
+void norm_gradients(const CudaCall& call, const LayerSaved& a, const WeightFactors& f,
                     int64_t members, Wanted wanted, Gradient gradient) {
+  const Tensor& dnormed = *f.dnormed;
   const int64_t H = a.hidden_size, tokens = call.tokens;
   const CellTraits cell = traits(a.cell);
   // `count` gates from `gate` on, whose gradients are in dnormed from `slot` on; factor: the saved
@@ -67,12 +68,17 @@ void norm_gradients(const CudaCall& call, const LayerSaved& a, const Tensor& dno
     Tensor terms = narrow(all, 1, slot * H, count * H);
     if (factor >= 0) {
       terms = call.empty({tokens, count * H}, call.compute());
-      call.check(times_saved({a.dtype, a.tokens,
-                              static_cast<const char*>(dnormed.const_data_ptr()) +
-                                  slot * H * compute_bytes(a.dtype),
-                              static_cast<const char*>(a.saved) + factor * H * bytes(a.dtype),
-                              dnormed.size(1), a.cell_traits().saved * H, count * H,
-                              terms.mutable_data_ptr()},
+      auto column = [&](const std::optional<Tensor>& of) -> const void* {
+        return of ? static_cast<const char*>(of->const_data_ptr()) +
+                        slot * H * compute_bytes(a.dtype)
+                  : nullptr;
+      };
+      auto saved = [&](const void* of) -> const void* {
+        return of ? static_cast<const char*>(of) + factor * H * bytes(a.dtype) : nullptr;
+      };
+      call.check(times_saved({a.dtype, a.tokens, column(f.dnormed), saved(a.saved),
+                              column(f.value_dnormed), saved(f.saved_tangents), dnormed.size(1),
+                              a.cell_traits().saved * H, count * H, terms.mutable_data_ptr()},
                              call.stream()),
                  "the gradient of a gain");
     }
@@ -130,7 +136,7 @@ void weight_gradients(const CudaCall& call, const LayerSaved& a, const WeightFac
   }
   if (wanted(kWeightHH)) call.multiply(rows(f.of_states, S - G, G), f.before, gradient(kWeightHH));
   if (p.layer_norm) {
-    norm_gradients(call, a, *f.dnormed, g.members, wanted, gradient);
+    norm_gradients(call, a, f, g.members, wanted, gradient);
   } else if (wanted(kBiasIH) || wanted(kBiasHH)) {
     const Tensor sums = sums_of(call, f.of_biases);
     if (wanted(kBiasIH))

@@ -16,7 +16,10 @@ struct WeightFactors {
   Tensor of_states, before;  // the same, and what was multiplied with W_hh
   Tensor of_biases;          // the same, with the biases
   Tensor dproj, hidden;      // with a projection: gradients of its result, and its operand
-  std::optional<Tensor> dnormed{};  // with layer normalisation: compute type [tokens, columns]
+  // With layer normalisation: compute type [tokens, columns]. In derivatives also that of the
+  // values, and what was saved of the tangents.
+  std::optional<Tensor> dnormed{}, value_dnormed{};
+  const void* saved_tangents = nullptr;
 };
 void weight_gradients(const CudaCall&, const LayerSaved&, const WeightFactors&,
                       const std::vector<bool>& needs, int64_t index, GradientTensors&);

@@ -44,10 +44,7 @@ struct TangentCall : CudaCall {
   const TangentTensors v;
 
   TangentCall(const Inputs& in, const Config& config, const Tangents& direction, bool backward)
-      : CudaCall(in, config, backward, true), v(*this, direction) {
-    FUSEDRNN_EXPECT(!problem.layer_norm,
-                    "fusedrnn: derivatives of a call with layer_norm have no CUDA kernel");
-  }
+      : CudaCall(in, config, backward, true), v(*this, direction) {}
 
   // Empty: zeros.
   Tensor weight_tangent(int64_t layer, int64_t dir, WeightKind kind) const {
@@ -175,7 +172,10 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
       const int64_t row = (layer * D + dir) * B * size;
       a.hn = dhn_at + row * out;
       a.cn = dcn_at ? dcn_at + row * p.hidden_size : nullptr;
-      if (save) a.saved = call.slots_in(dreserve, layer, dir);
+      if (save) {
+        a.saved = call.slots_in(dreserve, layer, dir);
+        a.scales = call.scales_in(dreserve, layer, dir);
+      }
       if (save || (p.all_states && dcn_at)) a.saved_c = call.cells_in(dreserve, dcs, layer, dir);
       const Tensor workspace = call.bytes(stepwise_workspace(both));
       call.check(stepwise_forward_tangent(both, workspace.mutable_data_ptr(), call.multiply(),
@@ -191,6 +191,7 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
 // LayerBackwardTangent says.
 struct Differentials {
   Tensor dgates, dproj, hidden;
+  Tensor dnormed[2];  // with layer normalisation: of values, of tangents
 };
 
 void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
@@ -210,10 +211,11 @@ void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
   const Tensor both = halves(rows(dgates)), tangent = rows(narrow(dgates, 1, S, S));
   std::optional<Tensor> read;
   if (input.value) read = moves ? halves(rows(input.pair(call))) : rows(*input.value);
-  weight_gradients(call, a.value,
-                   {moves ? both : tangent, read, both, halves(rows(before)), tangent,
-                    halves(rows(of.dproj)), halves(rows(of.hidden))},
-                   needs, index, d);
+  weight_gradients(
+      call, a.value,
+      {moves ? both : tangent, read, both, halves(rows(before)), tangent, halves(rows(of.dproj)),
+       halves(rows(of.hidden)), of.dnormed[1], of.dnormed[0], a.tangent.saved},
+      needs, index, d);
 }
 
 BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
@@ -236,9 +238,12 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
     std::vector<Differentials> differentials;
     for (int64_t dir = 0; dir < D; dir++) {
       const int64_t projected = p.proj_size ? tokens : 0;
-      const Differentials& of = differentials.emplace_back(Differentials{
-          call.empty({tokens, 2 * S}, call.type()), call.empty({projected, 2 * out}, call.type()),
-          call.empty({projected, 2 * H}, call.type())});
+      const Differentials& of = differentials.emplace_back(
+          Differentials{call.empty({tokens, 2 * S}, call.type()),
+                        call.empty({projected, 2 * out}, call.type()),
+                        call.empty({projected, 2 * H}, call.type()),
+                        {call.empty({tokens, p.normed_columns()}, call.compute()),
+                         call.empty({tokens, p.normed_columns()}, call.compute())}});
       LayerBackwardTangent& both = layers.emplace_back();
       static_cast<LayerSaved&>(both.value) = call.layer_in(saved, layer, dir);
       static_cast<LayerSaved&>(both.tangent) =
@@ -262,6 +267,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
         a.dh0 = result(of_states.need_hx, of_states.hx, out);
         if (traits(p.cell).has_cell) a.dc0 = result(of_states.need_cx, of_states.cx, H);
         a.dgates = element(of.dgates, which * S, size);
+        if (p.layer_norm) a.dnormed = element(of.dnormed[which], 0, wide);
         if (!p.proj_size) return;
         a.dproj = element(of.dproj, which * out, size);
         a.hidden = element(of.hidden, (1 - which) * H, size);

@@ -111,6 +111,17 @@ struct CellBackwardTangent {
   CellBackward value, tangent;
 };
 
+// The same with layer normalisation. Tangents of gains and shifts may be null: zeros.
+struct NormedForwardTangent : CellForwardTangent {
+  NormWeights norms, dnorms;
+  const void* scales;
+  void* dscales;  // compute type [batch, scales], or null
+  void* halves;   // as NormedForward's
+};
+struct NormedBackwardTangent {
+  NormedBackward value, tangent;
+};
+
 // Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
 int cell_forward(const CellForward&, void* stream);
 int cell_backward(const CellBackward&, void* stream);
@@ -118,6 +129,8 @@ int normed_forward(const NormedForward&, void* stream);
 int normed_backward(const NormedBackward&, void* stream);
 int cell_forward_tangent(const CellForwardTangent&, void* stream);
 int cell_backward_tangent(const CellBackwardTangent&, void* stream);
+int normed_forward_tangent(const NormedForwardTangent&, void* stream);
+int normed_backward_tangent(const NormedBackwardTangent&, void* stream);
 
 // The same for the projection of an LSTM, whatever `cell` says, with proj_size as hidden_size: h is
 // gates_x as it stands, and dgates is dL/dh. The cell's own launches then have no h, y, h_prev, dh

@@ -27,11 +27,6 @@ struct BackwardArrays {
   }
 };
 
-NormWeights norms_of(const Layer& a) {
-  const Weights& w = a.weights;
-  return {w.gain_ih, w.gain_hh, w.gain_c, w.shift_c};
-}
-
 }  // namespace
 
 int64_t stepwise_workspace(const LayerForward& a) { return ForwardArrays(a, nullptr).bytes; }
@@ -87,12 +82,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
 
   auto run_cells = [&](const CellBackward& p, int64_t first) {
     if (!a.layer_norm) return cell_backward(p, stream);
-    NormedBackward normed{};
-    static_cast<CellBackward&>(normed) = p;
-    normed.norms = norms_of(a);
-    normed.scales = at(a.scales, first * a.cell_traits().scales, wide);
-    normed.dnormed = at(a.dnormed, first * (traits(a.cell).slots + has_cell) * H, wide);
-    return normed_backward(normed, stream);
+    return normed_backward(normed_of(p, a, first), stream);
   };
 
   // Compute to compute: gradients carried from step to step, in place.

@@ -40,6 +40,17 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
   const int64_t H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
   const int64_t wide = compute_bytes(a.dtype);
 
+  auto run_cells = [&](const CellForwardTangent& p, int64_t first) {
+    if (!a.layer_norm) return cell_forward_tangent(p, stream);
+    NormedForwardTangent normed{};
+    static_cast<CellForwardTangent&>(normed) = p;
+    normed.norms = norms_of(both.value), normed.dnorms = norms_of(a), normed.halves = w.halves;
+    const int64_t scales = first * a.cell_traits().scales;
+    normed.scales = at(both.value.scales, scales, wide);
+    normed.dscales = at(a.scales, scales, wide);
+    return normed_forward_tangent(normed, stream);
+  };
+
   int error = begin_forward(a, w, stream);
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
@@ -52,11 +63,11 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
     p.known_h = at(both.known_h, first * G, wide), p.known_h_stride = G;
     if (!a.proj_size) {
       set_results(p, a, w, walk);
-      error = cell_forward_tangent(p, stream);
+      error = run_cells(p, first);
       continue;
     }
     p.hidden = w.hidden;
-    if ((error = cell_forward_tangent(p, stream))) break;
+    if ((error = run_cells(p, first))) break;
     if (both.w_hr)
       multiply({w.hidden, 2 * H, rows, 2 * H, both.w_hr, true, w.projected, P});
     else
@@ -134,7 +145,11 @@ int stepwise_backward_tangent(const LayerBackwardTangent& both, void* workspace,
       q.dc = of.dc0, q.dcs = at(of.dcs, first * of.c_stride, wide);
       q.dgates = at(of.dgates, 2 * first * S, size);
     });
-    if ((error = cell_backward_tangent(p, stream))) break;
+    error = a.layer_norm ? normed_backward_tangent({normed_of(p.value, both.value, first),
+                                                    normed_of(p.tangent, both.tangent, first)},
+                                                   stream)
+                         : cell_backward_tangent(p, stream);
+    if (error) break;
     // W_hh reaches the last slots.
     const void *dgates = at(p.value.dgates, S - G, size),
                *tangent = at(p.tangent.dgates, S - G, size);

@@ -160,4 +160,20 @@ inline SavedStep saved_at(const LayerSaved& a, const Walk& walk) {
   return s;
 }
 
+inline NormWeights norms_of(const Layer& a) {
+  const Weights& w = a.weights;
+  return {w.gain_ih, w.gain_hh, w.gain_c, w.shift_c};
+}
+// With layer normalisation; the step's tokens begin with `first`.
+inline NormedBackward normed_of(const CellBackward& p, const LayerBackward& a, int64_t first) {
+  const int64_t wide = compute_bytes(a.dtype);
+  NormedBackward normed{};
+  static_cast<CellBackward&>(normed) = p;
+  normed.norms = norms_of(a);
+  normed.scales = at(a.scales, first * a.cell_traits().scales, wide);
+  const int64_t columns = (traits(a.cell).slots + traits(a.cell).has_cell) * a.hidden_size;
+  normed.dnormed = at(a.dnormed, first * columns, wide);
+  return normed;
+}
+
 }  // namespace fusedrnn
