@@ -25,12 +25,14 @@ Batched = tuple[Tensor, int | None]
 
 
 class _Fold:
-    """Folds the members of a call and what belongs to it. `dims`: of call.tensors."""
+    """Folds the members of a call and what belongs to it. `dims`: of call.tensors. Weights are
+    stacked where they differ between members, or are said to.
+    """
 
-    def __init__(self, call: ops.Call, dims: Dims, members: int) -> None:
+    def __init__(self, call: ops.Call, dims: Dims, members: int, differ: bool = False) -> None:
         self._given, self._dims, self.members = call, dims, members
         of_weights = dims[ops.FIRST_WEIGHT :]
-        self.differ = any(d is not None for d in of_weights)
+        self.differ = differ or any(d is not None for d in of_weights)
         w_ih: Any = call.tensors[ops.FIRST_WEIGHT]
         shape = list(w_ih.shape)
         if of_weights[0] is not None:

@@ -25,7 +25,9 @@ from test_tangents import (  # noqa: F401
     test_gradient_penalties_run_in_kernels,
     test_input_of_no_width,
     test_linearize_runs_in_kernels,
+    test_one_of_stacked_weights,
     test_outputs_may_be_written_between_the_derivatives,
+    test_stacked_weights,
     test_transforms_by_weights_run_in_kernels,
     test_transforms_run_in_kernels,
     test_wrong_arguments,
@@ -174,6 +176,6 @@ def test_which_calls_on_cuda_have_kernels(monkeypatch):
             assert tangents.has_kernels(ops.Call(on_cuda, changed))
         stacked = [torch.empty((1, *t.shape), device="cuda") for t in on_cuda[ops.FIRST_WEIGHT :]]
         given = ops.Call((*on_cuda[: ops.FIRST_WEIGHT], *stacked), constants)
-        assert not tangents.has_kernels(given)
+        assert tangents.has_kernels(given)
         monkeypatch.setattr(cuda, "missing", lambda device: "some reason")
         assert not tangents.has_kernels(ops.Call(on_cuda, constants))

@@ -54,10 +54,7 @@ Tensor by_member(const Tensor& rows, int64_t members) {
 }
 
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward, bool tangent)
-    : Call(in, config, tangent ? Weighted::kAlike : Weighted::kStackedToo),
-      device_(x),
-      float32_products_(Float32Products::kAten),
-      tokens_{} {
+    : Call(in, config), device_(x), float32_products_(Float32Products::kAten), tokens_{} {
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
   bool tf32 = false, products = false;
   if (problem.dtype == DType::kFloat32) {

@@ -16,20 +16,24 @@ void put(const Tensor& to, int64_t dim, int64_t start, const Tensor& from) {
   Tensor whole = to, part = narrow(whole, dim, start, from.size(dim));
   torch::stable::copy_(part, from);
 }
-// Rows of both, a row of the first with one of the second beside it.
-Tensor beside(const CudaCall& call, const Tensor& a, const Tensor& b) {
-  const Tensor both = call.empty({a.size(0), a.size(1) + b.size(1)}, call.type());
-  put(both, 1, 0, a), put(both, 1, a.size(1), b);
+// Both along `dim` with `gap` zeros between them.
+Tensor joined(const CudaCall& call, int64_t dim, const Tensor& a, int64_t gap, const Tensor& b) {
+  std::vector<int64_t> sizes{a.sizes().begin(), a.sizes().end()};
+  sizes[dim] += gap + b.size(dim);
+  const Tensor both = call.empty(sizes, call.type());
+  Tensor whole = both, zeros = narrow(whole, dim, a.size(dim), gap);
+  if (gap) torch::stable::zero_(zeros);
+  put(both, dim, 0, a), put(both, dim, a.size(dim) + gap, b);
   return both;
 }
-// The rows of a, `gap` rows of zeros, and the rows of b.
+// Of matrices, or of one for each member: rows of both, a row of the first with one of the second
+// beside it;
+Tensor beside(const CudaCall& call, const Tensor& a, const Tensor& b) {
+  return joined(call, a.dim() - 1, a, 0, b);
+}
+// the rows of a, `gap` rows of zeros, and the rows of b.
 Tensor above(const CudaCall& call, const Tensor& a, int64_t gap, const Tensor& b) {
-  const int64_t rows = a.size(0) + gap, columns = a.size(1);
-  const Tensor both = call.empty({rows + b.size(0), columns}, call.type());
-  Tensor whole = both, zeros = narrow(whole, 0, a.size(0), gap);
-  torch::stable::zero_(zeros);
-  put(both, 0, 0, a), put(both, 0, rows, b);
-  return both;
+  return joined(call, a.dim() - 2, a, gap, b);
 }
 // The left part of each row, then its right part, as rows of their own; of a matrix, or of one for
 // each member.
@@ -46,9 +50,11 @@ struct TangentCall : CudaCall {
   TangentCall(const Inputs& in, const Config& config, const Tangents& direction, bool backward)
       : CudaCall(in, config, backward, true), v(*this, direction) {}
 
-  // Empty: zeros.
+  // Empty: zeros. As weight().
   Tensor weight_tangent(int64_t layer, int64_t dir, WeightKind kind) const {
-    return v.weights[problem.weight_index(layer, dir, kind)];
+    const Tensor dw = v.weights[problem.weight_index(layer, dir, kind)];
+    const bool alone = dw.numel() > 0 && stacked(weights) && ensemble == 1;
+    return alone ? torch::stable::select(dw, 0, 0) : dw;
   }
   // The output of a layer [tokens, width], or the tangent of that.
   Tensor output(int64_t layer, const SavedForBackward& of) const {
@@ -62,7 +68,7 @@ struct TangentCall : CudaCall {
   // `a`, of the values, with the tangents of states and weights in their place.
   template <class L>
   L with_tangents(L a, int64_t layer, int64_t dir) const {
-    a.weights = v.weights_of(problem, layer, dir);
+    a.weights = v.weights_of(*this, layer, dir);
     auto state = [&](const OptionalTensor& all, int64_t width) -> const void* {
       const int64_t at = (layer * problem.num_directions + dir) * batch * width;
       return all ? static_cast<const char*>(all->const_data_ptr()) +
@@ -160,7 +166,8 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
         call.put_states_before(both.value, before, 0);
         known_h = call.empty({tokens, p.gate_rows()}, call.compute());
         Tensor dw = call.weight_tangent(layer, dir, kWeightHH);
-        call.multiply(before, transpose(dw, 0, 1), *known_h);
+        call.multiply(by_member(before, call.ensemble), transpose(dw, -2, -1),
+                      by_member(*known_h, call.ensemble));
         both.known_h = known_h->const_data_ptr();
       }
       if (a.weights.w_hr) {
@@ -313,7 +320,8 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
         Tensor dgates = differentials[dir].dgates;
         to.push_back(layer == 0 && dir == 0 ? torch::stable::reshape(d.x, {tokens, width})
                                             : call.empty({tokens, width}, call.compute()));
-        call.multiply(narrow(dgates, 1, column, w.size(0)), w, to.back());
+        call.multiply(by_member(narrow(dgates, 1, column, w.size(w.dim() - 2)), call.ensemble), w,
+                      by_member(to.back(), call.ensemble));
       };
       const Tensor w = in_order_of_slots(call, call.weight(layer, dir, kWeightIH));
       const Tensor dw = call.weight_tangent(layer, dir, kWeightIH);

@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
+    // Of the row's weights, among those of all members.
+    const int64_t unit0 = member_of(p, b) * H, gate0 = unit0 * kGates;
     // Tangents of the products of the input (0) and of h (1), and what these are normalised.
     auto product = [&](int which, int gate, int64_t j) {
       if (which == 0) return read<C>(p.gates_x, b * p.gates_x_stride + gate * H + j);
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < 2 * kGates; i++) {
         const int gate = i / 2, of = 2 * range_of(kRanges, gate) + i % 2;
         const int slot = Norm::kSavedProducts + i % 2 * kGates + gate;
-        const int64_t of_gate = gate * H + j;
+        const int64_t of_gate = gate0 + gate * H + j;
         const C v = saved(slot, j);
         const C dv = through_norm<C>(product(i % 2, gate, j), v, means[2 * of], means[2 * of + 1],
                                      scale(of));
@@ -118,8 +120,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         const C v = saved(Norm::kSavedCell, j);
         const Dual<C> c{v, through_norm<C>(halves[j], v, means_c[0], means_c[1], scale(kLast))};
         save(Norm::kSavedCell, j, c.tangent);
-        const Dual<C> gain{load<S>(p.norms.gain_c, j), read<S>(p.dnorms.gain_c, j)};
-        const Dual<C> shift{load<S>(p.norms.shift_c, j), read<S>(p.dnorms.shift_c, j)};
+        const Dual<C> gain{load<S>(p.norms.gain_c, unit0 + j), read<S>(p.dnorms.gain_c, unit0 + j)};
+        const Dual<C> shift{load<S>(p.norms.shift_c, unit0 + j),
+                            read<S>(p.dnorms.shift_c, unit0 + j)};
         const Dual<C> h = Cell::template output<DualMath<ScalarMath>>(s, c * gain + shift);
         write<S>(p.hidden, 2 * b * H + j, h.tangent);
         write<S>(p.hidden, (2 * b + 1) * H + j, h.value);
