@@ -25,12 +25,14 @@ Batched = tuple[Tensor, int | None]
 
 
 class _Fold:
-    """Folds the members of a call and what belongs to it. `dims`: of call.tensors."""
+    """Folds the members of a call and what belongs to it. `dims`: of call.tensors. Weights are
+    stacked where they differ between members, or are said to.
+    """
 
-    def __init__(self, call: ops.Call, dims: Dims, members: int) -> None:
+    def __init__(self, call: ops.Call, dims: Dims, members: int, differ: bool = False) -> None:
         self._given, self._dims, self.members = call, dims, members
         of_weights = dims[ops.FIRST_WEIGHT :]
-        self.differ = any(d is not None for d in of_weights)
+        self.differ = differ or any(d is not None for d in of_weights)
         w_ih: Any = call.tensors[ops.FIRST_WEIGHT]
         shape = list(w_ih.shape)
         if of_weights[0] is not None:
@@ -158,9 +160,8 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
     if any(d is not None for d in dims.made):
         of_made = zip(given.made, dims.made, (rows[0], 0, rows[3], rows[4]), strict=True)
         made = tuple(t if d is None else fold.rows(t, d, row).contiguous() for t, d, row in of_made)
-    elif _is_batched(given.made[1]) or fold.stacked:
-        # A reserve does not have the members of an outer rule apart, nor always those of stacked
-        # weights.
+    elif _is_batched(given.made[1]):
+        # A reserve does not have the members of an outer rule apart.
         y, _, _, *kept = ops.forward(*folded.arguments(), True)
         made = (y, *kept)
     else:

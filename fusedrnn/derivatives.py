@@ -246,10 +246,15 @@ def _tangents_of_members(given: TangentCall) -> tuple[Tensor | None, ...]:
     """Of backward_tangent with `members`, one after the other."""
     call, members = given.call, given.members
     of_results, of_tensors = call.result_row_dims(), call.row_dims()
-    of_direction = (*of_tensors[:3], *[None] * (len(given.direction) - 3))
+    of_weights = len(given.direction) - 3
+    of_direction = (*of_tensors[:3], *[None] * of_weights)
+    stacked = len(call.tensors[-1]) if call.stacked else 0  # type: ignore[arg-type]
 
-    def of(m: int, tensors: tuple, dims: tuple) -> list[Tensor | None]:
-        return [_rows_of(t, dim, m, members) for t, dim in zip(tensors, dims, strict=True)]
+    def of(m: int, tensors: tuple, dims: tuple, weighted: bool = False) -> list[Tensor | None]:
+        own = [_rows_of(t, dim, m, members) for t, dim in zip(tensors, dims, strict=True)]
+        if weighted and stacked:
+            own[-of_weights:] = [None if w is None else w[m % stacked] for w in own[-of_weights:]]
+        return own
 
     parts = []
     for m in range(members):
@@ -257,9 +262,9 @@ def _tangents_of_members(given: TangentCall) -> tuple[Tensor | None, ...]:
             own = given._replace(
                 u=tuple(of(m, given.u, of_results)),
                 du=tuple(of(m, given.du, of_results)),
-                direction=tuple(of(m, given.direction, of_direction)),
+                direction=tuple(of(m, given.direction, of_direction, True)),
                 members=0,
-                call=_with_rows(call, of(m, call.tensors, of_tensors), members),
+                call=_with_rows(call, of(m, call.tensors, of_tensors, True), members),
             )
         parts.append(plain_tangents(own)[1])
     with torch.enable_grad():

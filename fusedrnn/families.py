@@ -108,7 +108,7 @@ def cases(family: Family) -> list[Case]:
     if family.exchange == "stepwise":
         configs = [config]
         configs += [config._replace(proj_size=3)] if family.mode == "LSTM" else []
-        if family.mode in ("GRU", "LSTM") and not family.tangent:
+        if family.mode in ("GRU", "LSTM"):
             configs += [config._replace(layer_norm=True)]
         return [Case(4, 5, c, "stepwise") for c in configs]
     narrow = family.arithmetic == "FFMA, 2 rows"

@@ -130,7 +130,7 @@ class Fused(LayerBase):
         x, hx, cx, weights = call[:4]
         transformed = torch._C._are_functorch_transforms_active()
         dual = transformed and ops.in_forward_mode()
-        if (dual and not tangents.take_transformed(ops.Call.of(*call))) or (
+        if (dual and not tangents.has_kernels(ops.Call.of(*call))) or (
             more and support.no_kernel(x) is not None
         ):
             return reference.forward(*call)

@@ -1,55 +1,29 @@
 """The batching rules of tangents.py's ops, as batching.py's: members are folded into the batch.
 
-Where weights, or their tangents, differ between members, the op runs once for each.
+Where weights, or their tangents, differ between members, both come stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusedrnn import batching, ops, tangents
 from fusedrnn.batching import Dims
 
 _DIRECTION = 4  # arguments: tangents of x, hx, cx and the weights
-_CALL = 4 + ops.NON_DIFFERENTIABLE + 1 + len(ops.Config._fields)  # arguments of ops.Call.of
-
-
-def _each(op: Callable, members: int, dims: Dims, arguments: Any, made: int) -> tuple[Any, Any]:
-    """Runs `op` for every member, and stacks the results. What forward made is at `made`."""
-
-    def of(m: int, t: Any, dim: Any) -> Any:
-        if isinstance(dim, list):
-            return [of(m, one, d) for one, d in zip(t, dim, strict=True)]
-        return t if dim is None else t.select(dim, m)
-
-    def result(m: int) -> Any:
-        own = [of(m, t, dim) for t, dim in zip(arguments, dims, strict=True)]
-        if dims[made + 1] is not None:
-            # No part of the reserve that forward made of all members is that of one.
-            own[made], _, _, *own[made + 1 : made + ops.MADE] = ops.forward(*own[-_CALL:], True)
-        return op(*own)
-
-    results = [result(m) for m in range(members)]
-
-    def stacked(parts: tuple) -> Any:
-        if isinstance(parts[0], Tensor):
-            return torch.stack(parts)
-        return [stacked(each) for each in zip(*parts, strict=True)]
-
-    found = tuple(stacked(each) for each in zip(*results, strict=True))
-    return found, tuple([0] * len(t) if isinstance(t, list) else 0 for t in found)
 
 
 class _Fold(batching._Fold):
-    """Folds `arguments` of a call, of which `dims` says what is batched."""
+    """Folds `arguments` of a call, of which `dims` says what is batched, as `of_direction` does of
+    its tangents.
+    """
 
-    def __init__(self, arguments: Any, dims: Dims, members: int) -> None:
+    def __init__(self, arguments: Any, dims: Dims, of_direction: Dims, members: int) -> None:
         call = ops.Call.of(*arguments)
-        super().__init__(call, ops.Call.of(*dims).tensors, members)
+        of_weights = any(d is not None for d in of_direction[3] or ())
+        super().__init__(call, ops.Call.of(*dims).tensors, members, of_weights)
         self.of_results, self.of_states = call.result_row_dims(), call.row_dims()[:3]
         self.config, self.folded = ops.Config(*call.constants[1:]), self.call()
 
@@ -58,6 +32,10 @@ class _Fold(batching._Fold):
 
     def direction(self, arguments: Any, dims: Dims) -> tuple:
         *states, dweights = arguments
+        if self.differ:
+            of_weights = dims[3] or [None] * len(dweights)
+            pairs = zip(dweights, of_weights, strict=True)
+            dweights = [self._weight(t, d) if t.numel() else t for t, d in pairs]
         return (*self.all_rows(states, dims[:3], self.of_states), dweights)
 
     def made(self, tensors: Any, dims: Dims) -> tuple | None:
@@ -86,16 +64,9 @@ class _Fold(batching._Fold):
         return [t for t, _ in pairs], [d for _, d in pairs]
 
 
-def _weights_differ(call_dims: Dims, direction_dims: Dims) -> bool:
-    of_weights = ops.Call.of(*call_dims).tensors[ops.FIRST_WEIGHT :]
-    return any(d is not None for d in (*of_weights, *(direction_dims[3] or ())))
-
-
 def _forward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
     members, first = info.batch_size, _DIRECTION + ops.MADE + 1  # after the direction and `save`
-    if _weights_differ(dims[first:], dims[:_DIRECTION]):
-        return _each(tangents.forward_tangent, members, dims, arguments, _DIRECTION)
-    fold = _Fold(arguments[first:], dims[first:], members)
+    fold = _Fold(arguments[first:], dims[first:], dims[:_DIRECTION], members)
     made, of_made = arguments[_DIRECTION : first - 1], dims[_DIRECTION : first - 1]
     results = tangents.forward_tangent(
         *fold.direction(arguments[:_DIRECTION], dims),
@@ -115,9 +86,7 @@ def _backward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tu
     end = of_made + ops.MADE
     needs, before = arguments[end : end + 2]
     first = end + 2
-    if _weights_differ(dims[first:], dims[grads:made]):
-        return _each(tangents.backward_tangent, members, dims, arguments, made)
-    fold = _Fold(arguments[first:], dims[first:], members)
+    fold = _Fold(arguments[first:], dims[first:], dims[grads:made], members)
     call = fold.folded.arguments()
     direction = fold.direction(arguments[grads:made], dims[grads:made])
     values = fold.of_forward(arguments[made:of_made], dims[made:of_made])

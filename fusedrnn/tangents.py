@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 # ops imports this module: it is used in functions only.
@@ -39,38 +37,16 @@ def has_kernels(call: ops.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
     x = call.tensors[0]
     assert x is not None
-    return (
-        (x.device.type == "cpu" or _on_cuda(call))
-        and not call.stacked
-        and not batched_gradients.are_batched(call.tensors)
+    return (x.device.type == "cpu" or _on_cuda(call)) and not batched_gradients.are_batched(
+        call.tensors
     )
 
 
 def _on_cuda(call: ops.Call) -> bool:
     """Whether the CUDA kernels take them."""
-    config, x = ops.Config(*call.constants[1:]), call.tensors[0]
+    x = call.tensors[0]
     assert x is not None
-    return x.is_cuda and not config.layer_norm and cuda.missing(x.device) is None
-
-
-def take_transformed(call: ops.Call) -> bool:
-    """has_kernels of a call in forward mode under torch.func, at every level of it.
-
-    Weights that a vmap inside of a jvp batches arrive stacked there.
-    """
-    key = torch._C._functorch.TransformType.Jvp
-    jvps = [i.level() for i in retrieve_all_functorch_interpreters() if i.key() == key]
-
-    def batched_inside(t: Any) -> bool:
-        while _functorch.is_functorch_wrapped_tensor(t):
-            if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) > min(jvps):
-                return True
-            t = _functorch.get_unwrapped(t)
-        return False
-
-    return has_kernels(call) and not (
-        jvps and any(map(batched_inside, call.tensors[ops.FIRST_WEIGHT :]))
-    )
+    return x.is_cuda and cuda.missing(x.device) is None
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:

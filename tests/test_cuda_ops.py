@@ -13,7 +13,6 @@ import sys
 
 import pytest
 import test_batching
-import test_ensembles
 import test_numbers
 import test_one_hot
 import test_ops
@@ -156,14 +155,6 @@ def test_rows_of_the_input_may_lie_apart():
     *again, others = ops.backward(*(full | {"x": apart}).values())
     for a, b in zip((*states, *dweights), (*again, *others), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.usefixtures("filled", "stepwise")
-@pytest.mark.parametrize("call", test_ensembles.SHARED)
-@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
-def test_stacked_weights(cell, call):
-    """One after the other inside the op, whatever the backend."""
-    test_ensembles.check_ops(cell, test_ensembles.SHARED[call], test_ops.CALLS[call])
 
 
 @pytest.mark.usefixtures("filled")
@@ -477,6 +468,7 @@ def test_a_split_product_keeps_what_is_not_finite(precision):
 
 def addresses():
     """A program of its own, run under AddressSanitizer: every kind of call once."""
+    import test_cuda_ensembles
     import test_cuda_tangents
 
     with instead_of_cpu("address", seed=1):
@@ -494,6 +486,9 @@ def addresses():
                             ops.backward(*call.values())
                             if not plan:
                                 test_cuda_tangents.call_kernels(cell, kind, dtype, changed)
+            test_cuda_ensembles.call_kernels("gru", torch.float32)
+            for cell in () if plan else test_cuda_tangents.NORMED:
+                test_cuda_tangents.call_kernels(cell, "lengths", torch.float32, True)
     print("no error")
 
 

@@ -27,6 +27,7 @@ DEVICES = {**plans.DEVICES, "small": SMALL}
 def plan(
     mode="LSTM", dtype="float32", hidden=256, proj=0, layers=1, bidirectional=False, steps=35,
     batch=32, backward=False, tf32=False, device="H200", forced="", layer_norm=False,
+    members=1,
 ):  # fmt: skip
     spec = DEVICES[device] if isinstance(device, str) else device
     problem = bindings.Problem(
@@ -38,7 +39,9 @@ def plan(
         num_directions=2 if bidirectional else 1,
         layer_norm=layer_norm,
     )
-    request = bindings.CudaRequest(steps=steps, batch=batch, backward=backward, tf32=tf32)
+    request = bindings.CudaRequest(
+        steps=steps, batch=batch, backward=backward, tf32=tf32, members=members
+    )
     return bindings.plan_cuda(problem, request, bindings.DeviceSpec(**spec), forced)
 
 
@@ -193,6 +196,13 @@ def test_small_layers_take_a_block(mode, dtype, tf32, hidden, backward):
 def test_a_large_batch_of_a_small_layer_is_one_launch():
     p = plan(hidden=16, batch=5000)
     assert p.shape.team == 1 and p.at_once == p.slices > 132
+
+
+def test_rows_of_a_slice_belong_to_one_member():
+    alone = plan(hidden=16, batch=8, forced="grid,rows=8")
+    assert alone.slices == 1
+    assert plan(hidden=16, batch=24, forced="grid,rows=8", members=3).slices == 3
+    assert plan(hidden=16, batch=24, forced="grid,rows=8", members=2).slices == 4
 
 
 def test_a_plan_can_be_forced():

@@ -13,6 +13,7 @@ from test_ops import INPUT, T
 from test_tangents import (  # noqa: F401
     CALLS,
     CELLS,
+    NORMED,
     arguments,
     by_kernels,
     filled,
@@ -24,7 +25,9 @@ from test_tangents import (  # noqa: F401
     test_gradient_penalties_run_in_kernels,
     test_input_of_no_width,
     test_linearize_runs_in_kernels,
+    test_one_of_stacked_weights,
     test_outputs_may_be_written_between_the_derivatives,
+    test_stacked_weights,
     test_transforms_by_weights_run_in_kernels,
     test_transforms_run_in_kernels,
     test_wrong_arguments,
@@ -34,6 +37,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusedrnn import cuda, ops, tangents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
+
+
+SOME_NORMED = ["gru normed", "lstm-proj normed"]
+EACH = [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in NORMED)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +74,7 @@ def test_the_kernels_run_emulated():
     load().fail_after(-1)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *SOME_NORMED])
 def test_neither_order_nor_what_lies_behind_a_length_changes_a_bit(cell):
     call = arguments(cell, kind="lengths", mask=True, changed=True)
     call, made, direction, u, du = given(call)
@@ -89,7 +96,7 @@ def test_rows_may_lie_apart(cell):
     assert equal(by_kernels(call, made, (dx, *direction[1:]), u, du), expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm-proj normed"])
 def test_products_read_only_what_was_written(cell, monkeypatch):
     """Rows without a step too, though nothing depends on what comes out for them."""
     monkeypatch.setattr(emulated, "products_are_finite", True)
@@ -97,22 +104,22 @@ def test_products_read_only_what_was_written(cell, monkeypatch):
     assert emulated.products_are_finite
 
 
-# What test_tangents.py also runs with layer normalisation.
+# What test_tangents.py runs with more cells.
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", EACH)
 def test_values(cell, name):
     test_tangents.test_values(cell, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *SOME_NORMED])
 def test_odd_sizes_in_each_dtype(cell, dtype):
     test_tangents.test_odd_sizes_in_each_dtype(cell, dtype)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *SOME_NORMED])
 def test_members(cell):
     test_tangents.test_members(cell)
 
@@ -129,6 +136,7 @@ def test_opcheck(cell, all_states):
         ("LSTM", {"return_all": True, "proj_size": 2, "zoneout": (0.3, 0.4)}),
         ("GRU", {"return_all": True, "bidirectional": True}),
         ("RNN", {"return_all": True, "zoneout": 0.3}),
+        ("LSTM", {"layer_norm": True, "bidirectional": True}),
     ],
 )
 def test_options_run_in_kernels(cell, changed, monkeypatch):
@@ -141,14 +149,8 @@ def test_gradients_of_the_tangents(cell):
     test_tangents.test_gradients_of_the_tangents(cell)
 
 
-def test_what_has_no_kernel_is_refused_by_the_op():
-    case = given(arguments("lstm normed"))
-    with pytest.raises(RuntimeError, match="layer_norm have no CUDA kernel"):
-        by_kernels(*case)
-
-
 @pytest.mark.parametrize("steps, batch", [(0, 4), (3, 0)])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm normed"])
 def test_nothing_to_do(cell, steps, batch):
     call = arguments(cell) | {"x": torch.randn(steps, batch, INPUT, dtype=torch.float64)}
     call["hx"] = call["hx"][:, :batch]
@@ -169,11 +171,11 @@ def test_which_calls_on_cuda_have_kernels(monkeypatch):
         constants = ops.Call.of(*call.values()).constants
         monkeypatch.setattr(cuda, "missing", lambda device: None)
         assert tangents.has_kernels(ops.Call(on_cuda, constants))
-        for option, taken in (("all_states", True), ("layer_norm", False)):
+        for option in ("all_states", "layer_norm"):
             changed = ops.Call.of(*(call | {option: True}).values()).constants
-            assert tangents.has_kernels(ops.Call(on_cuda, changed)) == taken
+            assert tangents.has_kernels(ops.Call(on_cuda, changed))
         stacked = [torch.empty((1, *t.shape), device="cuda") for t in on_cuda[ops.FIRST_WEIGHT :]]
         given = ops.Call((*on_cuda[: ops.FIRST_WEIGHT], *stacked), constants)
-        assert not tangents.has_kernels(given)
+        assert tangents.has_kernels(given)
         monkeypatch.setattr(cuda, "missing", lambda device: "some reason")
         assert not tangents.has_kernels(ops.Call(on_cuda, constants))

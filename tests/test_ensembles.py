@@ -7,7 +7,7 @@ import test_ops
 import torch
 from cases import CELLS, make_pair, random_state
 from test_batching import close, flat, kernels_only  # noqa: F401
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedrnn import ops
@@ -197,6 +197,26 @@ def test_nesting():
         own = first | {name: p[m] for name, p in some.items()}
         for name, gradient in grad(loss)(own, x[0]).items():
             close(found[name][m], gradient, name)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_jacobian(cell):
+    """Only the gradients are batched outside of the members: forward does not run again."""
+    members, stacked, skeleton = ensemble(cell)
+    x = torch.randn(E, 4, 2, 3).double()
+
+    def sums(parameters, x, module):
+        return functional_call(module, parameters, (x,))[0].sin().sum((0, 1))
+
+    with Calls() as calls:
+        found = jacrev(vmap(sums, (0, 0, None)))(stacked, x, skeleton)
+    assert calls.found == ["forward", "backward"]
+    for m, member in enumerate(members):
+        own = {name: p[m] for name, p in stacked.items()}
+        for name, alone in jacrev(sums)(own, x[m], member).items():
+            close(found[name][m, :, m], alone, name)
+            assert not found[name][m, :, m - 1].any()
 
 
 def of_scaled_alone(loss, parameters, scale, x):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import make_pair, random_state
+from test_ensembles import Calls
 from test_ops import arguments as plain_arguments
 from torch import func
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -282,7 +283,7 @@ def test_members(cell):
     check_equal(by_kernels(*case, members=2), expected, 1e-10 if cell in NORMED else 1e-11)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "lstm normed"])
+@pytest.mark.parametrize("cell", ["lstm", "lstm normed", "lstm stacked"])
 def test_threads_change_no_bit(cell, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_THREADS", "all")
     found, before = [], torch.get_num_threads()
@@ -290,7 +291,9 @@ def test_threads_change_no_bit(cell, monkeypatch):
         torch.set_num_threads(threads)
         try:
             torch.manual_seed(0)
-            call = long_call(cell, 5, 7, 3, 17, torch.float32)
+            call = long_call(cell.removesuffix(" stacked"), 5, 9, 3, 17, torch.float32)
+            if cell.endswith("stacked"):
+                call = stacked_weights(call, 3)
             found.append(by_kernels(*given(call)))
         finally:
             torch.set_num_threads(before)
@@ -460,7 +463,7 @@ def test_forward_over_forward(cell):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("outer", ["vmap", "jvp"])
 def test_ensembles(cell, outer, monkeypatch):
-    """Stacked weights: inside of vmap in kernels, outside of it in the plain implementation."""
+    """Stacked weights, inside of vmap and outside of it: one call of each op."""
     pairs = [make_pair(cell, 2, 3, seed, num_layers=2, dtype=torch.float64) for seed in range(3)]
     x, v = torch.randn(2, 4, 2, 2, dtype=torch.float64)
     expected = torch.stack(
@@ -477,14 +480,45 @@ def test_ensembles(cell, outer, monkeypatch):
     def gradients(x):
         return func.vmap(func.grad(loss, argnums=1), (0, None))(stacked, x)
 
-    if outer == "jvp":
-        found = func.jvp(gradients, (x,), (v,))[1]
-    else:
-        monkeypatch.setattr(reference, "forward", None)
-        found = func.vmap(
-            lambda p: func.jvp(lambda x: func.grad(loss, argnums=1)(p, x), (x,), (v,))[1]
-        )(stacked)
+    monkeypatch.setattr(reference, "forward", None)
+    with Calls() as calls:
+        if outer == "jvp":
+            found = func.jvp(gradients, (x,), (v,))[1]
+        else:
+            found = func.vmap(
+                lambda p: func.jvp(lambda x: func.grad(loss, argnums=1)(p, x), (x,), (v,))[1]
+            )(stacked)
     close(found, expected)
+    assert all(calls.found.count(op) == 1 for op in ("backward", "backward_tangent"))
+    assert len(calls.found) <= 6
+
+
+def stacked_weights(call, ensemble=2):
+    """Row b has weights b % ensemble."""
+    weights = [
+        torch.stack([w + 0.1 * i * torch.randn_like(w) for i in range(ensemble)]).detach()
+        for w in call["weights"]
+    ]
+    return call | {"weights": weights}
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize(("kind", "members"), [("lengths", 0), ("padded", 4)])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm-proj", "lstm-proj normed"])
+def test_stacked_weights(cell, kind, members):
+    call = arguments(cell, kind=kind, mask=True, changed=not members)
+    case = given(stacked_weights(call), "half" if members else "all")
+    first = int(members > 0)  # the plain implementation of members has no F'
+    check_equal(by_kernels(*case, members)[first:], by_reference(*case, members)[first:])
+
+
+@pytest.mark.usefixtures("filled")
+def test_one_of_stacked_weights():
+    call = arguments("gru", kind="lengths")
+    found = by_kernels(*given(stacked_weights(call, 1)))
+    results, gradients = by_kernels(*given(call))
+    check_equal(found[:1], [results])
+    check_equal([[g[0] if i > 2 else g for i, g in enumerate(found[1])]], [gradients])
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,14 @@ __global__ void clamp_kernel(const int64_t* given, int64_t* lengths, int64_t bat
 }
 
 // Every row counts those that come before it: some microseconds for a batch of thousands.
-__global__ void order_kernel(const int64_t* lengths, int64_t* order, int64_t batch) {
+__global__ void order_kernel(const int64_t* lengths, int64_t* order, int64_t batch,
+                             int64_t members) {
   for (int64_t b = first_index(); b < batch; b += index_stride()) {
-    const int64_t mine = lengths[b];
+    const int64_t mine = lengths[b], member = b % members;
     int64_t place = 0;
-    for (int64_t other = 0; other < batch; other++)
+    for (int64_t other = member; other < batch; other += members)
       place += lengths[other] > mine || (lengths[other] == mine && other < b);
-    order[place] = b;
+    order[place * members + member] = b;
   }
 }
 
@@ -79,6 +80,16 @@ __global__ void layer_input_kernel(const __grid_constant__ LayerInput p) {
   }
 }
 
+// Of a token's value among the rows of all members' weights; -1: no value.
+__device__ inline int64_t row_of(const Integers& p, int64_t token) {
+  const int64_t value = p.values[token];
+  if (value < 0 || value >= p.width) return -1;
+  return p.members > 1 ? token % p.members * p.width + value : value;
+}
+__global__ void rows_of_members_kernel(const __grid_constant__ Integers p, int64_t* out) {
+  for (int64_t i = first_index(); i < p.tokens.tokens; i += index_stride()) out[i] = row_of(p, i);
+}
+
 template <class S>
 __global__ void gather_kernel(const __grid_constant__ Integers p, const S* w, int64_t columns,
                               Compute<S>* out) {
@@ -89,8 +100,8 @@ __global__ void gather_kernel(const __grid_constant__ Integers p, const S* w, in
     C value = 0;
     // Packed tokens all exist.
     if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
-      const int64_t row = p.values[token];
-      value = row < 0 || row >= p.width ? C(NAN) : to_compute(w[row * columns + i % columns]);
+      const int64_t row = row_of(p, token);
+      value = row < 0 ? C(NAN) : to_compute(w[row * columns + i % columns]);
     }
     out[i] = value;
   }
@@ -103,9 +114,14 @@ __global__ void times_saved_kernel(const __grid_constant__ SavedProduct p) {
   for (int64_t i = first_index(); i < t.tokens * p.width; i += index_stride()) {
     const int64_t token = i / p.width, j = i % p.width;
     C value = 0;
-    if (t.offsets || runs_at(t, token % t.batch, token / t.batch))
-      value = static_cast<const C*>(p.d)[token * p.d_stride + j] *
-              to_compute(static_cast<const S*>(p.saved)[token * p.saved_stride + j]);
+    auto product = [&](const void* d, const void* saved) {
+      return static_cast<const C*>(d)[token * p.d_stride + j] *
+             to_compute(static_cast<const S*>(saved)[token * p.saved_stride + j]);
+    };
+    if (t.offsets || runs_at(t, token % t.batch, token / t.batch)) {
+      value = product(p.d, p.saved);
+      if (p.other_d) value += product(p.other_d, p.other_saved);
+    }
     static_cast<C*>(p.out)[i] = value;
   }
 }
@@ -216,9 +232,10 @@ int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t
   return launch(clamp_kernel, grid_for(batch), stream, given, lengths, batch, steps);
 }
 
-int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, void* stream) {
+int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, int64_t members,
+                    void* stream) {
   if (batch == 0) return 0;
-  return launch(order_kernel, grid_for(batch), stream, lengths, order, batch);
+  return launch(order_kernel, grid_for(batch), stream, lengths, order, batch, members);
 }
 
 int layer_input(const LayerInput& p, void* stream) {
@@ -237,6 +254,11 @@ int gather_rows(const Integers& p, const void* w, int64_t columns, void* out, vo
     return launch(gather_kernel<S>, grid_for(count), stream, p, static_cast<const S*>(w), columns,
                   static_cast<Compute<S>*>(out));
   });
+}
+
+int rows_of_members(const Integers& p, int64_t* out, void* stream) {
+  if (p.tokens.tokens == 0) return 0;
+  return launch(rows_of_members_kernel, grid_for(p.tokens.tokens), stream, p, out);
 }
 
 int64_t sum_rows_workspace(const RowSums& p) {

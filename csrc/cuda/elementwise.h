@@ -24,8 +24,10 @@ int copy_to_device(const int64_t* host, int64_t* device, int64_t count, void* st
 int clamp_lengths(const int64_t* given, int64_t* lengths, int64_t batch, int64_t steps,
                   void* stream);
 
-// The rows by falling length, those of a length in their order.
-int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, void* stream);
+// The rows by falling length, those of a length in their order. Rows b with the same b % members
+// change places with each other only.
+int order_by_length(const int64_t* lengths, int64_t* order, int64_t batch, int64_t members,
+                    void* stream);
 
 // out = in times the dropout mask, zeros where a row has no step; storage type [tokens, width].
 struct LayerInput {
@@ -45,12 +47,16 @@ struct Integers {
   Tokens tokens;
   const int64_t* values;  // [tokens]
   int64_t width;
+  int64_t members;  // weights that differ; token i has those of i % members
 };
 
 // out = for each token its row of w, which is its vector's product with w; zeros where a row has no
-// step. w of the storage type [width, columns], out of the compute type [tokens, columns]. A value
-// without a vector gives NaN, for the host cannot look at it without waiting.
+// step. w of the storage type [members, width, columns], out of the compute type [tokens, columns].
+// A value without a vector gives NaN, for the host cannot look at it without waiting.
 int gather_rows(const Integers&, const void* w, int64_t columns, void* out, void* stream);
+
+// out = where each token's row lies in w, -1 if nowhere. [tokens]
+int rows_of_members(const Integers&, int64_t* out, void* stream);
 
 // The gradient of w: out = for each value the sum of its tokens' rows. Integers outside [0, width)
 // are left out.
@@ -81,11 +87,12 @@ struct SplitFloat32 {
 int split_float32(const SplitFloat32&, void* stream);
 
 // out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
-// saved of the storage type, `width` elements of each token.
+// saved of the storage type, `width` elements of each token. In derivatives plus the same of
+// others, which are null elsewhere.
 struct SavedProduct {
   DType dtype;
   Tokens tokens;
-  const void *d, *saved;
+  const void *d, *saved, *other_d, *other_saved;
   int64_t d_stride, saved_stride, width;
   void* out;
 };

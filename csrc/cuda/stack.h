@@ -39,7 +39,8 @@ struct Layer : LayerRegularisers {  // of one direction
   bool layer_norm;
   bool reverse;
   Tokens tokens;
-  Weights weights;      // contiguous
+  Weights weights;      // contiguous; [members, ...] where they differ
+  int64_t members = 1;  // weights that differ; row b of the batch has weights b % members
   const void *h0, *c0;  // storage type [batch, out], [batch, hidden]; null: zeros
   int64_t y_stride;     // of y
   int64_t c_stride;     // of saved_c
@@ -102,9 +103,9 @@ struct LayerForwardTangent {
 };
 
 // Backward together with its derivative in one direction; what the first LayerBackward has, the
-// second has the tangents of, and the weights of the second are not read. Rows of dgates and of
-// dproj of the value and of the tangent take turns, those of `hidden` of the tangent and of the
-// value.
+// second has the tangents of, and of the weights of the second only gains and shifts are read. Rows
+// of dgates and of dproj of the value and of the tangent take turns, those of `hidden` of the
+// tangent and of the value.
 struct LayerBackwardTangent {
   LayerBackward value, tangent;
   // Storage type, null where the tangent is zeros: the tangent of W_hh, rows of zeros for the slots

@@ -127,7 +127,7 @@ struct Candidate {
     // Blocks of a cluster store to each other by st.async, which a cluster of one does not have.
     if (cluster() && (alone() || s.team > kLargestCluster)) return false;
     const int teams = cluster() ? device.clusters[s.team] : device.processors / s.team;
-    const int64_t slices = (r.batch + s.rows - 1) / s.rows;
+    const int64_t slices = r.members * ((r.batch / r.members + s.rows - 1) / s.rows);
     if (slices > INT32_MAX) return false;
     const int stages = plan.layers * directions();
     plan.slices = int(slices);

@@ -28,6 +28,7 @@ struct CudaRequest {
   bool backward;
   bool tf32;             // float32 may be multiplied in TF32
   bool tangent = false;  // the derivative of that pass in one direction, which runs stepwise
+  int64_t members = 1;   // weights that differ; row b of the batch has weights b % members
 };
 
 // What the estimate of a plan's time is made of.
@@ -43,7 +44,7 @@ struct CudaPlan {
   // Of persistent backends:
   Engine engine;
   PersistentShape shape;
-  int slices;           // of the batch, all in all
+  int slices;           // of the batch, all in all; the rows of one have the same weights
   int at_once;          // of one launch
   double microseconds;  // what the choice was made by; an estimate
 

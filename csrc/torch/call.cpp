@@ -36,7 +36,7 @@ std::vector<int64_t> int64_values(const char* name, const Tensor& t) {
   return std::vector<int64_t>(values, values + host.numel());
 }
 
-Call::Call(const Inputs& in, const Config& config, Weighted weighted)
+Call::Call(const Inputs& in, const Config& config)
     : x(in.x),
       like(typed(in.x, in.weights, stored_of(config.stored))),
       problem(problem_of(config, in.regularisers, in.x, like, in.weights)),
@@ -66,8 +66,6 @@ Call::Call(const Inputs& in, const Config& config, Weighted weighted)
     }
   }
 
-  FUSEDRNN_EXPECT(!stacked(in.weights) || weighted == Weighted::kStackedToo,
-                  "fusedrnn: this op takes no stacked weights");
   FUSEDRNN_EXPECT(ensemble > 0 && batch % ensemble == 0, "fusedrnn: expected weights of an ",
                   "ensemble that divides ", batch, " rows, got ", ensemble);
 
@@ -311,12 +309,16 @@ TangentTensors::TangentTensors(const Call& call, const Tangents& given) {
   }
 }
 
-Weights TangentTensors::weights_of(const Problem& p, int64_t layer, int64_t dir) const {
+Weights TangentTensors::weights_of(const Call& call, int64_t layer, int64_t dir,
+                                   int64_t which) const {
+  const Problem& p = call.problem;
   auto next = weights.begin() + p.weight_index(layer, dir, WeightKind(0));
   Weights w{};
   auto take = [&]() -> const void* {
     const Tensor& t = *next++;
-    return t.numel() ? t.const_data_ptr() : nullptr;
+    if (t.numel() == 0) return nullptr;
+    return static_cast<const char*>(t.const_data_ptr()) +
+           which * (t.numel() / call.ensemble) * bytes(p.dtype);
   };
 #define WEIGHT(kind, name, torch_name, present, rows, columns) \
   if (present) w.name = take();

@@ -17,9 +17,7 @@ struct Call {
   int64_t ensemble;  // weights that differ; row b of the batch has weights b % ensemble
   std::vector<int64_t> batch_sizes;  // of packed input: rows at each step
 
-  // A backend that does not say that it takes stacked weights gets none.
-  enum class Weighted { kAlike, kStackedToo };
-  Call(const Inputs&, const Config&, Weighted = Weighted::kAlike);
+  Call(const Inputs&, const Config&);
 
   bool packed() const { return !batch_sizes.empty(); }
   int64_t directions() const { return problem.num_layers * problem.num_directions; }
@@ -74,7 +72,8 @@ struct TangentTensors {
   std::vector<Tensor> weights;
 
   TangentTensors(const Call&, const Tangents&);
-  Weights weights_of(const Problem&, int64_t layer, int64_t dir) const;  // null: zeros
+  // Of the ensemble's `which`; null: zeros.
+  Weights weights_of(const Call&, int64_t layer, int64_t dir, int64_t which = 0) const;
 };
 
 Tensor as_int64(const Tensor&, torch::stable::Device);  // contiguous

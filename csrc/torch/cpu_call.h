@@ -35,8 +35,7 @@ struct CpuCall : Call {
   std::vector<Weights> weight_pointers;
   bool padded_rows = false;  // some tokens do not exist: what lies there must be zeroed
 
-  CpuCall(const Inputs& in, const Config& config, Weighted weighted = Weighted::kStackedToo)
-      : Call(in, config, weighted) {
+  CpuCall(const Inputs& in, const Config& config) : Call(in, config) {
     FUSEDRNN_EXPECT(x.is_cpu(), "fusedrnn: expected CPU tensors");
   }
 

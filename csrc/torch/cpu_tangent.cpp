@@ -20,8 +20,10 @@ struct TangentCall : TangentTensors {
       x_offset.push_back(call.indices.offset[t] * p.input_size);
     a.x = pointer(x), a.x_offset = x_offset.data(), a.x_row = p.input_size;
     a.hx = pointer(hx), a.cx = pointer(cx);
-    for (int64_t i = 0; i < call.directions(); i++)
-      weight_pointers.push_back(weights_of(p, i / p.num_directions, i % p.num_directions));
+    for (int64_t which = 0; which < call.ensemble; which++)
+      for (int64_t i = 0; i < call.directions(); i++)
+        weight_pointers.push_back(
+            weights_of(call, i / p.num_directions, i % p.num_directions, which));
     a.weights = weight_pointers.data();
   }
 };
@@ -40,7 +42,7 @@ void* output_of(const Tensor& y) { return const_cast<void*>(y.const_data_ptr());
 ForwardOutputs forward_tangent_cpu(const Inputs& in, const Config& config, const Tangents& given,
                                    const SavedForBackward& saved, bool save) {
   ForwardTangent a{};
-  CpuCall call(in, config, Call::Weighted::kAlike);
+  CpuCall call(in, config);
   call.fill(a.primal);
   TangentCall tangents(call, given);
   tangents.fill(a.tangent, a.primal, call);
@@ -65,7 +67,7 @@ BackwardOutputs backward_tangent_cpu(const Inputs& in, const Config& config,
                                      const Tangents& tangents_given, const SavedForBackward& saved,
                                      const SavedForBackward& dsaved, const Wanted& wanted) {
   BackwardTangentStack a{};
-  CpuCall call(in, config, Call::Weighted::kAlike);
+  CpuCall call(in, config);
   call.fill(a.primal);
   TangentCall tangents(call, tangents_given);
   tangents.fill(a.tangent, a.primal, call);

@@ -9,7 +9,6 @@
 #include "cuda/elementwise.h"
 #include "cuda/persistent/layers.h"
 #include "torch/cuda_gradients.h"
-#include "torch/ensemble.h"
 
 namespace fusedrnn {
 namespace {
@@ -74,8 +73,7 @@ ForwardOutputs run_forward(const Inputs& in, const Config& config, Save save) {
     if (!p.indexed(first)) input = call.input_of(first, first ? *below : call.x, false);
     for (int64_t dir = 0; dir < D; dir++) {
       gates_x.push_back(call.empty({call.tokens, p.gate_rows()}, call.compute()));
-      Tensor w_ih = call.weights[p.weight_index(first, dir, kWeightIH)];
-      call.multiply_input(input, w_ih, gates_x.back());
+      call.multiply_input(input, call.weight(first, dir, kWeightIH), gates_x.back());
     }
     std::vector<LayerForward> layers;
     for (int64_t layer = first; layer < end; layer++) {
@@ -189,14 +187,14 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
                                      call.stream()),
                      "gathering states");
         const Differentials& d = differentials[at];
-        for (int64_t m = 0; m < g.members; m++) {
-          auto rows = [&](const Tensor& all) { return rows_of_member(all, m, g.members); };
-          const Tensor dgates = rows(d.dgates);
-          weight_gradients(call, layers[at],
-                           {dgates, input ? std::optional<Tensor>(rows(*input)) : std::nullopt,
-                            dgates, rows(before), dgates, rows(d.dproj), rows(d.hidden), d.dnormed},
-                           needs, index, m, g);
-        }
+        auto of_members = [&](const Tensor& rows) { return by_member(rows, g.members); };
+        const Tensor dgates = of_members(d.dgates);
+        std::optional<Tensor> read;
+        if (input) read = of_members(*input);
+        weight_gradients(call, layers[at],
+                         {dgates, read, dgates, of_members(before), dgates, of_members(d.dproj),
+                          of_members(d.hidden), d.dnormed},
+                         needs, index, g);
       }
     }
 
@@ -208,9 +206,9 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
     Tensor other = call.empty({D == 2 ? tokens : 0, width}, call.compute());
     for (int64_t dir = 0; dir < D; dir++) {
       Tensor dgates = differentials[dir].dgates;
-      call.multiply(narrow(dgates, 1, 0, p.gate_rows()),
-                    in_order_of_slots(call, call.weights[p.weight_index(first, dir, kWeightIH)]),
-                    dir == 0 ? grad_in : other);
+      call.multiply(by_member(narrow(dgates, 1, 0, p.gate_rows()), call.ensemble),
+                    in_order_of_slots(call, call.weight(first, dir, kWeightIH)),
+                    by_member(dir == 0 ? grad_in : other, call.ensemble));
     }
     const uint8_t* mask = call.mask_of(first);
     const void* const more = first ? given_for(first - 1) : nullptr;
@@ -229,13 +227,11 @@ BackwardOutputs run_backward(const Inputs& in, const Config& config, const Outpu
 
 // What a call has written before a launch is refused is its own, new, and written again.
 ForwardOutputs forward_cuda(const Inputs& in, const Config& config, Save save) {
-  if (stacked(in.weights)) return forward_each(in, config, save, forward_cuda);
   return until_accepted([&] { return run_forward(in, config, save); });
 }
 
 BackwardOutputs backward_cuda(const Inputs& in, const Config& config, const OutputGradients& given,
                               const SavedForBackward& saved, const Wanted& wanted) {
-  if (stacked(in.weights)) return backward_each(in, config, given, saved, wanted, backward_cuda);
   return until_accepted([&] { return run_backward(in, config, given, saved, wanted); });
 }
 

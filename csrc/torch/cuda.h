@@ -22,8 +22,9 @@ class CudaCall : public Call {
   // Throws where a launch returned an error: see check_launch.
   void check(int error, const char* what) const;
 
-  // out = a b, sums in the compute type; a and b alike, out of theirs or of the compute type,
-  // contiguous. Of float32 as torch's switches say: see plan/products.h.
+  // out = a b, sums in the compute type; a and b alike, out of theirs or of the compute type.
+  // Matrices, or as many of each in a leading dimension: by_member() makes those of rows. Of
+  // float32 as torch's switches say: see plan/products.h.
   void multiply(const Tensor& a, const Tensor& b, Tensor out) const;
   // The same on bare memory, for the product of a step: too small to be split.
   Multiply multiply() const;
@@ -31,6 +32,8 @@ class CudaCall : public Call {
   Tensor tensor_at(const void* data, const std::vector<int64_t>& sizes, ScalarType) const;
   Tensor bytes(int64_t count) const { return empty({count}, ScalarType::Byte); }
 
+  // Of an ensemble of one the matrix alone.
+  Tensor weight(int64_t layer, int64_t dir, WeightKind) const;
   Layer layer_of(int64_t layer, int64_t dir) const;
   // The cell states or candidates, slots and, of an inner layer, outputs: in the reserve, or in hs
   // and cs where all states are results. Null where there are none.
@@ -47,7 +50,7 @@ class CudaCall : public Call {
   Tensor input_of(int64_t layer, const Tensor& from, bool exact) const;
   const uint8_t* mask_of(int64_t layer) const;  // of a layer's input
   // What the input makes of a layer's gates: out = input W_ih^T, of the compute type.
-  // Without input it is the call's integers.
+  // Without input it is the call's integers. w_ih: of all members.
   void multiply_input(const std::optional<Tensor>& input, const Tensor& w_ih, Tensor out) const;
   Integers integers() const;
 
@@ -62,5 +65,9 @@ class CudaCall : public Call {
   Tokens tokens_;
   Tensor lengths_, offsets_, order_;  // what tokens_ points to
 };
+
+// [rows, columns] as [members, rows / members, columns], a view: row b belongs to b % members. Of
+// one member the matrix itself.
+Tensor by_member(const Tensor& rows, int64_t members);
 
 }  // namespace fusedrnn

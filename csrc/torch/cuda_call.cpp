@@ -13,19 +13,20 @@ namespace {
 using torch::stable::narrow;
 using torch::stable::transpose;
 
-// out = a b by ATen, with the result in out's type.
+// out = a b by ATen, with the result in out's type; one launch for any number of members.
 void aten_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const char* const op = out.dim() == 3 ? "aten::bmm" : "aten::mm";
   using torch::stable::detail::from;
   // The out variants: autocast leaves them alone.
   if (a.scalar_type() == out.scalar_type()) {
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    FUSEDRNN_EXPECT_TORCH(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION),
+    FUSEDRNN_EXPECT_TORCH(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION),
                           "run mm");
     torch::stable::detail::to<Tensor>(stack[0]);
   } else {
     std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
-    FUSEDRNN_EXPECT_TORCH(
-        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION), "run mm");
+    FUSEDRNN_EXPECT_TORCH(torch_call_dispatcher(op, "dtype_out", stack.data(), TORCH_ABI_VERSION),
+                          "run mm");
     torch::stable::detail::to<Tensor>(stack[0]);
   }
 }
@@ -45,6 +46,13 @@ const uint8_t* byte(const OptionalTensor& t, int64_t i) {
 
 }  // namespace
 
+Tensor by_member(const Tensor& rows, int64_t members) {
+  if (members == 1) return rows;
+  const Tensor grouped =
+      torch::stable::reshape(rows, {rows.size(0) / members, members, rows.size(1)});
+  return transpose(grouped, 0, 1);
+}
+
 CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward, bool tangent)
     : Call(in, config), device_(x), float32_products_(Float32Products::kAten), tokens_{} {
   tokens_.steps = steps, tokens_.batch = batch, tokens_.tokens = tokens;
@@ -54,7 +62,7 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward, bool t
     tf32 = permits_tf32(permitted.recurrent);
     products = permitted.products;
   }
-  const CudaRequest request{steps, batch, backward, tf32, tangent};
+  const CudaRequest request{steps, batch, backward, tf32, tangent, ensemble};
   plan = permitted_plan(problem, request, device_);
   family = family_of(problem, request, plan);
   if (tf32 != products) {
@@ -63,6 +71,9 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward, bool t
     float32_products_ = float32_products({tf32, products}, device.capability);
   }
 
+  for (const int64_t rows : batch_sizes)
+    FUSEDRNN_EXPECT(rows % ensemble == 0, "fusedrnn: expected weights of an ensemble that divides ",
+                    rows, " rows, got ", ensemble);
   if (packed()) {
     std::vector<int64_t> first(steps), row_steps(batch);
     for (int64_t t = 0, sum = 0; t < steps; sum += batch_sizes[t++]) first[t] = sum;
@@ -88,7 +99,7 @@ CudaCall::CudaCall(const Inputs& in, const Config& config, bool backward, bool t
     if (plan.backend != CudaBackend::kStepwise && plan.launches() > 1) {
       order_ = empty({batch}, ScalarType::Long);
       int64_t* order = static_cast<int64_t*>(order_.mutable_data_ptr());
-      check(order_by_length(at, order, batch, stream()), "ordering rows");
+      check(order_by_length(at, order, batch, ensemble, stream()), "ordering rows");
       tokens_.order = order;
     }
   }
@@ -99,11 +110,15 @@ void CudaCall::check(int error, const char* what) const {
 }
 
 void CudaCall::multiply(const Tensor& a, const Tensor& b, Tensor out) const {
-  const bool large = a.size(1) > 0 && out.numel() >= kLeastSplit / a.size(1);
-  if (large && float32_products_ == Float32Products::kSplit && b.numel() <= UINT32_MAX)
-    multiply_split(a, b, out);
-  else
-    multiply_whole(a, b, out);
+  const bool many = out.dim() == 3;
+  const int64_t members = many ? out.size(0) : 1, depth = a.size(a.dim() - 1);
+  const bool large = depth > 0 && out.numel() / members >= kLeastSplit / depth;
+  if (!large || float32_products_ != Float32Products::kSplit || b.numel() / members > UINT32_MAX)
+    return multiply_whole(a, b, out);
+  for (int64_t m = 0; m < members; m++) {
+    auto own = [&](const Tensor& all) { return many ? torch::stable::select(all, 0, m) : all; };
+    multiply_split(own(a), own(b), own(out));
+  }
 }
 
 // Of a part of the rows of a at a time, or of its columns and the rows of b: what there is more of.
@@ -148,7 +163,7 @@ Tensor CudaCall::parts_of(Tensor matrix, int64_t depth, bool left) const {
 
 void CudaCall::multiply_whole(const Tensor& a, const Tensor& b, const Tensor& out) const {
   if (float32_products_ != Float32Products::kFloat64) return aten_mm(a, b, out);
-  const Tensor wide = empty({out.size(0), out.size(1)}, ScalarType::Double);
+  const Tensor wide = empty({out.sizes().begin(), out.sizes().end()}, ScalarType::Double);
   aten_mm(torch::stable::to(a, ScalarType::Double), torch::stable::to(b, ScalarType::Double), wide);
   Tensor to = out;
   torch::stable::copy_(to, wide);
@@ -164,17 +179,26 @@ Tensor CudaCall::tensor_at(const void* data, const std::vector<int64_t>& sizes,
 
 Multiply CudaCall::multiply() const {
   return [this](const Product& p) {
-    auto storage = [&](const void* data, int64_t rows, int64_t columns, int64_t stride) {
-      return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1},
-                                      x.device(), type());
+    // A matrix, or one for each member, which begin `next` elements after each other.
+    auto matrix = [&](const void* data, int64_t rows, int64_t columns, int64_t row_stride,
+                      int64_t column_stride, int64_t next, ScalarType of) {
+      std::vector<int64_t> sizes{rows, columns}, strides{row_stride, column_stride};
+      if (p.members > 1)
+        sizes.insert(sizes.begin(), p.members), strides.insert(strides.begin(), next);
+      return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, x.device(), of);
     };
-    const Tensor a = storage(p.a, p.rows, p.depth, p.a_stride);
+    const int64_t M = p.members, rows = p.rows / M, of_weight = p.depth * p.columns;
+    const Tensor a = matrix(p.a, rows, p.depth, M * p.a_stride, 1, p.a_stride, type());
     const Tensor w = p.transposed
-                         ? torch::stable::from_blob(const_cast<void*>(p.w), {p.depth, p.columns},
-                                                    {1, p.depth}, x.device(), type())
-                         : storage(p.w, p.depth, p.columns, p.columns);
-    multiply_whole(a, w, tensor_at(p.out, {p.rows, p.columns}, compute()));
+                         ? matrix(p.w, p.depth, p.columns, 1, p.depth, of_weight, type())
+                         : matrix(p.w, p.depth, p.columns, p.columns, 1, of_weight, type());
+    multiply_whole(a, w, matrix(p.out, rows, p.columns, M * p.columns, 1, p.columns, compute()));
   };
+}
+
+Tensor CudaCall::weight(int64_t layer, int64_t dir, WeightKind kind) const {
+  const Tensor w = weights[problem.weight_index(layer, dir, kind)];
+  return stacked(weights) && ensemble == 1 ? torch::stable::select(w, 0, 0) : w;
 }
 
 Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
@@ -184,7 +208,7 @@ Layer CudaCall::layer_of(int64_t layer, int64_t dir) const {
   a.hidden_size = p.hidden_size, a.proj_size = p.proj_size;
   a.layer_norm = p.layer_norm, a.reverse = dir == 1;
   a.tokens = tokens_;
-  a.weights = weights_of(layer, dir);
+  a.weights = weights_of(layer, dir), a.members = ensemble;
   a.y_stride = out_width();
   a.input_mask = mask_of(layer), a.mask_scale = mask_scale();
   const int64_t H = p.hidden_size, P = p.out_size(), D = p.num_directions, index = layer * D + dir,
@@ -257,13 +281,13 @@ Tensor CudaCall::input_of(int64_t layer, const Tensor& from, bool exact) const {
 
 Integers CudaCall::integers() const {
   return {problem.dtype, tokens_, static_cast<const int64_t*>(x.const_data_ptr()),
-          problem.input_size};
+          problem.input_size, ensemble};
 }
 
 void CudaCall::multiply_input(const std::optional<Tensor>& input, const Tensor& w_ih,
                               Tensor out) const {
-  const Tensor w = torch::stable::transpose(w_ih, 0, 1);
-  if (input) return multiply(*input, w, out);
+  const Tensor w = torch::stable::transpose(w_ih, -2, -1);
+  if (input) return multiply(by_member(*input, ensemble), w, by_member(out, ensemble));
   const Tensor rows = torch::stable::contiguous(w);
   check(
       gather_rows(integers(), rows.const_data_ptr(), out.size(1), out.mutable_data_ptr(), stream()),

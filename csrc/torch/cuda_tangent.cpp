@@ -16,24 +16,31 @@ void put(const Tensor& to, int64_t dim, int64_t start, const Tensor& from) {
   Tensor whole = to, part = narrow(whole, dim, start, from.size(dim));
   torch::stable::copy_(part, from);
 }
-// Rows of both, a row of the first with one of the second beside it.
+// Both along `dim` with `gap` zeros between them.
+Tensor joined(const CudaCall& call, int64_t dim, const Tensor& a, int64_t gap, const Tensor& b) {
+  std::vector<int64_t> sizes{a.sizes().begin(), a.sizes().end()};
+  sizes[dim] += gap + b.size(dim);
+  const Tensor both = call.empty(sizes, call.type());
+  Tensor whole = both, zeros = narrow(whole, dim, a.size(dim), gap);
+  if (gap) torch::stable::zero_(zeros);
+  put(both, dim, 0, a), put(both, dim, a.size(dim) + gap, b);
+  return both;
+}
+// Of matrices, or of one for each member: rows of both, a row of the first with one of the second
+// beside it;
 Tensor beside(const CudaCall& call, const Tensor& a, const Tensor& b) {
-  const Tensor both = call.empty({a.size(0), a.size(1) + b.size(1)}, call.type());
-  put(both, 1, 0, a), put(both, 1, a.size(1), b);
-  return both;
+  return joined(call, a.dim() - 1, a, 0, b);
 }
-// The rows of a, `gap` rows of zeros, and the rows of b.
+// the rows of a, `gap` rows of zeros, and the rows of b.
 Tensor above(const CudaCall& call, const Tensor& a, int64_t gap, const Tensor& b) {
-  const int64_t rows = a.size(0) + gap, columns = a.size(1);
-  const Tensor both = call.empty({rows + b.size(0), columns}, call.type());
-  Tensor whole = both, zeros = narrow(whole, 0, a.size(0), gap);
-  torch::stable::zero_(zeros);
-  put(both, 0, 0, a), put(both, 0, rows, b);
-  return both;
+  return joined(call, a.dim() - 2, a, gap, b);
 }
-// The left part of each row, then its right part, as rows of their own.
+// The left part of each row, then its right part, as rows of their own; of a matrix, or of one for
+// each member.
 Tensor halves(const Tensor& rows) {
-  return torch::stable::reshape(rows, {2 * rows.size(0), rows.size(1) / 2});
+  std::vector<int64_t> sizes{rows.sizes().begin(), rows.sizes().end()};
+  sizes[sizes.size() - 2] *= 2, sizes.back() /= 2;
+  return torch::stable::reshape(rows, sizes);
 }
 
 // A call with tangents of its tensors, and what forward left of it.
@@ -41,17 +48,13 @@ struct TangentCall : CudaCall {
   const TangentTensors v;
 
   TangentCall(const Inputs& in, const Config& config, const Tangents& direction, bool backward)
-      : CudaCall(in, config, backward, true), v(*this, direction) {
-    FUSEDRNN_EXPECT(!problem.layer_norm,
-                    "fusedrnn: derivatives of a call with layer_norm have no CUDA kernel");
-  }
+      : CudaCall(in, config, backward, true), v(*this, direction) {}
 
-  Tensor weight(int64_t layer, int64_t dir, WeightKind kind) const {
-    return weights[problem.weight_index(layer, dir, kind)];
-  }
-  // Empty: zeros.
+  // Empty: zeros. As weight().
   Tensor weight_tangent(int64_t layer, int64_t dir, WeightKind kind) const {
-    return v.weights[problem.weight_index(layer, dir, kind)];
+    const Tensor dw = v.weights[problem.weight_index(layer, dir, kind)];
+    const bool alone = dw.numel() > 0 && stacked(weights) && ensemble == 1;
+    return alone ? torch::stable::select(dw, 0, 0) : dw;
   }
   // The output of a layer [tokens, width], or the tangent of that.
   Tensor output(int64_t layer, const SavedForBackward& of) const {
@@ -65,7 +68,7 @@ struct TangentCall : CudaCall {
   // `a`, of the values, with the tangents of states and weights in their place.
   template <class L>
   L with_tangents(L a, int64_t layer, int64_t dir) const {
-    a.weights = v.weights_of(problem, layer, dir);
+    a.weights = v.weights_of(*this, layer, dir);
     auto state = [&](const OptionalTensor& all, int64_t width) -> const void* {
       const int64_t at = (layer * problem.num_directions + dir) * batch * width;
       return all ? static_cast<const char*>(all->const_data_ptr()) +
@@ -163,7 +166,8 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
         call.put_states_before(both.value, before, 0);
         known_h = call.empty({tokens, p.gate_rows()}, call.compute());
         Tensor dw = call.weight_tangent(layer, dir, kWeightHH);
-        call.multiply(before, transpose(dw, 0, 1), *known_h);
+        call.multiply(by_member(before, call.ensemble), transpose(dw, -2, -1),
+                      by_member(*known_h, call.ensemble));
         both.known_h = known_h->const_data_ptr();
       }
       if (a.weights.w_hr) {
@@ -175,7 +179,10 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
       const int64_t row = (layer * D + dir) * B * size;
       a.hn = dhn_at + row * out;
       a.cn = dcn_at ? dcn_at + row * p.hidden_size : nullptr;
-      if (save) a.saved = call.slots_in(dreserve, layer, dir);
+      if (save) {
+        a.saved = call.slots_in(dreserve, layer, dir);
+        a.scales = call.scales_in(dreserve, layer, dir);
+      }
       if (save || (p.all_states && dcn_at)) a.saved_c = call.cells_in(dreserve, dcs, layer, dir);
       const Tensor workspace = call.bytes(stepwise_workspace(both));
       call.check(stepwise_forward_tangent(both, workspace.mutable_data_ptr(), call.multiply(),
@@ -191,6 +198,7 @@ ForwardOutputs run_forward_tangent(const Inputs& in, const Config& config,
 // LayerBackwardTangent says.
 struct Differentials {
   Tensor dgates, dproj, hidden;
+  Tensor dnormed[2];  // with layer normalisation: of values, of tangents
 };
 
 void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
@@ -205,17 +213,16 @@ void weight_gradients_of(const TangentCall& call, const LayerBackwardTangent& a,
     call.put_states_before(a.value, before, out);
   }
   const bool moves = input.tangent.has_value();
-  for (int64_t m = 0; m < d.members; m++) {
-    auto rows = [&](const Tensor& all) { return rows_of_member(all, m, d.members); };
-    Tensor own = rows(of.dgates);
-    const Tensor both = halves(own), tangent = narrow(own, 1, S, S);
-    std::optional<Tensor> read;
-    if (input.value) read = moves ? halves(rows(input.pair(call))) : rows(*input.value);
-    weight_gradients(call, a.value,
-                     {moves ? both : tangent, read, both, halves(rows(before)), tangent,
-                      halves(rows(of.dproj)), halves(rows(of.hidden))},
-                     needs, index, m, d);
-  }
+  auto rows = [&](const Tensor& all) { return by_member(all, d.members); };
+  Tensor dgates = of.dgates;
+  const Tensor both = halves(rows(dgates)), tangent = rows(narrow(dgates, 1, S, S));
+  std::optional<Tensor> read;
+  if (input.value) read = moves ? halves(rows(input.pair(call))) : rows(*input.value);
+  weight_gradients(
+      call, a.value,
+      {moves ? both : tangent, read, both, halves(rows(before)), tangent, halves(rows(of.dproj)),
+       halves(rows(of.hidden)), of.dnormed[1], of.dnormed[0], a.tangent.saved},
+      needs, index, d);
 }
 
 BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
@@ -238,9 +245,12 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
     std::vector<Differentials> differentials;
     for (int64_t dir = 0; dir < D; dir++) {
       const int64_t projected = p.proj_size ? tokens : 0;
-      const Differentials& of = differentials.emplace_back(Differentials{
-          call.empty({tokens, 2 * S}, call.type()), call.empty({projected, 2 * out}, call.type()),
-          call.empty({projected, 2 * H}, call.type())});
+      const Differentials& of = differentials.emplace_back(
+          Differentials{call.empty({tokens, 2 * S}, call.type()),
+                        call.empty({projected, 2 * out}, call.type()),
+                        call.empty({projected, 2 * H}, call.type()),
+                        {call.empty({tokens, p.normed_columns()}, call.compute()),
+                         call.empty({tokens, p.normed_columns()}, call.compute())}});
       LayerBackwardTangent& both = layers.emplace_back();
       static_cast<LayerSaved&>(both.value) = call.layer_in(saved, layer, dir);
       static_cast<LayerSaved&>(both.tangent) =
@@ -264,6 +274,7 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
         a.dh0 = result(of_states.need_hx, of_states.hx, out);
         if (traits(p.cell).has_cell) a.dc0 = result(of_states.need_cx, of_states.cx, H);
         a.dgates = element(of.dgates, which * S, size);
+        if (p.layer_norm) a.dnormed = element(of.dnormed[which], 0, wide);
         if (!p.proj_size) return;
         a.dproj = element(of.dproj, which * out, size);
         a.hidden = element(of.hidden, (1 - which) * H, size);
@@ -309,7 +320,8 @@ BackwardOutputs run_backward_tangent(const Inputs& in, const Config& config,
         Tensor dgates = differentials[dir].dgates;
         to.push_back(layer == 0 && dir == 0 ? torch::stable::reshape(d.x, {tokens, width})
                                             : call.empty({tokens, width}, call.compute()));
-        call.multiply(narrow(dgates, 1, column, w.size(0)), w, to.back());
+        call.multiply(by_member(narrow(dgates, 1, column, w.size(w.dim() - 2)), call.ensemble), w,
+                      by_member(to.back(), call.ensemble));
       };
       const Tensor w = in_order_of_slots(call, call.weight(layer, dir, kWeightIH));
       const Tensor dw = call.weight_tangent(layer, dir, kWeightIH);

@@ -52,7 +52,8 @@ void bind_device(py::module_& m) {
 void bind_request(py::module_& m) {
   using T = CudaRequest;
   auto type = structure<T>(m, "CudaRequest");
-  fields(type, NAMED(steps), NAMED(batch), NAMED(backward), NAMED(tf32), NAMED(tangent));
+  fields(type, NAMED(steps), NAMED(batch), NAMED(backward), NAMED(tf32), NAMED(tangent),
+         NAMED(members));
 }
 
 void bind_shape(py::module_& m) {

@@ -42,7 +42,6 @@ OP = (
             "cuda_gradients",
             "cuda_standing",
             "cuda_tangent",
-            "ensemble",
             "host",
             "reserve",
             "switches",

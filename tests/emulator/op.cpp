@@ -15,6 +15,7 @@ namespace {
 void seed(int64_t value) { simt::set_seed(value); }  // of the order of threads; negative: fixed
 void fail_after(int64_t launches) { simt::fail_after(launches); }
 void play(std::string faults) { simt::play(faults.c_str()); }  // see simt.h; empty: none
+int64_t launches() { return simt::launches(); }
 int64_t longest_way() { return simt::longest_way(); }
 void forget() { forget_standings(), take_lost_block(); }
 
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("seed(int value) -> ()");
   m.def("fail_after(int launches) -> ()");
   m.def("play(str faults) -> ()");
+  m.def("launches() -> int");
   m.def("longest_way() -> int");
   m.def("forget() -> ()");
   for (const char* schema : kStandingSchemas) m.def(schema);
@@ -47,6 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn_emulated, CompositeExplicitAutograd, m) {
   m.impl("seed", TORCH_BOX(&seed));
   m.impl("fail_after", TORCH_BOX(&fail_after));
   m.impl("play", TORCH_BOX(&play));
+  m.impl("launches", TORCH_BOX(&launches));
   m.impl("longest_way", TORCH_BOX(&longest_way));
   m.impl("forget", TORCH_BOX(&forget));
   m.impl("trial", trial_op);

@@ -21,21 +21,26 @@ from . import build
 products_are_finite = True
 
 
-def _mm_dtype_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+def _product(product: Any) -> Any:
     """Of 16-bit matrices with the result in float32: ATen has it for CUDA alone."""
-    assert a.dtype == b.dtype in (torch.bfloat16, torch.float16)
-    assert out.dtype == out_dtype == torch.float32
-    assert out.shape == (a.shape[0], b.shape[1])
-    global products_are_finite
-    products_are_finite &= bool(a.isfinite().all() and b.isfinite().all())
-    return torch.mm(a.float(), b.float(), out=out)  # which autocast leaves alone, like this one
+
+    def dtype_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        assert a.dtype == b.dtype in (torch.bfloat16, torch.float16)
+        assert out.dtype == out_dtype == torch.float32
+        assert out.shape == (*a.shape[:-1], b.shape[-1])
+        global products_are_finite
+        products_are_finite &= bool(a.isfinite().all() and b.isfinite().all())
+        return product(a.float(), b.float(), out=out)  # which autocast leaves alone, like this one
+
+    return dtype_out
 
 
 @functools.cache
 def load(mode: str = "plain") -> Any:
     torch.ops.load_library(str(build(mode, "op.so")))
     aten = torch.library.Library("aten", "IMPL")
-    aten.impl("mm.dtype_out", _mm_dtype_out, "CPU")
+    aten.impl("mm.dtype_out", _product(torch.mm), "CPU")
+    aten.impl("bmm.dtype_out", _product(torch.bmm), "CPU")
     namespace = torch.ops.fusedrnn_emulated
     namespace.kept_alive = aten
     return namespace

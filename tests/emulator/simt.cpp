@@ -188,6 +188,7 @@ Fiber main_fiber;
 State* state = nullptr;
 bool random_order = false;
 int64_t launches_to_failure = -1;
+int64_t all_launches = 0;
 int64_t way = 0;  // of the last launch
 std::mt19937_64 generator;
 
@@ -670,6 +671,7 @@ void set_seed(int64_t seed) {
 }
 
 void fail_after(int64_t launches) { launches_to_failure = launches; }
+int64_t launches() { return all_launches; }
 
 Faults faults;
 void play(const char* text) {
@@ -699,6 +701,7 @@ void play(const char* text) {
 }
 
 int run(const Launch& launch, const std::function<void()>& body) {
+  all_launches++;
   if (launches_to_failure >= 0 && launches_to_failure-- == 0) return kLaunchFailure;
   if (const int error = check(launch)) return error;
   const int refusal = faults.refuse_clusters && launch.cluster > 1      ? kInvalidClusterSize

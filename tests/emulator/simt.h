@@ -56,6 +56,8 @@ int run(const Launch&, const std::function<void()>& body);
 void set_seed(int64_t seed);
 // Lets so many launches pass, and has the one after them fail; negative: none.
 void fail_after(int64_t launches);
+// How many there have been.
+int64_t launches();
 // Faults to play from now on, separated by commas; none: the text is empty.
 //   refuse-clusters, refuse-cooperative, refuse-all   launches of such a kind are not accepted
 //   after=N       but for the first N of them

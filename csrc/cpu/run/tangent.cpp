@@ -33,21 +33,22 @@ class BackwardTangentLayers {
         hidden_(2, p_.proj_size ? columns_ * p_.hidden_size : 0),
         dnormed_(2, columns_ * p_.normed_columns()),
         between_(layers_ > 1 ? 4 : 0, columns_ * p_.out_size()),
-        packed_(2, p_.num_directions * packed_bytes_),
+        packed_(2 * run.plan.ensemble, p_.num_directions * packed_bytes_),
         more_(1, a.tangent.member_count * most_weights() * size_),
         tasks_(run.plan, a.primal.seq.batch, tangent_scratch(run, p_), layers_),
-        arguments_(layers_),
+        arguments_(layers_ * run.plan.ensemble),
         sums_(2 * layers_) {}
 
   void run() {
     std::vector<Phase> phases;
     const void *grad_out = a_.primal.grad_y, *dgrad_out = a_.tangent.grad_y;
     for (int64_t i = 0; i < layers_; i++) {
-      set_arguments(i, grad_out, dgrad_out);
-      grad_out = arguments_[i].primal.grad_in, dgrad_out = arguments_[i].tangent.grad_in;
+      for (int64_t which = 0; which < run_.plan.ensemble; which++)
+        set_arguments(i, which, grad_out, dgrad_out);
+      grad_out = arguments(i).primal.grad_in, dgrad_out = arguments(i).tangent.grad_in;
       phases.push_back(prepare(i));
-      phases.push_back(tasks_.phase(i, [this, i](int64_t, const Rows& rows, Member&) {
-        run_.kernels.backward_tangent(arguments_[i], rows);
+      phases.push_back(tasks_.phase(i, [this, i](int64_t which, const Rows& rows, Member&) {
+        run_.kernels.backward_tangent(arguments(i, which), rows);
       }));
       set_sums(i);
       for (int64_t sum = 0; sum < 2; sum++) phases.push_back(weight_gradients(i, sum));
@@ -98,14 +99,18 @@ class BackwardTangentLayers {
       std::memcpy(b.grad_in, below, columns_ * p_.out_size());
   }
 
-  void set_arguments(int64_t i, const void* grad_out, const void* dgrad_out) {
+  BackwardTangent& arguments(int64_t i, int64_t which = 0) {
+    return arguments_[i * run_.plan.ensemble + which];
+  }
+
+  void set_arguments(int64_t i, int64_t which, const void* grad_out, const void* dgrad_out) {
     const int64_t layer = p_.num_layers - 1 - i;
     auto set = [&](Backward& b, const BackwardStack& of, int64_t place, const void* from_above) {
       b = {};
-      static_cast<Common&>(b) = of;
+      static_cast<Common&>(b) = of_weights<Common>(of, run_.plan, which);
       b.pass = run_.plan.pass;
       b.layer = layer;
-      b.packed = packed_.data(place);
+      b.packed = packed_.data(2 * which + place);
       b.y = of.y;
       b.grad_hn = of.grad_hn, b.grad_cn = of.grad_cn, b.grad_out = from_above;
       if (layer > a_.tangent.lowest) b.grad_in = between_.data(2 * place + i % 2);
@@ -114,8 +119,8 @@ class BackwardTangentLayers {
       b.dproj = dproj_.data(place), b.hidden = hidden_.data(place);
       b.dnormed = dnormed_.data(place);
     };
-    set(arguments_[i].primal, a_.primal, 0, grad_out);
-    Backward& tangent = arguments_[i].tangent;
+    set(arguments(i, which).primal, a_.primal, 0, grad_out);
+    Backward& tangent = arguments(i, which).tangent;
     set(tangent, a_.tangent, 1, dgrad_out);
     if (layer == 0) tangent.grad_in = a_.tangent.dx;
     tangent.dhx = a_.tangent.dhx, tangent.dcx = a_.tangent.dcx;
@@ -123,16 +128,17 @@ class BackwardTangentLayers {
 
   // Packs the weights, and copies the gradients that the layer's own are added to.
   Phase prepare(int64_t i) {
-    const int64_t each = pack_parts(run_.plan), parts = p_.num_directions * each;
-    const int64_t layer = arguments_[i].primal.layer,
+    const int64_t each = pack_parts(run_.plan), parts = p_.num_directions * each,
+                  packs = 2 * run_.plan.ensemble * parts;
+    const int64_t layer = arguments(i).primal.layer,
                   total = run_.kernels.backward_offsets(p_, layer).total * size_;
-    return {2 * parts + 2, 0, [this, i, each, parts, layer, total](int64_t part, char*) {
+    return {packs + 2, 0, [this, i, each, parts, packs, layer, total](int64_t part, char*) {
+              if (part == packs) return copy_below(a_.primal, arguments(i).primal);
+              if (part > packs) return copy_below(a_.tangent, arguments(i).tangent);
               const int64_t place = part / parts, dir = part % parts / each;
-              const BackwardTangent& both = arguments_[i];
-              if (part == 2 * parts) return copy_below(a_.primal, both.primal);
-              if (part > 2 * parts) return copy_below(a_.tangent, both.tangent);
+              const BackwardTangent& both = arguments(i, place / 2);
               // Tangents need the primal weights wherever they need their own.
-              Backward b = place ? both.tangent : both.primal;
+              Backward b = place % 2 ? both.tangent : both.primal;
               b.grad_in = both.tangent.grad_in, b.dhx = both.tangent.dhx;
               run_.kernels.pack_backward(b, layer * p_.num_directions + dir,
                                          packed_.data(place) + dir * total, part % each, each);
@@ -153,7 +159,7 @@ class BackwardTangentLayers {
   // results, and that of g x dh others, which are added to these. The second sum has no biases, and
   // of W_ih nothing where the input has no tangent.
   void set_sums(int64_t i) {
-    const Backward& d = arguments_[i].tangent;
+    const Backward& d = arguments(i).tangent;
     const bool dx = !p_.indexed(d.layer) && (d.layer || d.x);
     for (int64_t m = 0; m < a_.tangent.member_count; m++)
       for (int64_t dir = 0; dir < p_.num_directions; dir++) {
@@ -185,10 +191,10 @@ class BackwardTangentLayers {
                   tasks = run_.kernels.weight_tasks(p_, threads);
     size_t most = 0;
     for (int64_t m = 0; m < members; m++) most = std::max(most, a_.tangent.members[m].step.size());
-    return {members * tasks, run_.kernels.weight_scratch(p_, arguments_[i].primal.layer, most),
+    return {members * tasks, run_.kernels.weight_scratch(p_, arguments(i).primal.layer, most),
             [this, i, sum, &to, threads, tasks](int64_t task, char* scratch) {
               const int64_t m = task / tasks;
-              const BackwardTangent& both = arguments_[i];
+              const BackwardTangent& both = arguments(i);
               Backward b = sum ? both.tangent : both.primal;
               b.dgates = sum ? both.primal.dgates : both.tangent.dgates;
               b.dproj = sum ? both.primal.dproj : both.tangent.dproj;
@@ -209,7 +215,7 @@ class BackwardTangentLayers {
               void* const to = sums_[2 * i][task / kinds][kind];
               const void* const from = sums_[2 * i + 1][task / kinds][kind];
               if (!to || !from) return;
-              const int64_t n = elements(arguments_[i].primal.layer, kind);
+              const int64_t n = elements(arguments(i).primal.layer, kind);
               if (size_ == sizeof(double))
                 add_to(static_cast<double*>(to), static_cast<const double*>(from), n);
               else
@@ -230,10 +236,10 @@ class BackwardTangentLayers {
   // Two: of the primal pass, and their tangents.
   const ScratchMemory dgates_, dproj_, hidden_, dnormed_;
   const ScratchMemory between_;  // gradients of the inputs of two layers that take turns, likewise
-  const ScratchMemory packed_;
+  const ScratchMemory packed_;   // of each of the ensemble's weights
   const ScratchMemory more_;
   RowTasks tasks_;
-  std::vector<BackwardTangent> arguments_;
+  std::vector<BackwardTangent> arguments_;  // [layers][ensemble]
   std::vector<std::vector<WeightGradients>> sums_;
 };
 
@@ -254,21 +260,25 @@ void run_forward_tangent(const CpuRun& run, ForwardTangent& a) {
   std::vector<int64_t> offsets{0};
   for (int64_t i = 0; i < stack; i++)
     offsets.push_back(offsets.back() + k.forward_offsets(a.primal, i / p.num_directions).total);
-  const ScratchMemory packed(2, offsets.back() * size);
-  a.primal.packed = packed.data(0), a.tangent.packed = packed.data(1);
-  const int64_t parts = pack_parts(run.plan);
+  const int64_t parts = pack_parts(run.plan), ensemble = run.plan.ensemble;
+  const ScratchMemory packed(2 * ensemble, offsets.back() * size);
+  std::vector<ForwardTangent> calls;  // of each of the ensemble's weights
+  for (int64_t which = 0; which < ensemble; which++) {
+    ForwardTangent& call = calls.emplace_back(both_of_weights(a, run.plan, which));
+    call.primal.packed = packed.data(2 * which), call.tangent.packed = packed.data(2 * which + 1);
+  }
   auto pack = [&](int64_t task, char*) {
-    const int64_t i = task / parts % stack, part = task % parts;
-    const bool tangent = task / parts >= stack;
-    k.pack_forward(tangent ? a.tangent : a.primal, i, packed.data(tangent) + offsets[i] * size,
-                   part, parts);
+    const int64_t i = task / parts % stack, part = task % parts, place = task / parts / stack;
+    const ForwardTangent& both = calls[place / 2];
+    k.pack_forward(place % 2 ? both.tangent : both.primal, i,
+                   packed.data(place) + offsets[i] * size, part, parts);
   };
   RowTasks tasks(run.plan, a.primal.seq.batch, tangent_scratch(run, p), 1);
-  run_phases(
-      run.pool, run.plan.threads,
-      {{2 * stack * parts, 0, pack}, tasks.phase(0, [&](int64_t, const Rows& rows, Member& me) {
-         k.forward_tangent(a, rows, me);
-       })});
+  run_phases(run.pool, run.plan.threads,
+             {{2 * ensemble * stack * parts, 0, pack},
+              tasks.phase(0, [&](int64_t which, const Rows& rows, Member& me) {
+                k.forward_tangent(calls[which], rows, me);
+              })});
 }
 
 void run_backward_tangent(const CpuRun& run, const BackwardTangentStack& a) {

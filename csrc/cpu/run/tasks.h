@@ -33,6 +33,14 @@ Call of_weights(Call a, const CpuPlan& plan, int64_t which) {
   return a;
 }
 
+// The same of a call and its tangents.
+template <class Both>
+Both both_of_weights(Both both, const CpuPlan& plan, int64_t which) {
+  both.primal = of_weights(both.primal, plan, which);
+  both.tangent = of_weights(both.tangent, plan, which);
+  return both;
+}
+
 // All rows of the batch through task(which of the ensemble's weights, rows, member of a team), one
 // thread or one team each; `times` times.
 class RowTasks {

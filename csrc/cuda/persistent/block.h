@@ -16,15 +16,15 @@ struct Element {
   int64_t length;  // steps of row b
   int64_t last;    // steps of the longest row that the team runs
 
-  __device__ Element(const Persistent& p, int rank, int64_t slice) {
+  __device__ Element(const Persistent& p, int rank, int64_t slice, int64_t member) {
     const int units = p.shape.units, rows = p.shape.rows, i = int(threadIdx.x);
     row = i / units, unit = i % units;
-    b = p.row_at(slice * rows + row), j = int64_t(rank) * units + unit;
+    b = p.row_at(slice * rows + row, member), j = int64_t(rank) * units + unit;
     in_block = row < rows;
     exists = in_block && b < p.batch && j < p.hidden_size;
     last = 0;
     for (int r = 0; r < rows; r++) {
-      const int64_t other = p.row_at(slice * rows + r);
+      const int64_t other = p.row_at(slice * rows + r, member);
       if (other < p.batch && length_of(p, other) > last) last = length_of(p, other);
     }
     length = exists ? length_of(p, b) : 0;
@@ -88,7 +88,12 @@ struct Block {
   char* const shared;
 
   __device__ Block(const P& p, char* shared, int vector)
-      : p(p), s(p.shape), team(p), me(p, team.rank, team.slice), piece(s, vector), shared(shared) {}
+      : p(p),
+        s(p.shape),
+        team(p),
+        me(p, team.rank, team.slice, team.member),
+        piece(s, vector),
+        shared(shared) {}
 
   __device__ const auto& stage() const { return p.stage[team.stage]; }
   // Whether step t of the stage begins with states of zeros, in this thread's row.
@@ -104,14 +109,18 @@ struct Block {
   __device__ bool follows() const { return p.chained && team.stage > 0; }
   __device__ bool feeds_next() const { return p.chained && team.stage + 1 < p.stages; }
 
-  // The row of W [gates * hidden, hidden] that is row i of the block's, which follow each other
-  // gate by gate: `gates` are their numbers.
+  // The row of a bias, or of W, of this team's member.
+  __device__ int64_t gate_row(int gate, int64_t j) const {
+    return (team.member * p.layout.gates + gate) * p.hidden_size + j;
+  }
+  // The row of W [members * gates * hidden, hidden] that is row i of the block's, which follow each
+  // other gate by gate: `gates` are their numbers.
   __device__ WeightRow weight_row(const int* gates, int i) const {
     static_assert(kMostSlots == 4);
     const int units = s.units, H = int(p.hidden_size);
     const int k = (i >= units) + (i >= 2 * units) + (i >= 3 * units);  // no division
     const int j = team.rank * units + i - k * units;
-    return {int64_t(gates[k] * H + (j < H ? j : 0)) * H, j < H};
+    return {gate_row(gates[k], j < H ? j : 0) * H, j < H};
   }
 };
 

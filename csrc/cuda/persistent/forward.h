@@ -22,8 +22,8 @@ template <class E, bool kCluster>
 struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
   using S = typename E::Operand;  // the storage type too
   using Base = Block<PersistentForward, S, kCluster>;
-  using Base::begins_anew, Base::feeds_next, Base::follows, Base::h_factor, Base::me, Base::p,
-      Base::piece, Base::s, Base::shared, Base::team, Base::weight_row;
+  using Base::begins_anew, Base::feeds_next, Base::follows, Base::gate_row, Base::h_factor,
+      Base::me, Base::p, Base::piece, Base::s, Base::shared, Base::team, Base::weight_row;
   const ForwardStage& stage = Base::stage();
 
   __device__ ForwardBlock(const PersistentForward& p, char* shared)
@@ -55,7 +55,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     for (int i = threadIdx.x; i < (kCluster ? 2 : 1) * s.x_rows * s.x_row;
          i += kPersistentThreads) {
       const int row = i / s.x_row, column = i % s.x_row;
-      const int64_t b = p.row_at(team.slice * s.rows + row);
+      const int64_t b = p.row_at(team.slice * s.rows + row, team.member);
       bool initial = row < s.rows && b < p.batch && column < H;
       if (initial && p.resets)
         initial = !fusedrnn::begins_anew(p, p.resets, stage.reverse, time(0), b, length_of(p, b));
@@ -108,7 +108,7 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     S* x_in = reinterpret_cast<S*>(shared + s.input_x);
     const Share mine(s.rows);
     for (int row = mine.row; row < s.rows; row += mine.rows) {
-      const int64_t b = p.row_at(team.slice * s.rows + row);
+      const int64_t b = p.row_at(team.slice * s.rows + row, team.member);
       const bool runs = b < p.batch && t < length_of(p, b);
       const int64_t token = runs ? token_of(p, t, b) : 0;
       const S* const from = static_cast<const S*>(below.y) + token * below.y_stride;
@@ -222,8 +222,8 @@ struct ForwardBlock : Block<PersistentForward, typename E::Operand, kCluster> {
     if (me.exists) {
 #pragma unroll
       for (int k = 0; k < kMostSlots; k++) {
-        if (layout.x_gate[k] >= 0) bias[k] += read<S>(stage.b_ih, layout.x_gate[k] * H + me.j);
-        if (layout.h_gate[k] >= 0) bias[k] += read<S>(stage.b_hh, layout.h_gate[k] * H + me.j);
+        if (layout.x_gate[k] >= 0) bias[k] += read<S>(stage.b_ih, gate_row(layout.x_gate[k], me.j));
+        if (layout.h_gate[k] >= 0) bias[k] += read<S>(stage.b_hh, gate_row(layout.h_gate[k], me.j));
       }
       h = read<S>(stage.h0, at);
       if (layout.has_cell) c = read<S>(stage.c0, at);

@@ -17,6 +17,7 @@ P problem_of(const CudaPlan& plan, const Layer& layer, size_t stages) {
   p.chained = plan.layers > 1;
   p.stages = int(stages);
   p.batch = layer.tokens.batch, p.hidden_size = layer.hidden_size, p.steps = layer.tokens.steps;
+  p.members = layer.members;
   p.lengths = layer.tokens.lengths, p.offsets = layer.tokens.offsets;
   p.order = layer.tokens.order;
   p.mask_scale = float(layer.mask_scale);

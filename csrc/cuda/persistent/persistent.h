@@ -19,7 +19,7 @@ struct StageMasks {
 
 // One layer and direction, forward.
 struct ForwardStage {
-  const void *w_hh, *b_ih, *b_hh;  // storage type; biases may be null: zeros
+  const void *w_hh, *b_ih, *b_hh;  // storage type; biases may be null: zeros; of all members
   const void* gates_x;             // compute type [tokens, gates * hidden]: x W_ih^T
   // Of a chained stage in its place: W_ih, and which elements of the stage before are kept.
   const void* w_ih;
@@ -75,18 +75,20 @@ struct Persistent {
   bool chained;
   int stages;
   int64_t batch, hidden_size, steps;
+  int64_t members = 1;  // weights that differ, [members, ...]: row b of the batch has b % members
   // On the device. The first token of a step stands in `offsets` for packed data, which has lengths
   // too; they are null where every row has `steps` steps.
   const int64_t* lengths;  // [batch], each in [0, steps]
   const int64_t* offsets;  // [steps], or null
-  // The rows of the batch in the order in which slices take them; null: their own.
+  // The rows of the batch in the order in which slices take them, members in turn; null: their own.
   const int64_t* order;
   float mask_scale;
   const uint8_t* resets;       // [tokens], or null: see begins_anew() in cuda/tokens.h
   float zoneout_h, zoneout_c;  // 0: none
   int64_t c_stride;            // of saved_c
   PersistentShape shape;
-  // Which of the slices of shape.rows rows this launch runs.
+  // Which of the slices of shape.rows rows this launch runs. Slice i has rows of member i %
+  // members.
   int first_slice, slices;
   int* flags;       // flag_count() times kMissing
   void* workspace;  // workspace_bytes(), forward all kMissing
@@ -95,9 +97,10 @@ struct Persistent {
   int* tell_host;
   int launch_code;
 
-  // The row of the batch in a place of the slices; no row from `batch` on.
-  FUSEDRNN_HD int64_t row_at(int64_t place) const {
-    return order && place < batch ? order[place] : place;
+  // The row of the batch in a place of a member's slices; no row from `batch` on.
+  FUSEDRNN_HD int64_t row_at(int64_t place, int64_t member) const {
+    const int64_t b = place * members + member;
+    return order && b < batch ? order[b] : b;
   }
   FUSEDRNN_HD int64_t blocks() const { return int64_t(slices) * stages * shape.team; }
   // Whether blocks exchange through global memory, and whether some wait for what others write

@@ -14,7 +14,8 @@ namespace fusedrnn {
 template <bool kCluster>
 struct Team {
   int rank, size;
-  int64_t index, slice;  // of the team; of its rows of the batch
+  int64_t index, slice;  // of the team; of its rows, among those of their member
+  int64_t member = 0;
   int stage;
   int* flags;  // of the team's blocks
   // A value that comes once a block of the launch has waited too long for another; and where the
@@ -30,6 +31,7 @@ struct Team {
       : size(p.shape.team), tell_host(p.tell_host), launch_code(p.launch_code) {
     index = int64_t(blockIdx.x) / size, rank = int(blockIdx.x % size);
     stage = int(index / p.slices), slice = p.first_slice + index % p.slices;
+    if (p.members > 1) member = slice % p.members, slice /= p.members;
     flags = p.flags + index * size;
     given_up = reinterpret_cast<uint32_t*>(p.flags) + p.flag_count() - 1;
   }

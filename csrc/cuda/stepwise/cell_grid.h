@@ -25,7 +25,7 @@ __device__ inline void each_cell(const CellStep& p, F f) {
 
 // h = what a product gave: lets the kernels finish a step whose h is projected.
 struct Projection {
-  static constexpr int kSlots = 1, kSaved = 0;
+  static constexpr int kGates = 1, kSlots = 1, kSaved = 0;
   static constexpr bool kHasCell = false, kUsesHPrev = false;
   static FUSEDRNN_HD constexpr GateRanges<1> x_ranges() { return {{{0, 0, 1}}}; }
   static FUSEDRNN_HD constexpr GateRanges<1> h_ranges() { return {{{0, 0, 0}}}; }

@@ -16,15 +16,17 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
       return;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
+    const int64_t bias = member_of(p, b) * Cell::kGates * H + j;
     C s[Cell::kSlots];
     for (int k = 0; k < Cell::kSlots; k++) {
       const int x = gate_of(Cell::x_ranges(), k), h = gate_of(Cell::h_ranges(), k);
       s[k] = 0;
       if (x >= 0)
-        s[k] += read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, x * H + j);
+        s[k] +=
+            read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, bias + x * H);
       if (h >= 0)
         s[k] += (anew ? 0 : read<C>(p.gates_h, b * p.gates_h_stride + h * H + j)) +
-                read<S>(p.b_hh, h * H + j);
+                read<S>(p.b_hh, bias + h * H);
     }
     const int64_t at = b * H + j;
     const bool zones_h = p.zoneout_h.rate > 0, zones_c = p.zoneout_c.rate > 0;

@@ -18,6 +18,7 @@ struct CellStep {
   Cell cell;
   DType dtype;
   int64_t batch, hidden_size;
+  int64_t members = 1;  // weights that differ; row b has biases, gains and shifts b % members
   int64_t step, steps;  // this step in time, also in the reverse direction, and how many there are
   const int64_t* lengths;  // [batch], null: every row has `steps` steps
   bool reverse;
@@ -33,7 +34,7 @@ struct CellStep {
 struct CellForward : CellStep {
   const void* gates_x;      // compute type [batch, gates * hidden]: x W_ih^T
   const void* gates_h;      // the same of h W_hh^T; null: zeros
-  const void *b_ih, *b_hh;  // storage type [gates * hidden]; null: zeros
+  const void *b_ih, *b_hh;  // storage type [members, gates * hidden]; null: zeros
   void *h, *c;              // compute type [batch, hidden], updated in place; h may be null for
                             // cells that do not read it, c for those that have none
   void* operand;            // storage type [batch, hidden]: h times h_mask for the next product,
@@ -75,7 +76,8 @@ struct CellBackward : CellStep, SavedStep {
 };
 
 // The same of cells with layer normalisation (cells/normed.h): saved and dgates have the slots of
-// Normed. Storage type [gates * hidden] and [hidden]; the latter null for cells without c.
+// Normed. Storage type [members, gates * hidden] and [members, hidden]; the latter null for cells
+// without c.
 struct NormWeights {
   const void *gain_ih, *gain_hh, *gain_c, *shift_c;
 };
@@ -109,6 +111,17 @@ struct CellBackwardTangent {
   CellBackward value, tangent;
 };
 
+// The same with layer normalisation. Tangents of gains and shifts may be null: zeros.
+struct NormedForwardTangent : CellForwardTangent {
+  NormWeights norms, dnorms;
+  const void* scales;
+  void* dscales;  // compute type [batch, scales], or null
+  void* halves;   // as NormedForward's
+};
+struct NormedBackwardTangent {
+  NormedBackward value, tangent;
+};
+
 // Each enqueues one kernel on `stream`, a CUDA stream, and returns a cudaError_t, 0 for success.
 int cell_forward(const CellForward&, void* stream);
 int cell_backward(const CellBackward&, void* stream);
@@ -116,6 +129,8 @@ int normed_forward(const NormedForward&, void* stream);
 int normed_backward(const NormedBackward&, void* stream);
 int cell_forward_tangent(const CellForwardTangent&, void* stream);
 int cell_backward_tangent(const CellBackwardTangent&, void* stream);
+int normed_forward_tangent(const NormedForwardTangent&, void* stream);
+int normed_backward_tangent(const NormedBackwardTangent&, void* stream);
 
 // The same for the projection of an LSTM, whatever `cell` says, with proj_size as hidden_size: h is
 // gates_x as it stands, and dgates is dL/dh. The cell's own launches then have no h, y, h_prev, dh

@@ -27,11 +27,6 @@ struct BackwardArrays {
   }
 };
 
-NormWeights norms_of(const Layer& a) {
-  const Weights& w = a.weights;
-  return {w.gain_ih, w.gain_hh, w.gain_c, w.shift_c};
-}
-
 }  // namespace
 
 int64_t stepwise_workspace(const LayerForward& a) { return ForwardArrays(a, nullptr).bytes; }
@@ -56,7 +51,7 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
     const int64_t first = walk.first, rows = walk.rows();
-    multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G});
+    multiply({w.operand, P, rows, P, a.weights.w_hh, true, w.gates_h, G, a.members});
     const CellForward step = step_of<CellForward>(a, walk);
     CellForward p = a.proj_size ? cell_of(step) : step;
     set_cells(p, a, w, walk);
@@ -65,7 +60,7 @@ int stepwise_forward(const LayerForward& a, void* workspace, const Multiply& mul
     if (a.proj_size) {
       p.operand = w.hidden;
       if ((error = run_cells(p, first))) break;
-      multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P});
+      multiply({w.hidden, H, rows, H, a.weights.w_hr, true, w.projected, P, a.members});
       result = projection_of(step, P);
       result.gates_x = w.projected, result.gates_x_stride = P;
     } else {
@@ -87,12 +82,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
 
   auto run_cells = [&](const CellBackward& p, int64_t first) {
     if (!a.layer_norm) return cell_backward(p, stream);
-    NormedBackward normed{};
-    static_cast<CellBackward&>(normed) = p;
-    normed.norms = norms_of(a);
-    normed.scales = at(a.scales, first * a.cell_traits().scales, wide);
-    normed.dnormed = at(a.dnormed, first * (traits(a.cell).slots + has_cell) * H, wide);
-    return normed_backward(normed, stream);
+    return normed_backward(normed_of(p, a, first), stream);
   };
 
   // Compute to compute: gradients carried from step to step, in place.
@@ -115,7 +105,7 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
       void* const dproj = at(a.dproj, first * P, size);
       outer.dgates = dproj;
       if ((error = projection_backward(outer, stream))) break;
-      multiply({dproj, P, rows, P, a.weights.w_hr, false, w.dhidden, H});
+      multiply({dproj, P, rows, P, a.weights.w_hr, false, w.dhidden, H, a.members});
       p = cell_of(step);
       p.dy = w.dhidden, p.dy_stride = H;
       p.hidden = at(a.hidden, first * H, size);
@@ -125,7 +115,8 @@ int stepwise_backward(const LayerBackward& a, void* workspace, const Multiply& m
     p.dgates = at(a.dgates, first * S, size);
     if ((error = run_cells(p, first))) break;
     // W_hh reaches the last slots.
-    multiply({at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P});
+    multiply(
+        {at(p.dgates, S - G, size), S, rows, G, a.weights.w_hh, false, w.product, P, a.members});
     product = w.product, later_resets = step.resets;
   }
   if (error || !product) return error;

@@ -8,7 +8,8 @@
 namespace fusedrnn {
 
 // out [rows, columns] = a [rows, depth] times w [depth, columns], or times the transpose of
-// w [columns, depth]. a and w of the storage type, out of the compute type.
+// w [columns, depth]. a and w of the storage type, out of the compute type. Of w
+// [members, ...] row i of a takes i % members; members divide the rows.
 struct Product {
   const void* a;
   int64_t a_stride, rows, depth;
@@ -16,6 +17,7 @@ struct Product {
   bool transposed;
   void* out;
   int64_t columns;
+  int64_t members = 1;
 };
 // Enqueues a product on the same stream, and throws where that fails.
 using Multiply = std::function<void(const Product&)>;

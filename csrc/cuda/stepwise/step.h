@@ -13,6 +13,10 @@ __device__ inline bool begins_anew(const CellStep& p, const uint8_t* resets, int
                                    int64_t step) {
   return resets && runs_at(p, b, p.reverse ? step + 1 : step) && resets[b];
 }
+// Which of the weights that differ row b has.
+__device__ inline int64_t member_of(const CellStep& p, int64_t b) {
+  return p.members > 1 ? b % p.members : 0;
+}
 // What part of the old value stays of element `at`.
 template <class C>
 __device__ inline C rate_of(const Zoneout& z, int64_t at) {

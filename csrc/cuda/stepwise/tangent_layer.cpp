@@ -40,11 +40,22 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
   const int64_t H = a.hidden_size, P = a.out_size(), G = a.gate_columns();
   const int64_t wide = compute_bytes(a.dtype);
 
+  auto run_cells = [&](const CellForwardTangent& p, int64_t first) {
+    if (!a.layer_norm) return cell_forward_tangent(p, stream);
+    NormedForwardTangent normed{};
+    static_cast<CellForwardTangent&>(normed) = p;
+    normed.norms = norms_of(both.value), normed.dnorms = norms_of(a), normed.halves = w.halves;
+    const int64_t scales = first * a.cell_traits().scales;
+    normed.scales = at(both.value.scales, scales, wide);
+    normed.dscales = at(a.scales, scales, wide);
+    return normed_forward_tangent(normed, stream);
+  };
+
   int error = begin_forward(a, w, stream);
   Walk walk(a.tokens, a.reverse);
   for (int64_t i = 0; i < a.tokens.steps && !error; i++, walk.move(!a.reverse)) {
     const int64_t first = walk.first, rows = walk.rows();
-    multiply({w.operand, P, rows, P, weights.w_hh, true, w.gates_h, G});
+    multiply({w.operand, P, rows, P, weights.w_hh, true, w.gates_h, G, a.members});
     const CellForwardTangent step = step_of<CellForwardTangent>(a, walk);
     CellForwardTangent p = a.proj_size ? cell_of(step) : step;
     p.value = saved_at(both.value, walk);
@@ -52,15 +63,15 @@ int stepwise_forward_tangent(const LayerForwardTangent& both, void* workspace,
     p.known_h = at(both.known_h, first * G, wide), p.known_h_stride = G;
     if (!a.proj_size) {
       set_results(p, a, w, walk);
-      error = cell_forward_tangent(p, stream);
+      error = run_cells(p, first);
       continue;
     }
     p.hidden = w.hidden;
-    if ((error = cell_forward_tangent(p, stream))) break;
+    if ((error = run_cells(p, first))) break;
     if (both.w_hr)
-      multiply({w.hidden, 2 * H, rows, 2 * H, both.w_hr, true, w.projected, P});
+      multiply({w.hidden, 2 * H, rows, 2 * H, both.w_hr, true, w.projected, P, a.members});
     else
-      multiply({w.hidden, 2 * H, rows, H, weights.w_hr, true, w.projected, P});
+      multiply({w.hidden, 2 * H, rows, H, weights.w_hr, true, w.projected, P, a.members});
     CellForward result = projection_of<CellForward>(step, P);
     result.gates_x = w.projected, result.gates_x_stride = P;
     set_results(result, a, w, walk);
@@ -115,11 +126,11 @@ int stepwise_backward_tangent(const LayerBackwardTangent& both, void* workspace,
       });
       if ((error = projection_backward_tangent(outer, stream))) break;
       const void *dproj = outer.value.dgates, *tangent = outer.tangent.dgates;
-      multiply({dproj, 2 * P, rows, P, a.weights.w_hr, false, w.dhidden[0], H});
+      multiply({dproj, 2 * P, rows, P, a.weights.w_hr, false, w.dhidden[0], H, a.members});
       if (both.w_hr)
-        multiply({dproj, 2 * P, rows, 2 * P, both.w_hr, false, w.dhidden[1], H});
+        multiply({dproj, 2 * P, rows, 2 * P, both.w_hr, false, w.dhidden[1], H, a.members});
       else
-        multiply({tangent, 2 * P, rows, P, a.weights.w_hr, false, w.dhidden[1], H});
+        multiply({tangent, 2 * P, rows, P, a.weights.w_hr, false, w.dhidden[1], H, a.members});
     }
     fill(p, [&](CellBackward& q, const LayerBackward& of, int which) {
       q = a.proj_size ? cell_of(step) : step;
@@ -134,15 +145,19 @@ int stepwise_backward_tangent(const LayerBackwardTangent& both, void* workspace,
       q.dc = of.dc0, q.dcs = at(of.dcs, first * of.c_stride, wide);
       q.dgates = at(of.dgates, 2 * first * S, size);
     });
-    if ((error = cell_backward_tangent(p, stream))) break;
+    error = a.layer_norm ? normed_backward_tangent({normed_of(p.value, both.value, first),
+                                                    normed_of(p.tangent, both.tangent, first)},
+                                                   stream)
+                         : cell_backward_tangent(p, stream);
+    if (error) break;
     // W_hh reaches the last slots.
     const void *dgates = at(p.value.dgates, S - G, size),
                *tangent = at(p.tangent.dgates, S - G, size);
-    multiply({dgates, 2 * S, rows, G, a.weights.w_hh, false, w.product[0], P});
+    multiply({dgates, 2 * S, rows, G, a.weights.w_hh, false, w.product[0], P, a.members});
     if (both.w_hh)
-      multiply({dgates, 2 * S, rows, S + G, both.w_hh, false, w.product[1], P});
+      multiply({dgates, 2 * S, rows, S + G, both.w_hh, false, w.product[1], P, a.members});
     else
-      multiply({tangent, 2 * S, rows, G, a.weights.w_hh, false, w.product[1], P});
+      multiply({tangent, 2 * S, rows, G, a.weights.w_hh, false, w.product[1], P, a.members});
     product[0] = w.product[0], product[1] = w.product[1], later_resets = step.resets;
   }
   if (error || !product[0]) return error;

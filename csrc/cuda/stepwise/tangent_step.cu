@@ -18,15 +18,16 @@ __global__ void __launch_bounds__(kUnits* kRows, 2)
       return;
     }
     const bool anew = begins_anew(p, p.resets, b, p.step);
+    const int64_t bias = member_of(p, b) * Cell::kGates * H + j;
     Dual<C> s[Cell::kSlots]{}, h_prev{}, c_prev{}, c{};
     for (int k = 0; k < Cell::kSlots; k++) {
       const int x = gate_of(Cell::x_ranges(), k), h = gate_of(Cell::h_ranges(), k);
       C& da = s[k].tangent;
       if (x >= 0)
-        da += read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, x * H + j);
+        da += read<C>(p.gates_x, b * p.gates_x_stride + x * H + j) + read<S>(p.b_ih, bias + x * H);
       if (h >= 0)
         da += (anew ? 0 : read<C>(p.gates_h, b * p.gates_h_stride + h * H + j)) +
-              read<C>(p.known_h, b * p.known_h_stride + h * H + j) + read<S>(p.b_hh, h * H + j);
+              read<C>(p.known_h, b * p.known_h_stride + h * H + j) + read<S>(p.b_hh, bias + h * H);
     }
     for (int k = 0; k < Cell::kSaved; k++)
       s[k].value = read<S>(value.saved, (b * Cell::kSaved + k) * H + j);

@@ -80,7 +80,7 @@ template <class Step>
 Step step_of(const Layer& a, const Walk& walk) {
   Step p{};
   p.cell = a.cell, p.dtype = a.dtype;
-  p.batch = walk.rows(), p.hidden_size = a.hidden_size;
+  p.batch = walk.rows(), p.hidden_size = a.hidden_size, p.members = a.members;
   p.step = walk.t, p.steps = a.tokens.steps;
   p.lengths = a.tokens.lengths, p.reverse = a.reverse;
   p.resets = walk.resets(a);
@@ -158,6 +158,22 @@ inline SavedStep saved_at(const LayerSaved& a, const Walk& walk) {
   s.c_prev = inside ? at(a.saved_c, before_first * a.c_stride, wide) : nullptr;
   s.h0 = a.h0, s.c0 = a.c0;
   return s;
+}
+
+inline NormWeights norms_of(const Layer& a) {
+  const Weights& w = a.weights;
+  return {w.gain_ih, w.gain_hh, w.gain_c, w.shift_c};
+}
+// With layer normalisation; the step's tokens begin with `first`.
+inline NormedBackward normed_of(const CellBackward& p, const LayerBackward& a, int64_t first) {
+  const int64_t wide = compute_bytes(a.dtype);
+  NormedBackward normed{};
+  static_cast<CellBackward&>(normed) = p;
+  normed.norms = norms_of(a);
+  normed.scales = at(a.scales, first * a.cell_traits().scales, wide);
+  const int64_t columns = (traits(a.cell).slots + traits(a.cell).has_cell) * a.hidden_size;
+  normed.dnormed = at(a.dnormed, first * columns, wide);
+  return normed;
 }
 
 }  // namespace fusedrnn
