@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -59,8 +60,12 @@ class ScratchPool {
     free_.push_back(block), free_bytes_ += block.bytes;
     trim();
   }
-  // Forgets the peak of the time before the last call of age().
+  // Forgets the peak of the time before the last age, unless that has just begun: hundreds of small
+  // calls between two large ones take milliseconds.
   void age() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - aged_ < kShortestAge) return;
+    aged_ = now;
     last_peak_ = peak_, peak_ = 0;
     trim();
   }
@@ -84,6 +89,7 @@ class ScratchPool {
   static constexpr int64_t kPage = 4096;
   static constexpr int64_t kLargestFit = 8;   // times what is asked for
   static constexpr int64_t kSlack = 4 << 20;  // for the blocks of other, smaller calls
+  static constexpr std::chrono::milliseconds kShortestAge{250};
 
   // Four sizes for each power of two, so that lengths that differ a little share their blocks.
   static int64_t size_class(int64_t bytes) {
@@ -122,8 +128,9 @@ class ScratchPool {
   }
 
   std::vector<Block> free_;
-  int64_t free_bytes_ = 0, peak_ = 0, last_peak_ = 0;  // peaks of used_ between calls of age()
-  std::atomic<int64_t> used_{0};                       // that calls have asked for and hold
+  int64_t free_bytes_ = 0, peak_ = 0, last_peak_ = 0;  // peaks of used_ in this age and the last
+  std::chrono::steady_clock::time_point aged_;
+  std::atomic<int64_t> used_{0};  // that calls have asked for and hold
 };
 
 // The pool of all threads, for memory that may be returned by another thread than took it.
