@@ -229,14 +229,14 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, Operand<S>* scr
   };
   if (tokens == 1) return few(FirstIndices<1>{});
   if (tokens == 2) return few(FirstIndices<2>{});
-  int64_t columns = 0;
-  each_right([&](int64_t N, auto, void*) { columns += N; });
+  int64_t columns = 0, widest = 0;
+  each_right([&](int64_t N, auto, void*) { columns += N, widest = max(widest, N); });
   // Sums of kLong tokens, which are added to dst when they are complete.
   C* const long_sums = reinterpret_cast<C*>(scratch);
   X* const left = scratch + O::long_sums(M, columns, tokens);
   X* const right = left + O::left(M);
   C* const unrounded =
-      reinterpret_cast<C*>(right + O::kDepth * Panels<X>::padded(min(columns, O::kColumns)));
+      reinterpret_cast<C*>(right + O::kDepth * Panels<X>::padded(min(widest, O::kColumns)));
   // Whether b lies beyond L2, and a with it, which is seldom narrower.
   constexpr int64_t kFarBytes = 4 << 20;
   const bool far = tokens * columns * int64_t(sizeof(C)) > kFarBytes;
