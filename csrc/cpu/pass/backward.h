@@ -45,6 +45,7 @@ struct GateMatrix {
   const Operand<S>* packed;
   const S* unpacked;
   int64_t N;
+  int64_t longest;  // of longest_sum()
 };
 
 // One direction: its arrays, and its packed weights where there are any.
@@ -76,9 +77,9 @@ struct BackwardDirection {
                 dir * call.seq.tokens * call.problem.normed_columns()),
         weights(call.weights[index]),
         w_hh{packed ? packed + offsets.w_hh : nullptr, static_cast<const S*>(weights.w_hh),
-             call.problem.out_size()},
+             call.problem.out_size(), longest_sum<X>(call.seq.batch)},
         w_ih{packed ? packed + offsets.w_ih : nullptr, static_cast<const S*>(weights.w_ih),
-             call.problem.product_input(call.layer)},
+             call.problem.product_input(call.layer), longest_sum<X>(call.seq.batch)},
         w_hr(packed ? packed + offsets.w_hr : nullptr) {}
 };
 
@@ -134,7 +135,7 @@ void multiply_gates(const Ranges& ranges, const GateMatrix<S>& w, int64_t H, int
       const int64_t K = range.count * H;
       gemm(M, min(kAtOnce, columns.end - n), K, slot_of_gates(range.slot), ld_gates,
            panels + n * operands<X>(K), dst + n, ld,
-           {block_addend ? block_addend + n : nullptr, ld}, {}, shape);
+           {block_addend ? block_addend + n : nullptr, ld}, w.longest, {}, shape);
       panels += Panels<X>::size(K, N);
       block_addend = dst;
     }
@@ -368,7 +369,7 @@ class BackwardPass {
   void project(const Direction& d, int64_t t, int64_t n) const {
     of.read_projected(d, t, n);
     gemm(n, p.hidden_size, p.out_size(), buf.dproj, buf.ld_proj, d.w_hr, buf.dhidden, p.hidden_size,
-         {});
+         {}, longest_sum<X>(of.seq.batch));
   }
 
   // The cells of a row of a step: from dL/dh and dL/dc to the gradients of its gates.

@@ -245,25 +245,31 @@ FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, int64_t part, A a, con
   }
 }
 
-// The most operands that are summed before they are added to an element of C. Results of pairs are
-// rounded to bfloat16, beside which the error of longer sums is small.
+// The most operands that are summed before they are added to an element of C, in a call of `batch`
+// rows. torch's own sums are short where rows are few. Results of pairs are rounded to bfloat16,
+// beside which the error of longer sums is small.
+constexpr int64_t kShortSum = 64;
 template <class X>
-constexpr int64_t kLongestSum = kDepth<X> == 2 ? 256 : 64;
+FUSEDRNN_INLINE int64_t longest_sum(int64_t batch) {
+  constexpr int64_t kLongSum = 256, kManyRows = 16;
+  return kDepth<X> == 2 || batch >= kManyRows ? kLongSum : kShortSum;
+}
 
 // C [M, N] = A [M, K] B + D. K counts values; rows of A hold lda operands, those of C ldc values.
-// The planes of a row of A lie at equal parts of lda. The shape's height is that of the
-// thread's StepTiles.
+// The planes of a row of A lie at equal parts of lda. `longest`: of longest_sum(). The shape's
+// height is that of the thread's StepTiles.
 template <class X>
 void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* packed, Compute<X>* c,
-          int64_t ldc, Addend<Compute<X>> d, OverlappedWork work = {}, TileShape shape = {}) {
+          int64_t ldc, Addend<Compute<X>> d, int64_t longest, OverlappedWork work = {},
+          TileShape shape = {}) {
   using P = Panels<X>;
   const int64_t depth = operands<X>(K);
   if constexpr (kTiled<X>) {
     tile_product(M, N, depth, a, lda, packed, c, ldc, d, work, shape);
   } else {
     if (M == 0) return;
-    const int64_t parts = (depth + kLongestSum<X> - 1) / kLongestSum<X>;
-    const int64_t longest = parts ? (depth + parts - 1) / parts : 1;  // without depth C = D
+    const int64_t parts = (depth + longest - 1) / longest;
+    const int64_t part = parts ? (depth + parts - 1) / parts : 1;  // without depth C = D
     auto left = [&](int64_t m, int64_t, int64_t k) {
       return Left<X>{a + m * lda + k, lda, 1, lda};
     };
@@ -274,9 +280,9 @@ void gemm(int64_t M, int64_t N, int64_t K, const X* a, int64_t lda, const X* pac
       with_panel<X>(cols, [&](auto vectors) __attribute__((always_inline)) {
         constexpr int V = vectors.value;
         if (M <= kFewRows)
-          multiply_few_for<X, V>(M)(depth, longest, a, lda, panel, c + n, ldc, cols, addend);
+          multiply_few_for<X, V>(M)(depth, part, a, lda, panel, c + n, ldc, cols, addend);
         else
-          multiply_panel<X, V>(M, depth, longest, left, panel, c + n, ldc, cols, addend);
+          multiply_panel<X, V>(M, depth, part, left, panel, c + n, ldc, cols, addend);
       });
     }
   }

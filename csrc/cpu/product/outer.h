@@ -173,7 +173,7 @@ FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, cons
   if constexpr (kPlanes<X> > 1) {
     tile_product<true>(M, cols, K, left, Outer<X>::kRow, right, dst, N, {addend, N}, {});
   } else if constexpr (kTiled<X>) {
-    gemm(M, cols, count, left, Outer<X>::kRow, right, dst, N, {addend, N});
+    gemm(M, cols, count, left, Outer<X>::kRow, right, dst, N, {addend, N}, chain);
   } else {
     auto packed = [&](int64_t m, int64_t rows, int64_t k) {
       return Left<X>{left + m * K + k * rows, 1, rows, K};
@@ -241,7 +241,7 @@ void outer_products(int64_t tokens, int64_t M, LeftRow left_row, Operand<S>* scr
   constexpr int64_t kFarBytes = 4 << 20;
   const bool far = tokens * columns * int64_t(sizeof(C)) > kFarBytes;
   // A chain rounds about as often as the one that it is added to.
-  const int64_t chain = max(8, min(kLongestSum<X>, tokens / 8));
+  const int64_t chain = max(8, min(kShortSum, tokens / 8));
   for (int64_t k0 = 0; k0 < tokens; k0 += O::kTokens) {
     const int64_t count = min(O::kTokens, tokens - k0);
     auto token = [&](int64_t k) { return left_row(k0 + k); };
