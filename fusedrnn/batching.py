@@ -26,7 +26,7 @@ Batched = tuple[Tensor, int | None]
 
 class _Fold:
     """Folds the members of a call and what belongs to it. `dims`: of call.tensors. Weights are
-    stacked where they differ between members, or are said to.
+    stacked where they differ between members, or where `differ` says so.
     """
 
     def __init__(self, call: ops.Call, dims: Dims, members: int, differ: bool = False) -> None:

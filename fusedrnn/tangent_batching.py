@@ -16,8 +16,8 @@ _DIRECTION = 4  # arguments: tangents of x, hx, cx and the weights
 
 
 class _Fold(batching._Fold):
-    """Folds `arguments` of a call, of which `dims` says what is batched, as `of_direction` does of
-    its tangents.
+    """Folds the `arguments` of a call. `dims` and `of_direction`: the batched dimensions of these
+    and of their tangents.
     """
 
     def __init__(self, arguments: Any, dims: Dims, of_direction: Dims, members: int) -> None:

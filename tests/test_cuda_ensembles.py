@@ -191,3 +191,20 @@ def test_large_products_where_tf32_is_permitted_to_recurrent_layers(plan, precis
         found[switch] = vmap(grad(loss))(stacked, x)["weight_ih_l0"]
     error = (found["tf32"] - found["ieee"]).norm(dim=(1, 2)) / found["ieee"].norm(dim=(1, 2))
     assert (error > 2e-6).all() and (error < 5e-5).all()
+
+
+@pytest.mark.slow
+@ON_STEPWISE
+def test_large_products_that_are_split_by_depth(plan, precision):  # noqa: F811
+    members = [make_pair("rnn", 4097, 16, seed=seed)[1] for seed in range(2)]
+    with torch.no_grad():
+        for member in members:
+            member.weight_ih_l0.mul_(0.1)
+    stacked = {n: p.detach() for n, p in stack_module_state(members)[0].items()}
+    skeleton = copy.deepcopy(members[0]).to("meta")
+    x = torch.randn(2, 1, 2100, 4097)
+    precision("tf32", "ieee")
+    with torch.no_grad():
+        together = vmap(lambda p, x: functional_call(skeleton, p, (x,))[0])(stacked, x)
+        for m, member in enumerate(members):
+            torch.testing.assert_close(together[m], member(x[m])[0], rtol=1e-5, atol=1e-5)

@@ -60,6 +60,7 @@ def test_one_call_runs_all_members(shared):
 CASES = {
     "plain": {},
     "float32, tiles": {"dtype": torch.float32, "hidden": 70, "batch": 17, "steps": 9},
+    "float32, few rows": {"dtype": torch.float32, "hidden": 70, "batch": 6},
     "bfloat16": {"dtype": torch.bfloat16, "hidden": 33, "num_layers": 1},
     "one step": {"steps": 1, "batch": 1, "hidden": 33, "bidirectional": False},
     "one large step": {

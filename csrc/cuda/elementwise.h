@@ -87,8 +87,8 @@ struct SplitFloat32 {
 int split_float32(const SplitFloat32&, void* stream);
 
 // out = d times what forward saved, zeros where a row has no step; d and out of the compute type,
-// saved of the storage type, `width` elements of each token. In derivatives plus the same of
-// others, which are null elsewhere.
+// saved of the storage type, `width` elements of each token. other_d, other_saved: a second product
+// that is added, in derivatives; null: none.
 struct SavedProduct {
   DType dtype;
   Tokens tokens;

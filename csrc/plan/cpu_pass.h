@@ -12,7 +12,7 @@ struct CpuCosts {
   int64_t least_rows;    // that fill what they multiply at a time
   int64_t planes;        // values of the multiplied type that make up one weight
   int64_t weight_bytes;  // that a weight takes when it is packed
-  bool loads_quickly;    // weights as they are stored: no conversion of values, or one instruction
+  bool loads_quickly;    // weights as they are stored, as pairs or after one instruction
   bool digits;           // whether 8-bit weights are multiplied as bytes; on tiles if `tiled`
 };
 
@@ -29,6 +29,7 @@ struct CpuPass {
   bool unpacked_hh;     // forward reads W_hh unpacked
   bool alternates;      // consecutive steps read weights in opposite directions
   bool overlaps_cells;  // in forward cells are computed during the next product
+  bool long_sums;       // of products: torch's own are short where rows are few
   ProductKind product;  // in forward
 };
 

@@ -103,7 +103,7 @@ int64_t unpacked_threads(const Problem& p, const CpuCosts& costs, const CpuReque
     else if (r.steps <= 8 && weights <= kL2Bytes)
       most_tokens = 16;
   }
-  // In backward, and in products of one value, bfloat16 is widened; tiles multiply faster than
+  // In backward, and where operands are not pairs, bfloat16 is widened; tiles multiply faster than
   // pairs.
   if (p.dtype == DType::kBFloat16) {
     if (r.backward || costs.tiled || !costs.loads_quickly)
@@ -227,6 +227,8 @@ CpuPlan plan_cpu(const Problem& p, const CpuRequest& all, const CpuMachine& m) {
   plan.unpacked = unpacked > 0;
   divide_rows(p, costs, r, m, &plan);
   plan.pass.alternates = true;
+  constexpr int64_t kManyRows = 16;
+  plan.pass.long_sums = r.batch >= kManyRows;
   if (r.backward) {
     plan.threads = std::max(plan.threads, unpacked);
   } else if (plan.unpacked) {

@@ -271,8 +271,11 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
     const auto of_weight = call.weights[i].sizes();
     std::vector<int64_t> sizes{of_weight.begin() + stacked(call.weights), of_weight.end()};
     if (wanted.members || stacked(call.weights)) sizes.insert(sizes.begin(), members);
-    weights.push_back(needs[3 + i] ? make_pooled(call.like, sizes, of_weights)
-                                   : call.empty({0}, of_weights));
+    if (!needs[3 + i]) sizes = {0};
+    int64_t bytes = fusedrnn::bytes(dtype_of(of_weights));
+    for (int64_t n : sizes) bytes = checked_product(bytes, n);
+    weights.push_back(bytes >= kLeastPooled ? make_pooled(call.like, sizes, of_weights)
+                                            : call.empty(sizes, of_weights));
     if (call.tokens == 0) torch::stable::zero_(weights.back());
     if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
   }

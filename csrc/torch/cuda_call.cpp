@@ -123,7 +123,10 @@ void CudaCall::multiply(const Tensor& a, const Tensor& b, Tensor out) const {
 
 // Of a part of the rows of a at a time, or of its columns and the rows of b: what there is more of.
 void CudaCall::multiply_split(const Tensor& a, const Tensor& b, const Tensor& out) const {
-  Tensor left = a, right = b, to = out;
+  // Parts of the depth are added up element by element.
+  const bool apart = a.size(0) < a.size(1) && !out.is_contiguous();
+  Tensor left = a, right = b;
+  Tensor to = apart ? empty({out.size(0), out.size(1)}, out.scalar_type()) : out;
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1), count = std::max(M, K);
   const bool by_rows = M >= K;
   const int64_t most = std::max<int64_t>(1, kSplitAtOnce / (by_rows ? K : std::max(M, N)));
@@ -135,15 +138,17 @@ void CudaCall::multiply_split(const Tensor& a, const Tensor& b, const Tensor& ou
       aten_mm(parts_of(narrow(left, 0, at, n), 1, true), right_parts, narrow(to, 0, at, n));
       continue;
     }
-    const Tensor sum = at ? empty({M, N}, out.scalar_type()) : out;
+    const Tensor sum = at ? empty({M, N}, out.scalar_type()) : to;
     aten_mm(parts_of(narrow(left, 1, at, n), 1, true), parts_of(narrow(right, 0, at, n), 0, false),
             sum);
     if (at)
-      check(input_gradient({problem.dtype, out.const_data_ptr(), sum.const_data_ptr(), nullptr,
+      check(input_gradient({problem.dtype, to.const_data_ptr(), sum.const_data_ptr(), nullptr,
                             nullptr, 1, M * N, to.mutable_data_ptr()},
                            stream()),
             "adding products");
   }
+  Tensor result = out;
+  if (apart) torch::stable::copy_(result, to);
 }
 
 Tensor CudaCall::parts_of(Tensor matrix, int64_t depth, bool left) const {

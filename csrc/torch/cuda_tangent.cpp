@@ -27,11 +27,11 @@ Tensor joined(const CudaCall& call, int64_t dim, const Tensor& a, int64_t gap, c
   return both;
 }
 // Of matrices, or of one for each member: rows of both, a row of the first with one of the second
-// beside it;
+// beside it.
 Tensor beside(const CudaCall& call, const Tensor& a, const Tensor& b) {
   return joined(call, a.dim() - 1, a, 0, b);
 }
-// the rows of a, `gap` rows of zeros, and the rows of b.
+// Likewise: the rows of a, `gap` rows of zeros, and the rows of b.
 Tensor above(const CudaCall& call, const Tensor& a, int64_t gap, const Tensor& b) {
   return joined(call, a.dim() - 2, a, gap, b);
 }

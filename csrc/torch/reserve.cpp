@@ -13,12 +13,6 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void (*deleter)(void* data, void* context), void* context);
 
 namespace fusedrnn {
-namespace {
-
-constexpr int64_t kLeastPooled = 1 << 18;  // bytes; less has few pages
-
-}  // namespace
-
 Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   constexpr size_t kMostDims = 3;
   FUSEDRNN_EXPECT(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");

@@ -9,4 +9,6 @@ namespace fusedrnn {
 // another thread than it was made in.
 Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType);
 
+constexpr int64_t kLeastPooled = 1 << 18;  // bytes; less has few pages
+
 }  // namespace fusedrnn

@@ -86,7 +86,8 @@ void bind_pass(py::module_& m) {
       .finalize();
   using T = CpuPass;
   auto type = structure<T>(m, "CpuPass");
-  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(overlaps_cells), NAMED(product));
+  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(overlaps_cells), NAMED(long_sums),
+         NAMED(product));
 }
 
 void bind_plan(py::module_& m) {

@@ -77,9 +77,9 @@ struct BackwardDirection {
                 dir * call.seq.tokens * call.problem.normed_columns()),
         weights(call.weights[index]),
         w_hh{packed ? packed + offsets.w_hh : nullptr, static_cast<const S*>(weights.w_hh),
-             call.problem.out_size(), longest_sum<X>(call.seq.batch)},
+             call.problem.out_size(), longest_sum<X>(call.pass.long_sums)},
         w_ih{packed ? packed + offsets.w_ih : nullptr, static_cast<const S*>(weights.w_ih),
-             call.problem.product_input(call.layer), longest_sum<X>(call.seq.batch)},
+             call.problem.product_input(call.layer), longest_sum<X>(call.pass.long_sums)},
         w_hr(packed ? packed + offsets.w_hr : nullptr) {}
 };
 
@@ -369,7 +369,7 @@ class BackwardPass {
   void project(const Direction& d, int64_t t, int64_t n) const {
     of.read_projected(d, t, n);
     gemm(n, p.hidden_size, p.out_size(), buf.dproj, buf.ld_proj, d.w_hr, buf.dhidden, p.hidden_size,
-         {}, longest_sum<X>(of.seq.batch));
+         {}, longest_sum<X>(call.pass.long_sums));
   }
 
   // The cells of a row of a step: from dL/dh and dL/dc to the gradients of its gates.

@@ -87,7 +87,8 @@ class BackwardTangentPass {
     value.read_projected(v, t, n), tangent.read_projected(d, t, n);
     const int64_t H = p.hidden_size, P = p.out_size();
     auto multiply = [&](const BackwardBuffers<S>& of, const X* w_hr, C* dst, Addend<C> addend) {
-      gemm(n, H, P, of.dproj, of.ld_proj, w_hr, dst, H, addend, longest_sum<X>(value.seq.batch));
+      gemm(n, H, P, of.dproj, of.ld_proj, w_hr, dst, H, addend,
+           longest_sum<X>(value.call.pass.long_sums));
     };
     C *const hidden = value.buf.dhidden, *const dhidden = tangent.buf.dhidden;
     multiply(value.buf, v.w_hr, hidden, {});

@@ -17,7 +17,7 @@ struct FactorShape {
   GateRangeList ranges;
   int first, gates;
   int64_t rows, K;  // of a gate
-  int64_t batch;    // rows of the call
+  bool long_sums;   // CpuPass
 
   WordMatrix words() const {
     return {static_cast<const uint32_t*>(stored), static_cast<const float*>(scales), rows, K,
@@ -42,7 +42,7 @@ class Factor {
     const int64_t panel = Panels<X>::kWidth * operands<X>(shape_.K);  // of one gate
     const int64_t bytes = shape_.gates * shape_.rows * operands<X>(shape_.K) * sizeof(X);
     gemm(M, N, shape_.K, a, lda, panels_ + block * shape_.gates * panel, c, ldc, d,
-         longest_sum<X>(shape_.batch), work, TileShape::of(tile_height, bytes));
+         longest_sum<X>(shape_.long_sums), work, TileShape::of(tile_height, bytes));
   }
 
  private:

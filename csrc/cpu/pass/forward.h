@@ -135,14 +135,14 @@ struct ForwardDirection {
         gates_of_values(packed + offsets.w_ih),
         w_ih(reinterpret_cast<const X*>(packed) + offsets.w_ih,
              {weights.w_ih, weights.scale_ih, ranges(call).x, 0, gates(call),
-              call.problem.hidden_size, input.width, call.seq.batch}),
+              call.problem.hidden_size, input.width, call.pass.long_sums}),
         w_hh(reinterpret_cast<const X*>(packed) + offsets.w_hh,
              {weights.w_hh, weights.scale_hh, ranges(call).h,
               call.problem.cell_traits().slots - gates(call), gates(call), call.problem.hidden_size,
-              call.problem.out_size(), call.seq.batch}),
+              call.problem.out_size(), call.pass.long_sums}),
         w_hr(reinterpret_cast<const X*>(packed) + offsets.w_hr,
              {weights.w_hr, weights.scale_hr, GateRanges<1>{{{0, 0, 1}}}, 0, 1,
-              call.problem.out_size(), call.problem.hidden_size, call.seq.batch}) {}
+              call.problem.out_size(), call.problem.hidden_size, call.pass.long_sums}) {}
 
  private:
   static CellGateRanges ranges(const Forward& call) {

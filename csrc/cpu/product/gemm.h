@@ -224,8 +224,7 @@ struct RowBlocks {
 };
 
 // The product of M rows and one panel of V vectors, `part` operands at a time: longer sums lose too
-// much to rounding, and a panel of this depth stays in L1 beside the rows of A. a(m, rows, k): the
-// blocks of `rows` rows from the m-th row and k-th operand on.
+// much to rounding. a(m, rows, k): the blocks of `rows` rows from the m-th row and k-th operand on.
 template <class X, int V, class A>
 FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, int64_t part, A a, const X* panel,
                                     Compute<X>* c, int64_t ldc, int64_t cols,
@@ -245,14 +244,12 @@ FUSEDRNN_INLINE void multiply_panel(int64_t M, int64_t K, int64_t part, A a, con
   }
 }
 
-// The most operands that are summed before they are added to an element of C, in a call of `batch`
-// rows. torch's own sums are short where rows are few. Results of pairs are rounded to bfloat16,
-// beside which the error of longer sums is small.
-constexpr int64_t kShortSum = 64;
+// The most operands that are summed before they are added to an element of C. Beside the rounding
+// of factors to bfloat16 the error of long sums of pairs is small.
+constexpr int64_t kShortSum = 64, kLongSum = 256;
 template <class X>
-FUSEDRNN_INLINE int64_t longest_sum(int64_t batch) {
-  constexpr int64_t kLongSum = 256, kManyRows = 16;
-  return kDepth<X> == 2 || batch >= kManyRows ? kLongSum : kShortSum;
+FUSEDRNN_INLINE int64_t longest_sum(bool long_sums) {
+  return kDepth<X> == 2 || long_sums ? kLongSum : kShortSum;
 }
 
 // C [M, N] = A [M, K] B + D. K counts values; rows of A hold lda operands, those of C ldc values.

@@ -30,7 +30,8 @@ FUSEDRNN_INLINE Vec<C> lane_sums(Vec<C> (&v)[Lanes<C>::kWidth]) {
   return v[0];
 }
 
-// What dot products of unpacked weights multiply: operands, in one plane.
+// What dot products of unpacked weights multiply: pairs of bfloat16 where the processor multiplies
+// them, else values of the compute type.
 template <class S>
 using DotOperand = std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
 

@@ -55,8 +55,8 @@ class ScratchPool {
   void give(const Block& block) {
     if (block.bytes == 0) return;
     peak_ = std::max(peak_, used_.load(std::memory_order_relaxed));
-    if (block.bytes > limit()) return release(block);
     used_ -= block.asked;
+    if (block.bytes > limit()) return unmap(block);
     free_.push_back(block), free_bytes_ += block.bytes;
     trim();
   }
@@ -114,10 +114,10 @@ class ScratchPool {
   static void unmap(const Block& block) { munmap(block.data, block.bytes); }
 #endif
 
-  // How much may be free.
+  // How much may be free, beside what calls hold.
   int64_t limit() const {
     const int64_t peak = std::max(peak_, last_peak_);
-    return std::min(peak + peak / 4 + kSlack, kMostBytes);
+    return std::clamp<int64_t>(peak + peak / 4 + kSlack - used_, 0, kMostBytes);
   }
   void trim() {
     while (free_bytes_ > limit() || free_.size() == kMostBlocks) {
