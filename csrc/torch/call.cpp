@@ -188,9 +188,12 @@ ForwardOutputs Call::outputs(Save save) const {
   Tensor reserve, hs = reserve, cs = reserve, cn = reserve;
   const bool all = save == Save::kReserve || save == Save::kEmpty;
   if (save != Save::kNothing) {
-    const int64_t rows = fills_reserve(save) ? tokens : 0;
-    reserve = rows * reserve_row ? make_pooled(like, {rows, reserve_row}, ScalarType::Byte)
-                                 : empty({rows, reserve_row}, ScalarType::Byte);
+    const std::vector<int64_t> sizes{fills_reserve(save) ? tokens : 0, reserve_row};
+    const OptionalTensor pooled = make_pooled(like, sizes, ScalarType::Byte);
+    // Through the dispatcher: what is never written of it torch fills where it is told to.
+    reserve = pooled                ? *pooled
+              : sizes[0] * sizes[1] ? torch::stable::new_empty(like, sizes, ScalarType::Byte)
+                                    : empty(sizes, ScalarType::Byte);
   }
   if (all) hs = empty(hs_sizes(), type()), cs = empty(cs_sizes(), compute());
   if (traits(p.cell).has_cell)
@@ -272,10 +275,8 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
     std::vector<int64_t> sizes{of_weight.begin() + stacked(call.weights), of_weight.end()};
     if (wanted.members || stacked(call.weights)) sizes.insert(sizes.begin(), members);
     if (!needs[3 + i]) sizes = {0};
-    int64_t bytes = fusedrnn::bytes(dtype_of(of_weights));
-    for (int64_t n : sizes) bytes = checked_product(bytes, n);
-    weights.push_back(bytes >= kLeastPooled ? make_pooled(call.like, sizes, of_weights)
-                                            : call.empty(sizes, of_weights));
+    const OptionalTensor pooled = make_pooled(call.like, sizes, of_weights);
+    weights.push_back(pooled ? *pooled : call.empty(sizes, of_weights));
     if (call.tokens == 0) torch::stable::zero_(weights.back());
     if (needs[3 + i]) lowest = std::min<int64_t>(lowest, i / layer_weights);
   }

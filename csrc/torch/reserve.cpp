@@ -13,17 +13,17 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void (*deleter)(void* data, void* context), void* context);
 
 namespace fusedrnn {
-Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+
+OptionalTensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   constexpr size_t kMostDims = 3;
+  constexpr int64_t kLeastBytes = 1 << 18;  // less has few pages
   FUSEDRNN_EXPECT(sizes.size() <= kMostDims, "fusedrnn: too many dimensions");
   int64_t bytes = type == ScalarType::Byte ? 1 : fusedrnn::bytes(dtype_of(type)),
           strides[kMostDims];
   const int64_t size = bytes;
   for (size_t i = sizes.size(); i-- > 0; bytes = checked_product(bytes, sizes[i]))
     strides[i] = bytes / size;
-  // Through the dispatcher: what is never written of it torch fills where it is told to.
-  if (!torch_from_blob || !like.is_cpu() || bytes < kLeastPooled)
-    return torch::stable::new_empty(like, sizes, type);
+  if (!torch_from_blob || !like.is_cpu() || bytes < kLeastBytes) return std::nullopt;
   auto block = std::make_unique<ScratchPool::Block>(take_shared(bytes));
   if (poison_scratch()) std::memset(block->data, 0xFF, bytes);
   AtenTensorHandle made;

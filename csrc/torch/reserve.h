@@ -4,11 +4,9 @@
 
 namespace fusedrnn {
 
-// A tensor beside `like`, unwritten, of bytes or of a dtype of the kernels. One of 256 KiB and
-// more on the CPU lies in a pool of the process, where torch (from 2.11 on) takes it: it may die in
-// another thread than it was made in.
-Tensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType);
-
-constexpr int64_t kLeastPooled = 1 << 18;  // bytes; less has few pages
+// A tensor beside `like`, unwritten, of bytes or of a dtype of the kernels, in a pool of the
+// process: on the CPU, from 256 KiB on, and where torch (from 2.11 on) takes it, for it may die in
+// another thread than it was made in. Else nothing.
+OptionalTensor make_pooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType);
 
 }  // namespace fusedrnn
