@@ -53,6 +53,18 @@ __device__ inline void each_unit(int64_t H, F f) {
   for (int64_t j = threadIdx.x; j < H; j += kThreads) f(j);
 }
 
+// f(b, anew, unit0) for the rows of this block that have this step, whose weights are those of the
+// units from unit0 on, among all members'. The other rows' output is zero.
+template <class S, class P, class F>
+__device__ inline void each_row(const P& p, F f) {
+  for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
+    if (runs_at(p, b, p.step))
+      f(b, begins_anew(p, p.resets, b, p.step), member_of(p, b) * p.hidden_size);
+    else
+      each_unit(p.hidden_size, [&](int64_t j) { write<S>(p.y, b * p.y_stride + j, 0); });
+  }
+}
+
 // The range whose gates `gate` is normalised with.
 template <int N>
 FUSEDRNN_HD constexpr int range_of(const GateRanges<N>& ranges, int gate) {

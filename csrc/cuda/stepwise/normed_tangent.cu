@@ -19,14 +19,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const SavedStep& value = p.value;
   const int64_t H = p.hidden_size;
   const bool zones_h = p.zoneout_h.rate > 0, zones_c = p.zoneout_c.rate > 0;
-  for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
-    if (!runs_at(p, b, p.step)) {
-      each_unit(H, [&](int64_t j) { write<S>(p.y, b * p.y_stride + j, 0); });
-      continue;
-    }
-    const bool anew = begins_anew(p, p.resets, b, p.step);
-    // Of the row's weights, among those of all members.
-    const int64_t unit0 = member_of(p, b) * H, gate0 = unit0 * kGates;
+  each_row<S>(p, [&](int64_t b, bool anew, int64_t unit0) {
+    const int64_t gate0 = unit0 * kGates;
     // Tangents of the products of the input (0) and of h (1), and what these are normalised.
     auto product = [&](int which, int gate, int64_t j) {
       if (which == 0) return read<C>(p.gates_x, b * p.gates_x_stride + gate * H + j);
@@ -131,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         write_h<S>(p, b, j, dh);
       });
     }
-  }
+  });
 }
 
 }  // namespace
