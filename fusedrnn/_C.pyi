@@ -37,6 +37,7 @@ def cpu_plan(
     steps: int,
     batch: int,
     tokens: int,
+    members: int,
     threads: int,
     backward: bool,
 ) -> str: ...
@@ -52,6 +53,7 @@ def cuda_plan(
     layer_norm: bool,
     steps: int,
     batch: int,
+    members: int,
     backward: bool,
     tf32: bool,
     tangent: bool,

@@ -138,12 +138,13 @@ def plan(
     forced: str | None = None,
     tf32: bool | None = None,
     tangent: bool = False,
+    members: int = 1,
 ) -> Plan:
     """The plan of a call. Where it is forced, `struck` does not apply.
 
     `struck` are the indices of families that must not run; `forced` is in the words of
     FUSEDRNN_PLAN, whose value it replaces, and `tf32` replaces torch's switch. `tangent`: of the
-    derivative of that pass in one direction.
+    derivative of that pass in one direction. `members`: of an ensemble, that share the batch.
 
     Raises:
         ValueError: what is forced cannot run, or all that could is struck out.
@@ -160,6 +161,7 @@ def plan(
             backward=backward,
             tf32=tf32 and dtype == torch.float32,
             tangent=tangent,
+            members=members,
             device=spec,
             forced=forced,
             struck=() if forced else struck,

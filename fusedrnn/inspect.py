@@ -42,31 +42,41 @@ def info() -> dict[str, str]:
     }
 
 
-def explain(module: nn.Module, *args: object, **kwargs: object) -> str:
+def explain(module: nn.Module, *args: object, members: int | None = None, **kwargs: object) -> str:
     """Which kernels `module(*args, **kwargs)` would run, how the work is divided, and why.
 
     `module` is a recurrent layer, swapped or not: then nothing is run. Or it is a model that has
     some: then a copy of it is run, without gradients and with torch's generators restored, to see
     what its layers are given, and the answer names each layer.
 
+    `members`: of an ensemble, with weights stacked by torch.func.stack_module_state. Then the
+    answer is for torch.vmap over them, and the other arguments are those of one member.
+
     Raises:
         TypeError: `module` is no torch.nn.Module, or has no recurrent layers.
+        ValueError: `members` is less than 1.
         ValueError, RuntimeError, ...: what the call itself would raise.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
-    return _explain(module, args, kwargs)
+    if members is not None and members < 1:
+        raise ValueError(f"expected at least one member, got {members}")
+    return _explain(module, members, args, kwargs)
 
 
-def _explain(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _explain(
+    module: nn.Module, members: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
     if isinstance(module, nn.RNNBase):
-        return _checked(module, *args, **kwargs)
+        return _checked(module, members, *args, **kwargs)
     if isinstance(module, nn.RNNCellBase):
         return _of_cell(module, *args, **kwargs)
-    return _of_model(module, args, kwargs)
+    return _of_model(module, members, args, kwargs)
 
 
-def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _of_model(
+    model: nn.Module, members: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
     model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
     try:
         copied = copy.deepcopy(model)
@@ -79,7 +89,7 @@ def _of_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     def describe(name: str) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name][_explain(layer, args, kwargs)] += 1
+            calls[name][_explain(layer, members, args, kwargs)] += 1
 
         return before
 
@@ -116,6 +126,7 @@ def _of_cell(cell: nn.RNNCellBase, input: Tensor, hx: Any = None) -> str:
 
 def _checked(
     module: nn.RNNBase,
+    members: int | None,
     input: Any,
     hx: Any = None,
     *,
@@ -138,6 +149,8 @@ def _checked(
         twin.__dict__ = module.__dict__
     data = input.data if isinstance(input, PackedSequence) else input
     if isinstance(module, Quantized):
+        if members is not None:
+            module._refuse_transforms()
         if resets is not None or return_all:
             wrong = "resets" if resets is not None else "return_all"
             raise TypeError(f"{module._get_name()} takes no {wrong}: see fusedrnn.dequantize")
@@ -147,7 +160,9 @@ def _checked(
     x, *_ = checks.canonical(twin, input, hx, lengths, one_hot)
     if resets is not None:
         checks.checked_resets(twin, resets, input, x, one_hot)
-    return _of_layer(module, input, hx, lengths is not None, resets is not None, return_all)
+    return _of_layer(
+        module, members, input, hx, lengths is not None, resets is not None, return_all
+    )
 
 
 def _in_kernels(regularisers: str | None) -> list[str]:
@@ -159,6 +174,7 @@ FUSED = (RNN, GRU, LSTM)
 
 def _of_layer(
     module: nn.RNNBase,
+    members: int | None,
     input: Tensor | PackedSequence,
     hx: Any,
     lengths: bool,
@@ -167,7 +183,8 @@ def _of_layer(
 ) -> str:
     """Which kernels would run, how the work is divided, and why not faster ones."""
     data: Any = input.data if isinstance(input, PackedSequence) else input
-    head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}:"
+    head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}"
+    head += ":" if members is None else f", of each of {members} members:"
     if not isinstance(module, LayerBase):
         return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
     reason = fallback_reason(data)
@@ -185,11 +202,13 @@ def _of_layer(
         stored = torch.get_autocast_dtype(data.device.type)
     if support.on_gpu(data):
         more = one_hot or lengths or resets or return_all or bool(regularisers)
+        more = more or members is not None  # vmap runs the kernels: support.torch_instead
         instead = None if more else support.torch_instead(module, input, hx)
         if instead:
             return f"{head} torch.nn's own kernels, forward and backward, because {instead}"
-        words = _cuda_plans(module, stored, steps, batch, data.device)
+        words = _cuda_plans(module, stored, steps, batch, members or 1, data.device)
         return "\n  ".join([head, words, *_in_kernels(regularisers)])
+    each = members or 1
     plans = {
         backward: _C.cpu_plan(
             mode=module.mode,
@@ -208,8 +227,9 @@ def _of_layer(
             return_all=return_all,
             stored=module.stored,
             steps=steps,
-            batch=batch,
-            tokens=data.shape[0] if packed else steps * batch,
+            batch=batch * each,
+            tokens=(data.shape[0] if packed else steps * batch) * each,
+            members=each,
             threads=torch.get_num_threads(),
             backward=backward,
         )
@@ -224,12 +244,18 @@ def _of_layer(
 
 
 def _cuda_plans(
-    module: LayerBase, dtype: torch.dtype, steps: int, batch: int, device: torch.device
+    module: LayerBase,
+    dtype: torch.dtype,
+    steps: int,
+    batch: int,
+    members: int,
+    device: torch.device,
 ) -> str:
     config, spec, struck = module._config(), cuda.spec(device), cuda.struck(device)
     try:
         forward, backward = (
-            cuda.plan(config, dtype, steps, batch, way, spec, struck) for way in (False, True)
+            cuda.plan(config, dtype, steps, batch * members, way, spec, struck, members=members)
+            for way in (False, True)
         )
     except ValueError:
         if not struck:

@@ -12,7 +12,7 @@ or weight_ih_l[k]_bfloat16 without scales, with the suffixes of torch.nn (`l0_re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -150,12 +150,15 @@ class Quantized(LayerBase):
             y = y.transpose(0, 1)
         return y, (hn, cn) if lstm else hn
 
+    def _refuse_transforms(self) -> NoReturn:
+        raise RuntimeError(
+            f"{self._get_name()} has quantized weights, which torch.func does not take: call "
+            "fusedrnn.dequantize(model) first"
+        )
+
     def _checked(self, input: Any, hx: Any, lengths: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"{self._get_name()} has quantized weights, which torch.func does not take: call "
-                "fusedrnn.dequantize(model) first"
-            )
+            self._refuse_transforms()
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = support.is_one_hot(data, packed)

@@ -430,6 +430,21 @@ def test_explain_says_how_float32_is_multiplied(device, monkeypatch):
     assert "each number as two of bfloat16" in fusedrnn.explain(job.fused, job.x)
 
 
+def test_explain_of_an_ensemble(device):
+    """Its slices are those of each member: 3 of 5 rows, one of 15. torch.nn runs no vmap."""
+    job = Job(dtype=torch.float32)
+    rows = job.x.shape[1]
+    text = fusedrnn.explain(job.fused, job.x, members=3)
+    config = job.fused._config()
+    for way, line in zip((False, True), text.splitlines()[1:3], strict=True):
+        args = config, torch.float32, len(job.x), 3 * rows, way, cuda.spec(job.x.device)
+        expected = cuda.plan(*args, members=3).text
+        assert line.endswith(expected) and expected != cuda.plan(*args).text
+    wide, x = job.fused.double(), job.x.double()
+    assert "because forward would be stepwise" in fusedrnn.explain(wide, x)
+    assert "fused CUDA kernels, forward stepwise" in fusedrnn.explain(wide, x, members=3)
+
+
 # ---- what is left to torch.nn ----
 
 

@@ -398,6 +398,22 @@ def test_torch_func_is_refused():
         torch.vmap(lambda row: layer(row)[0])(x[:, None])
 
 
+def test_explain_raises_what_an_ensemble_s_call_would():
+    layer, x = (
+        fusedrnn.quantize(nn.Sequential(fusedrnn.GRU(3, 4)).eval()).model[0],
+        torch.zeros(5, 2, 3),
+    )
+    texts = []
+    for call in (
+        lambda: torch.vmap(layer)(x.unsqueeze(0)),
+        lambda: fusedrnn.explain(layer, x, members=2),
+    ):
+        with pytest.raises(RuntimeError, match="torch.func does not take") as caught:
+            call()
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
 def test_explain_raises_what_the_call_would():
     layer, x = fusedrnn.quantize(nn.GRU(3, 4).eval()).model, torch.randn(5, 2, 3)
     with pytest.raises(TypeError, match="QuantizedGRU takes no resets"):

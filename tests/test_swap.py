@@ -412,6 +412,30 @@ def test_explain_says_what_is_slow(monkeypatch):
     assert ("products on tiles" in found) == (_C.cpu_variant() == "amx")
 
 
+@pytest.mark.parametrize(
+    ("x", "rows"),
+    [
+        (torch.zeros(5, 7, 3), 7),
+        (torch.zeros(9, 3), 1),
+        (torch.zeros(5, 7, dtype=torch.int64), 7),
+        (pack_padded_sequence(torch.zeros(7, 2, 3), [7, 2]), 2),
+    ],
+)
+def test_explain_of_an_ensemble(x, rows):
+    layer = fusedrnn.GRU(3, 4)
+    head, forward, backward, *_ = fusedrnn.explain(layer, x, members=16).splitlines()
+    assert head.endswith("cpu, of each of 16 members:")
+    each = f"{16 * rows} batch rows of 16 members in 16 tasks of up to {rows} row"
+    assert each in forward and each in backward
+    step = fusedrnn.explain(layer, torch.zeros(1, 1, 3), members=4)
+    assert "4 members divided among threads; weights read unpacked" in step
+    assert fusedrnn.explain(nn.Sequential(layer), x, members=16).count(each) == 2
+    one = fusedrnn.explain(layer, x, members=1).splitlines()[1:]
+    assert one == fusedrnn.explain(layer, x).splitlines()[1:]
+    with pytest.raises(ValueError, match="at least one member"):
+        fusedrnn.explain(layer, x, members=0)
+
+
 def test_explain_says_why_not_ours():
     x = torch.zeros(5, 2, 3)
     assert "fusedrnn.swap" in fusedrnn.explain(nn.LSTM(3, 4), x)

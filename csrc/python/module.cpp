@@ -101,7 +101,7 @@ DeviceSpec device_of(const NamedArguments& a) {
 
 PyObject* cuda_plan(const NamedArguments& a) {
   const CudaRequest request{a.integer("steps"), a.integer("batch"), a.flag("backward"),
-                            a.flag("tf32"), a.flag("tangent")};
+                            a.flag("tf32"),     a.flag("tangent"),  a.integer("members")};
   DeviceSpec device = device_of(a.group("device"));
   for (int64_t family : a.integers("struck"))
     if (family >= 0 && family < kFamilies) device.struck.set(size_t(family));
@@ -219,6 +219,7 @@ PyObject* cpu_plan(const NamedArguments& a) {
   request.backward = a.flag("backward");
   request.steps = request.longest = a.integer("steps");
   request.batch = a.integer("batch"), request.tokens = a.integer("tokens");
+  request.ensemble = a.integer("members");
   request.resets = a.flag("resets"), request.recurrent_dropout = a.flag("recurrent_dropout");
   return PyUnicode_FromString(library().cpu_plan(p, request, a.integer("threads")).c_str());
 }
