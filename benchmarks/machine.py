@@ -18,6 +18,7 @@ import torch
 
 import fusedrnn
 from benchmarks.measure import seconds_of, synchronize, tf32
+from fusedrnn import _C
 
 MATMUL = {"cpu": 1024, "cuda": 8192}  # rows, enough to reach the full rate
 COPY = {"cpu": 2**26, "cuda": 2**30}  # bytes, more than the caches hold
@@ -76,6 +77,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     try:
         # Free memory that the process still holds would hide allocations.
         ctypes.CDLL(None).malloc_trim(0)
+        _C.release_scratch()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         kept = call()

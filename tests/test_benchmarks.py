@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 # The benchmarks are not installed, they belong to the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fusedrnn
 from benchmarks import adapters, check, machine, measure, peers, suite
 from benchmarks.cases import CASES, GATES, MODES, Case, select
 from benchmarks.measure import Budget, Summary
@@ -485,6 +486,18 @@ def test_memory_is_that_of_the_layer():
         pytest.skip("this system does not tell a process its peak memory")
     assert output < reference.peak_bytes < 30 * output
     assert hoarder.peak_bytes > 2**26 > reference.peak_bytes
+
+
+def test_a_peak_has_what_pools_kept_of_earlier_calls(monkeypatch):
+    monkeypatch.delenv("FUSEDRNN_POISON", raising=False)
+    layer, x = fusedrnn.LSTM(64, 256), torch.randn(100, 32, 64)
+    if machine.peak_bytes(lambda: None, CPU) is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    for _ in range(3):
+        layer(x)[0].sum().backward()
+    peak = machine.peak_bytes(lambda: layer(x)[0].sum().backward(), CPU)
+    saved = 4 * 100 * 32 * (4 + 1) * 256  # four gates and the cell's state of each token
+    assert peak > saved
 
 
 def test_saved_bytes_leave_out_what_the_caller_has():

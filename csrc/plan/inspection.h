@@ -52,6 +52,7 @@ struct Inspection {
   DeviceSpec (*cuda_device)();                       // the current one
   void (*cuda_versions)(int* runtime, int* driver);  // of the binary and the driver; 0: none
   void (*set_host)(const Host&);
+  void (*release_scratch)();  // returns to the system what pools on the CPU keep between calls
 };
 
 }  // namespace fusedrnn

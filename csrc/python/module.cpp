@@ -194,6 +194,11 @@ PyObject* cuda_versions(PyObject*, PyObject*) {
   return Py_BuildValue("(ii)", runtime, driver);
 }
 
+PyObject* release_scratch(PyObject*, PyObject*) {
+  library().release_scratch();
+  Py_RETURN_NONE;
+}
+
 PyObject* cpu_variants(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   int count;
@@ -234,6 +239,8 @@ PyMethodDef methods[] = {
     {"cpu_variants", cpu_variants, METH_NOARGS,
      "[(instruction set, whether this processor has it)], best first"},
     {"cpu_variant", cpu_variant, METH_NOARGS, "the instruction set in use"},
+    {"release_scratch", release_scratch, METH_NOARGS,
+     "returns to the system what pools on the CPU keep between calls"},
     by_name<cpu_plan>("cpu_plan", "how the CPU would divide a call, in words"),
     {"cuda_device", cuda_device, METH_NOARGS, "what the planner asks of the current CUDA device"},
     by_name<cuda_plan>("cuda_plan", "how a GPU would divide a call, in words; its family's index"),

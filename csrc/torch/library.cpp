@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
+#include "cpu/run/scratch.h"
 #include "cuda/device.h"
 #include "cuda/elementwise.h"
 #include "torch/host.h"
@@ -72,6 +73,7 @@ constexpr Inspection inspection{
     .cuda_device = cuda_device,
     .cuda_versions = cuda_versions,
     .set_host = set_host,
+    .release_scratch = release_scratch,
 };
 
 }  // namespace

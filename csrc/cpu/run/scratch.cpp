@@ -51,4 +51,10 @@ void ThreadScratchPool::give(const Block& block) {
   if (lock) shared().pool.age();
 }
 
+void release_scratch() {
+  thread_scratch_pool.clear();
+  const std::unique_lock lock(shared().flag, std::try_to_lock);
+  if (lock) shared().pool.clear();
+}
+
 }  // namespace fusedrnn

@@ -36,9 +36,7 @@ class ScratchPool {
 #endif
 
   ScratchPool() { free_.reserve(kMostBlocks); }
-  ~ScratchPool() {
-    for (const Block& block : free_) unmap(block);
-  }
+  ~ScratchPool() { clear(); }
   Block take(int64_t bytes) {
     if (bytes == 0) return {};
     auto best = free_.end();
@@ -68,6 +66,12 @@ class ScratchPool {
     aged_ = now;
     last_peak_ = peak_, peak_ = 0;
     trim();
+  }
+
+  // Returns all that is free to the system.
+  void clear() {
+    for (const Block& block : free_) unmap(block);
+    free_.clear(), free_bytes_ = 0;
   }
 
   // Without the pool's lists, from any thread.
@@ -163,5 +167,8 @@ class ScratchMemory {
   int64_t stride_;
   ScratchPool::Block block_;
 };
+
+// Returns to the system what is free in the pools of the process and of the calling thread.
+void release_scratch();
 
 }  // namespace fusedrnn
