@@ -44,7 +44,9 @@ def make_machine(name: str = "avx512", **fields):
         return bindings.CpuVariant(name=variant, costs=found)
 
     variants = [of(variant) for variant in MACHINES[name]]
-    return bindings.CpuMachine(variants=variants, **{"tiles": True, "threads": 1, **fields})
+    return bindings.CpuMachine(
+        variants=variants, **{"tiles": True, "threads": 1, "l3_bytes": 32 << 20, **fields}
+    )
 
 
 def make_problem(

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -59,6 +60,17 @@ bool may_use_tiles() {
 #else
   return false;
 #endif
+}
+
+// Of the last cache, which some cores share. sysconf adds up those of all cores.
+int64_t l3_bytes() {
+  constexpr int64_t kUnknown = 32 << 20;
+  static const int64_t size = [] {
+    int64_t kilobytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
+    return kilobytes > 0 ? kilobytes << 10 : kUnknown;
+  }();
+  return size;
 }
 
 struct Installed {
@@ -155,7 +167,7 @@ CpuMachine this_machine(int64_t threads) {
   static const bool named = named_variant();
   const char* const wanted = std::getenv("FUSEDRNN_THREADS");
   const bool all_threads = wanted && !std::strcmp(wanted, "all");
-  return {c.variants.data(), int(c.variants.size()), named, true, threads, all_threads};
+  return {c.variants.data(), int(c.variants.size()), named, true, threads, all_threads, l3_bytes()};
 }
 
 CpuPlan plan_cpu_here(const Problem& p, const CpuRequest& r, CpuMachine* m) {

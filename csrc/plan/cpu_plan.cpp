@@ -129,16 +129,26 @@ bool reads_hh_unpacked(const Problem& p, const CpuCosts& costs, const CpuRequest
          !p.layer_norm && p.stored == Stored::kPlain && costs.loads_quickly && !costs.tiled;
 }
 
-// Weights that are more than L2 holds, but not by so much that little of them is found there the
-// next time, are read in alternating directions.
-bool alternates(const Problem& p, int64_t longest, int64_t threads) {
-  int64_t between = 0;  // elements that are read from one time to the next
+// What an unpacked forward reads of weights from one time that it reads one to the next.
+int64_t bytes_between(const Problem& p, int64_t longest) {
+  int64_t between = 0;
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
     const int64_t elements = p.gate_rows() * (p.layer_input(layer) + p.hidden_size);
     between = longest == 1 ? between + p.num_directions * elements : std::max(between, elements);
   }
-  between = between * bytes(p.dtype) / threads;
-  return between > kL2Bytes && between <= 5 * kL2Bytes;
+  return between * bytes(p.dtype);
+}
+
+// Weights that are more than L2 holds, but not by so much that little of them is found there the
+// next time, are read in alternating directions.
+bool alternates(int64_t bytes_between, int64_t threads) {
+  const int64_t own = bytes_between / threads;
+  return own > kL2Bytes && own <= 5 * kL2Bytes;
+}
+
+// Unpacked weights of which most are in memory when they are read again.
+bool prefetches(int64_t bytes_between, const CpuMachine& m) {
+  return bytes_between > m.l3_bytes / 8 * 3;
 }
 
 // Cells are computed during the next product where that is long: with several planes or digits, or
@@ -233,7 +243,9 @@ CpuPlan plan_cpu(const Problem& p, const CpuRequest& all, const CpuMachine& m) {
     plan.threads = std::max(plan.threads, unpacked);
   } else if (plan.unpacked) {
     plan.threads = unpacked;
-    plan.pass.alternates = alternates(p, r.longest, unpacked);
+    const int64_t between = bytes_between(p, r.longest);
+    plan.pass.alternates = alternates(between, unpacked);
+    plan.pass.prefetches = prefetches(between, m);
     // Of a single step all that W_hh is multiplied with is known at its beginning.
     plan.recurrent_first = plan.pass.alternates && r.longest == 1;
   } else {
@@ -266,6 +278,7 @@ std::string weights_in_words(const CpuPlan& plan, bool backward) {
   if (!plan.unpacked) return "";
   return std::string("; weights read unpacked") +
          (plan.pass.alternates && !backward ? ", in alternating directions" : "") +
+         (plan.pass.prefetches ? ", prefetched" : "") +
          (plan.recurrent_first ? ", W_hh first" : "");
 }
 

@@ -23,6 +23,7 @@ struct CpuMachine {
   bool tiles;  // Linux gives this process the tiles of AMX
   int64_t threads;
   bool all_threads;  // divide even the smallest work among all of them
+  int64_t l3_bytes;  // of the cache that some cores share
 };
 
 struct CpuRequest {

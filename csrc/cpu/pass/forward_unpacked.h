@@ -4,7 +4,8 @@
 // The gates of a vector of units are dot products with as many rows of the weights; then the cells
 // of these units are computed. Threads divide the units of a step, which share nothing that is
 // written. Where weights exceed L2, steps take the units in ascending and descending order in turn,
-// and the recurrent products of a single step may be computed apart from it.
+// and the recurrent products of a single step may be computed apart from it. Weights from memory
+// are prefetched: those of the next units while the same gate of a unit is computed.
 #pragma once
 #include "cpu/pass/arrays.h"
 #include "cpu/product/unpacked.h"
@@ -41,7 +42,8 @@ class UnpackedPass {
         weights(forward.weights[step.layer * D + step.dir]),
         out(layer_output<S>(forward, step.layer)),
         saved(forward.reserve ? saved_slots<S>(forward, step.layer, step.dir) : nullptr),
-        cells(forward, step.layer, step.dir) {}
+        cells(forward, step.layer, step.dir),
+        ahead(forward.pass.prefetches ? (step.descending ? -kWidth : kWidth) : 0) {}
 
   // The recurrent products of a part of the units and all rows, to step.recurrent.
   void recurrent_products(int64_t part, int64_t parts) const {
@@ -89,7 +91,8 @@ class UnpackedPass {
                                   Vec<C> (&sums)[kGates][kDotRows]) const {
     const S* const w_ih = static_cast<const S*>(weights.w_ih);
     for (int k = 0; k < kGates; k++)
-      dot_rows<C>(sums[k], w_ih + (gate_of(Cell::x_ranges(), k) * H + j) * K, n, x, K, K, count);
+      dot_rows<C>(sums[k], w_ih + (gate_of(Cell::x_ranges(), k) * H + j) * K, n, x, K, K, count,
+                  ahead * K);
   }
   FUSEDRNN_INLINE void multiply_h(int64_t j, int64_t n, int64_t first, int64_t count,
                                   Vec<C> (&sums)[kGates][kDotRows]) const {
@@ -97,7 +100,7 @@ class UnpackedPass {
     const C* const h = static_cast<const C*>(step.h_prev) + first * H;
     for (int k = 0; k < kGates; k++)
       dot_rows<C>(sums[k], w_hh + (gate_of(Cell::h_ranges(), kFirst + k) * H + j) * H, n, h, H, H,
-                  count);
+                  count, ahead * H);
   }
   // The place of a vector in step.recurrent.
   FUSEDRNN_INLINE C* recurrent(int64_t j, int k, int64_t row) const {
@@ -136,6 +139,7 @@ class UnpackedPass {
   const Weights& weights;
   S *const out, *const saved;
   const CellStates<C> cells;
+  const int64_t ahead;  // rows of weights, from those that are read to those prefetched
 };
 
 }  // namespace

@@ -36,10 +36,11 @@ template <class S>
 using DotOperand = std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
 
 // Lane i of out[r] is the dot product of row i of w, which has `rows` rows, and row r of x, both of
-// K elements. Lanes from `rows` on are undefined.
-template <int kRows, class C, class S>
+// K elements. Lanes from `rows` on are undefined. If `kPrefetch`, the elements that are `ahead` of
+// those of w are prefetched to L2.
+template <int kRows, bool kPrefetch, class C, class S>
 __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
-                                        int64_t ldx, int64_t K) {
+                                        int64_t ldx, int64_t K, int64_t ahead) {
   using X = DotOperand<S>;
   constexpr int width = Lanes<C>::kWidth, kAtOnce = width * kDepth<X>;
   // Few rows of w at a time: rows whose length is a power of two share cache sets.
@@ -57,6 +58,7 @@ __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, c
       for (int r = 0; r < kRows; r++) part[r] = read(x + r * ldx);
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; i++) {
+        if constexpr (kPrefetch) __builtin_prefetch(row[i] + k + ahead, 0, 2);
         const Vec<X> weights = read(row[i]);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; r++) sums[r][i] = multiply_add<X>(weights, part[r], sums[r][i]);
@@ -74,19 +76,27 @@ __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, c
   for (int r = 0; r < kRows; r++) out[r] = lane_sums<C>(all[r]);
 }
 
-template <class C, class S>
+template <bool kPrefetch, class C, class S>
 FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x, int64_t ldx,
-                              int64_t K, int64_t count) {
+                              int64_t K, int64_t ahead, int64_t count) {
   switch (count) {
     case 1:
-      return dot_rows<1>(out, w, rows, x, ldx, K);
+      return dot_rows<1, kPrefetch>(out, w, rows, x, ldx, K, ahead);
     case 2:
-      return dot_rows<2>(out, w, rows, x, ldx, K);
+      return dot_rows<2, kPrefetch>(out, w, rows, x, ldx, K, ahead);
     case 3:
-      return dot_rows<3>(out, w, rows, x, ldx, K);
+      return dot_rows<3, kPrefetch>(out, w, rows, x, ldx, K, ahead);
     default:
-      return dot_rows<kDotRows>(out, w, rows, x, ldx, K);
+      return dot_rows<kDotRows, kPrefetch>(out, w, rows, x, ldx, K, ahead);
   }
+}
+
+// The same; nothing is prefetched if `ahead` is 0.
+template <class C, class S>
+FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x, int64_t ldx,
+                              int64_t K, int64_t count, int64_t ahead = 0) {
+  if (ahead) return dot_rows<true>(out, w, rows, x, ldx, K, ahead, count);
+  dot_rows<false>(out, w, rows, x, ldx, K, 0, count);
 }
 
 // `columns` of C = A W + D for the row-major weights W [K, N], a few rows of which are read at a
