@@ -153,7 +153,12 @@ def test_small_members_share_the_work_that_wakes_threads():
 @pytest.mark.parametrize(
     ("hidden", "steps", "batch", "more", "expected"),
     [
-        (256, 1, 1, {}, {"unpacked": True, "alternates": False}),
+        (256, 1, 1, {}, {"unpacked": True, "alternates": False, "prefetches": False}),
+        (256, 1, 16, {}, {"unpacked": True, "prefetches": False}),
+        (512, 1, 1, {}, {"unpacked": True, "prefetches": False}),
+        (512, 1, 4, {}, {"unpacked": True, "prefetches": True}),
+        (1024, 1, 1, {}, {"unpacked": True, "prefetches": True}),
+        (1024, 1, 1, {"backward": True}, {"unpacked": True, "prefetches": False}),
         (256, 8, 2, {}, {"unpacked": True}),
         (256, 9, 2, {}, {"unpacked": False}),
         (256, 3, 16, {}, {"unpacked": True}),

@@ -146,9 +146,10 @@ bool alternates(int64_t bytes_between, int64_t threads) {
   return own > kL2Bytes && own <= 5 * kL2Bytes;
 }
 
-// Unpacked weights of which most are in memory when they are read again.
-bool prefetches(int64_t bytes_between, const CpuMachine& m) {
-  return bytes_between > m.l3_bytes / 8 * 3;
+// Unpacked weights of which most are in memory when they are read again; beyond L2 if rows leave
+// time for it.
+bool prefetches(int64_t bytes_between, int64_t rows, const CpuMachine& m) {
+  return bytes_between > (rows >= kDotRows ? 2 * kL2Bytes : m.l3_bytes / 8 * 3);
 }
 
 // Cells are computed during the next product where that is long: with several planes or digits, or
@@ -245,7 +246,7 @@ CpuPlan plan_cpu(const Problem& p, const CpuRequest& all, const CpuMachine& m) {
     plan.threads = unpacked;
     const int64_t between = bytes_between(p, r.longest);
     plan.pass.alternates = alternates(between, unpacked);
-    plan.pass.prefetches = prefetches(between, m);
+    plan.pass.prefetches = prefetches(between, r.batch, m);
     // Of a single step all that W_hh is multiplied with is known at its beginning.
     plan.recurrent_first = plan.pass.alternates && r.longest == 1;
   } else {
