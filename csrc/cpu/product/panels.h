@@ -87,24 +87,29 @@ void pack_panels(X* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_
 }
 
 // Packs vectors of columns: lane j of vector v is row first_row(v) + j of src, which holds K values
-// and has stride ld. Lanes from lanes(v) on are 0.
+// and has stride ld. Lanes from lanes(v) on are 0. Blocks are prefetched, for the processor does
+// not foresee so many short rows.
 template <class X, class S, class FirstRow, class Lanes_>
 void pack_vectors(X* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, FirstRow first_row,
                   Lanes_ lanes) {
   using P = Panels<X>;
   constexpr int w = P::kWidth;
+  constexpr int64_t kDeep = w * kDepth<X>, kAhead = 4 * kDeep;
   for (int64_t v = 0; v < vectors; v++) {
     const int64_t in_panel = v % P::kVectors, panel = v - in_panel;
     const int64_t width = min(vectors - panel, P::kVectors) * w;
     X* out = dst + panel * w * operands<X>(K) + in_panel * w;
     const S* row = src + first_row(v) * ld;
+    const S* const next = src + first_row(min(v + 1, vectors - 1)) * ld;
     const int64_t n = lanes(v);
     Vec<X> block[kPlanes<X>][w];
-    for (int64_t left = K; left > 0; left -= w * kDepth<X>, row += w * kDepth<X>) {
-      if (n >= w && left >= w * kDepth<X>) {
+    for (int64_t left = K; left > 0; left -= kDeep, row += kDeep) {
+      const S* const later = left > kAhead ? row + kAhead : next + (kAhead - left);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; i++) __builtin_prefetch(later + i * ld);
+      if (n >= w && left >= kDeep) {
         transpose_block<X>(
-            block, [&](int i) { return load_operands<X>(row + i * ld, w * kDepth<X>); },
-            FirstIndices<w>{});
+            block, [&](int i) { return load_operands<X>(row + i * ld, kDeep); }, FirstIndices<w>{});
       } else {
         transpose_block<X>(
             block,
