@@ -62,7 +62,7 @@ bool may_use_tiles() {
 #endif
 }
 
-// Of the last cache, which some cores share. sysconf adds up those of all cores.
+// The size of one L3 cache, which some cores share; sysconf gives the sum over all of them.
 int64_t l3_bytes() {
   constexpr int64_t kUnknown = 32 << 20;
   static const int64_t size = [] {

@@ -28,7 +28,7 @@ enum class ProductKind {
 struct CpuPass {
   bool unpacked_hh;     // forward reads W_hh unpacked
   bool alternates;      // consecutive steps read weights in opposite directions
-  bool prefetches;      // unpacked weights, the next units' during those of a unit
+  bool prefetches;      // unpacked forward: the next units' weights during a unit's products
   bool overlaps_cells;  // in forward cells are computed during the next product
   bool long_sums;       // of products: torch's own are short where rows are few
   ProductKind product;  // in forward

@@ -129,7 +129,7 @@ bool reads_hh_unpacked(const Problem& p, const CpuCosts& costs, const CpuRequest
          !p.layer_norm && p.stored == Stored::kPlain && costs.loads_quickly && !costs.tiled;
 }
 
-// What an unpacked forward reads of weights from one time that it reads one to the next.
+// How many bytes of weights an unpacked forward reads before it reads the first of them again.
 int64_t bytes_between(const Problem& p, int64_t longest) {
   int64_t between = 0;
   for (int64_t layer = 0; layer < p.num_layers; layer++) {
@@ -146,8 +146,8 @@ bool alternates(int64_t bytes_between, int64_t threads) {
   return own > kL2Bytes && own <= 5 * kL2Bytes;
 }
 
-// Unpacked weights of which most are in memory when they are read again; beyond L2 if rows leave
-// time for it.
+// Unpacked weights are prefetched where L3 holds little of them when they are read again. Several
+// rows compute long enough for prefetches from L3 to pay too.
 bool prefetches(int64_t bytes_between, int64_t rows, const CpuMachine& m) {
   return bytes_between > (rows >= kDotRows ? 2 * kL2Bytes : m.l3_bytes / 8 * 3);
 }

@@ -23,7 +23,7 @@ struct CpuMachine {
   bool tiles;  // Linux gives this process the tiles of AMX
   int64_t threads;
   bool all_threads;  // divide even the smallest work among all of them
-  int64_t l3_bytes;  // of the cache that some cores share
+  int64_t l3_bytes;  // of one L3 cache, which some cores share
 };
 
 struct CpuRequest {

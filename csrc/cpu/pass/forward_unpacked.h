@@ -4,8 +4,8 @@
 // The gates of a vector of units are dot products with as many rows of the weights; then the cells
 // of these units are computed. Threads divide the units of a step, which share nothing that is
 // written. Where weights exceed L2, steps take the units in ascending and descending order in turn,
-// and the recurrent products of a single step may be computed apart from it. Weights from memory
-// are prefetched: those of the next units while the same gate of a unit is computed.
+// and the recurrent products of a single step may be computed apart from it. If the plan
+// says so, the weights of the next units are prefetched while those of a unit are multiplied.
 #pragma once
 #include "cpu/pass/arrays.h"
 #include "cpu/product/unpacked.h"

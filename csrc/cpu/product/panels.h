@@ -87,8 +87,8 @@ void pack_panels(X* dst, const S* src, int64_t K, int64_t ld, int64_t n0, int64_
 }
 
 // Packs vectors of columns: lane j of vector v is row first_row(v) + j of src, which holds K values
-// and has stride ld. Lanes from lanes(v) on are 0. Blocks are prefetched, for the processor does
-// not foresee so many short rows.
+// and has stride ld. Lanes from lanes(v) on are 0. Blocks are prefetched, because the
+// hardware's prefetcher does not follow so many short rows.
 template <class X, class S, class FirstRow, class Lanes_>
 void pack_vectors(X* dst, const S* src, int64_t K, int64_t ld, int64_t vectors, FirstRow first_row,
                   Lanes_ lanes) {
