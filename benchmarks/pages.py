@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import report, tables
+from benchmarks.cases import CASES
 from benchmarks.gpu import summary as gpu_summary
 from benchmarks.report import Report
 from benchmarks.suite import Row, is_ours
@@ -58,19 +59,18 @@ def results(root: Path = ROOT) -> str:
 
 
 def figures(root: Path = ROOT) -> str:
-    """The README's reasons: three figures of the newest quiet run on a CPU, with their commands."""
-    runs = [r for r in _newest_first(root) if not r.busy and not r.environment["gpu"]]
-    run = next((r for r in runs if all(mode in _shown(r) for mode in README_MODES)), None)
-    if run is None:
+    """The README's reasons: three figures of the newest CPU, with their commands."""
+    runs = _machines(root).get(False, [])
+    modes = _shown(runs)
+    if len(modes) < len(README_MODES):
         return ""
-    modes = _shown(run)
     training, inference = (modes[mode] for mode in README_MODES)
     threads = training[0].threads
     command = f"python -m benchmarks --threads {threads}"
     found = [
         (
             f"**{_mean(training)} times as fast in training, {_mean(inference)} in inference**: "
-            f"geometric means of {len(training)} cases",
+            f"geometric means of {_counts(modes)} cases",
             f"{command} --dtype float32 --part cases --peer fusedrnn",
         )
     ]
@@ -81,12 +81,14 @@ def figures(root: Path = ROOT) -> str:
                 f"**{speedup.median:.0f} times as fast in training on packed sequences** of 50 to "
             )
             found.append((f"{text}200 steps, LSTM of 256 units", f"{command} --case {PACKED}"))
-    loops = [t.speedup.median for t in run.training if t.threads == threads and not t.problem]
+    loops = [
+        t.speedup.median for r in runs for t in r.training if t.threads == threads and not t.problem
+    ]
     if loops:
         text = f"**{min(loops):.1f} to {max(loops):.1f} times as fast over the training loops** of "
         text += f"a textbook's {len(loops)} jobs, with loss, clipping and update"
         found.append((text, f"{command} --part training"))
-    cpu = run.environment["cpu"]
+    cpu = runs[0].environment["cpu"]
     head = f"Compared with torch.nn in float32 on {threads} threads of {cpu}:"
     return "\n".join([f"{filled(head)}\n", *(f"{_item(text)}:\n  `{do}`" for text, do in found)])
 
@@ -106,52 +108,73 @@ def _where(row: Row) -> str:
 
 
 def readme_table(root: Path = ROOT) -> str:
-    """The README's speeds: the newest quiet run of a CPU and that of a GPU."""
-    newest: dict[bool, Report] = {}
-    for run in _newest_first(root):
-        if not run.busy and _shown(run):
-            newest.setdefault(bool(run.environment["gpu"]), run)
-    return "\n\n".join(headline(newest[gpu]) for gpu in sorted(newest))
+    """The README's speeds: those of the newest CPU and those of the newest GPU."""
+    return "\n\n".join(headline(runs) for _, runs in sorted(_machines(root).items()))
 
 
-def headline(run: Report) -> str:
+def headline(runs: Sequence[Report]) -> str:
     """The book's jobs, the LSTM of every other source, every row in which another implementation is
-    faster, and the mean and range of all cases.
+    faster, and the mean and range of all cases: of the rows of several runs of a machine.
     """
-    modes = _shown(run)
+    modes = _shown(runs)
+    shown = [row for rows in modes.values() for row in rows]
     jobs: dict[str, dict[str, Row]] = {}
-    for mode, rows in modes.items():
-        for row in rows:
-            if row.case.startswith(BOOK) or row.shape.startswith("LSTM") or row.ahead():
-                jobs.setdefault(row.case, {})[mode] = row
-    rows = next(iter(modes.values()))
-    title = f"training speed in tokens/s, and {tables.TIMES}; {rows[0].dtype}, {_where(rows[0])}"
+    for row in shown:
+        if row.case.startswith(BOOK) or row.shape.startswith("LSTM") or row.ahead():
+            jobs.setdefault(row.case, {})[row.mode] = row
+    first = next(iter(modes))
+    title = f"{first} speed in tokens/s, and {tables.TIMES}; {shown[0].dtype}, {_where(shown[0])}"
     header = ["job", "layers, T steps, B rows", "torch.nn", OURS]
     header += [f"faster, {mode}" for mode in modes]
     lines = []
-    for case, found in jobs.items():
-        row = next(iter(found.values()))
+    for case in sorted(jobs, key=_place):
+        found = jobs[case]
+        speeds = tables.speeds(found[first]) if first in found else ["", ""]
         ratios = [tables.ratio(found[mode]) if mode in found else "" for mode in modes]
-        lines.append([case, row.shape, *tables.speeds(row), *ratios])
-    parts = [filled(f"{report.caption(run.environment)}. Made by `{run.command}`.")]
-    parts.append(Table(title, header, lines).markdown())
-    others = list(
-        dict.fromkeys(r.peer for rows in modes.values() for row in rows for r in row.results)
-    )
-    others = [peer for peer in others[1:] if not is_ours(peer)]
+        lines.append([case, next(iter(found.values())).shape, *speeds, *ratios])
+    made = _sources(runs, shown)
+    parts = [filled(_caption(made)), Table(title, header, lines).markdown()]
+    peers = [[r.peer for r in row.results[1:] if not is_ours(r.peer)] for row in shown]
+    others = list(dict.fromkeys(peer for of_row in peers for peer in of_row))
     if others:
+        where = "" if all(peers) else " in some rows"
         parts.append(
             filled(
-                f"Also measured: {', '.join(others)}. One that is faster than fusedrnn, or with "
-                "weights in 8 bits than fusedrnn's in 8 bits, is named in its row, with how many "
-                "times as fast it is."
+                f"Also measured{where}: {', '.join(others)}. One that is faster than fusedrnn, or "
+                "with weights in 8 bits than fusedrnn's in 8 bits, is named in its row, with how "
+                "many times as fast it is."
             )
         )
-    if absent := run.environment.get("absent"):
-        parts.append(filled(f"Not installed, and not measured: {', '.join(absent)}."))
+    absent = dict.fromkeys(peer for run in made for peer in run.environment.get("absent") or [])
+    if never := [peer for peer in absent if peer.partition(" (")[0] not in others]:
+        parts.append(filled(f"Not installed, and not measured: {', '.join(never)}."))
     means = filter(None, (_range(mode, rows) for mode, rows in modes.items()))
-    parts.append(filled(f"All {len(rows)} cases: geometric mean {', '.join(means)}."))
+    parts.append(filled(f"All {_counts(modes)} cases: geometric mean {', '.join(means)}."))
     return "\n\n".join(parts)
+
+
+def _caption(runs: Sequence[Report]) -> str:
+    """The machine of several runs, and the software and the command of each."""
+    first, *others = runs
+    parts = [f"{report.caption(first.environment)}. Made by `{first.command}`."]
+    parts += [
+        f"Other rows: {report.versions(r.environment)}, made by `{r.command}`." for r in others
+    ]
+    return " ".join(parts)
+
+
+def _counts(modes: dict[str, list[Row]]) -> str:
+    """How many cases were measured, as one number if it is the same in every mode."""
+    ratios = [[tables.of_peer(row, OURS).speedup for row in rows] for rows in modes.values()]
+    counts = [len(of_mode) - of_mode.count(None) for of_mode in ratios]
+    if len(set(counts)) == 1:
+        return str(counts[0])
+    return " and ".join(f"{n} {mode}" for n, mode in zip(counts, modes, strict=True))
+
+
+def _place(case: str) -> int:
+    """Where a case stands among all, of whichever run it is."""
+    return next((i for i, known in enumerate(CASES) if known.name == case), len(CASES))
 
 
 def _range(mode: str, rows: Sequence[Row]) -> str:
@@ -165,25 +188,46 @@ def _range(mode: str, rows: Sequence[Row]) -> str:
     return f"{mean:.2f} in {mode}, from {extremes}"
 
 
-def _shown(run: Report) -> dict[str, list[Row]]:
+def _shown(runs: Sequence[Report]) -> dict[str, list[Row]]:
     """Rows in float32 by mode, at the number of threads with the most cases."""
-    rows = [r for r in run.rows if r.mode in README_MODES and r.dtype == "float32"]
+    rows = [r for run in runs for r in run.rows if r.mode in README_MODES and r.dtype == "float32"]
     rows = [r for r in rows if not tables.grid_point(r)]
     counts = Counter(r.threads for r in rows)
     threads = max(counts, key=lambda n: (counts[n], n), default=0)
-    modes: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.threads == threads:
-            modes.setdefault(row.mode, []).append(row)
-    return modes
+    rows = [row for row in rows if row.threads == threads]
+    modes = {mode: [row for row in rows if row.mode == mode] for mode in README_MODES}
+    return {mode: rows for mode, rows in modes.items() if rows}
 
 
-def _newest_first(root: Path) -> list[Report]:
-    found: list[Report] = []
-    for path in sorted((root / RESULTS).glob("*.json")):
-        if not gpu_summary.recognises(json.loads(path.read_text())):
-            found += report.load(path)
-    return sorted(found, key=lambda r: str(r.environment["date"]), reverse=True)
+def _machines(root: Path) -> dict[bool, list[Report]]:
+    """The newest CPU (False) and GPU (True): the quiet runs of its file, newest first."""
+    files = [
+        sorted(report.load(path), key=_date, reverse=True)
+        for path in sorted((root / RESULTS).glob("*.json"))
+        if not gpu_summary.recognises(json.loads(path.read_text()))
+    ]
+    found = {}
+    for gpu in (False, True):
+        quiet = [[r for r in f if not r.busy and bool(r.environment["gpu"]) == gpu] for f in files]
+        if shown := [runs for runs in quiet if _shown(runs)]:
+            found[gpu] = max(shown, key=_age)
+    return found
+
+
+def _age(runs: Sequence[Report]) -> list[str]:
+    """The newest date of each mode, oldest first: new rows of one mode make no machine new."""
+    modes = _shown(runs)
+    dates = [[_date(run) for run in _sources(runs, modes.get(mode, []))] for mode in README_MODES]
+    return sorted(max(of_mode, default="") for of_mode in dates)
+
+
+def _date(run: Report) -> str:
+    return str(run.environment["date"])
+
+
+def _sources(runs: Sequence[Report], rows: Sequence[Row]) -> list[Report]:
+    """The runs that have some of these rows."""
+    return [run for run in runs if any(row in rows for row in run.rows)]
 
 
 def readme(text: str, root: Path = ROOT) -> str:

@@ -267,7 +267,7 @@ def test_docs_are_written_from_files_of_results(tmp_path):
     rows += [row("speech-lstm-256", speed=14), row("book-gru", speed=4, **lstm), row("a", **lstm)]
     job = Training("j", "LSTM", 1, "cpu", [10.0, 20.0], [5.0, 5.0], 3, around(2.4), "faster")
     run = dataclasses.replace(report(*rows, *few), training=[job])
-    readme, results = folder_of(tmp_path, mine=[run, report(row("other"), date="1999")])
+    readme, results = folder_of(tmp_path, mine=[run], older=[report(row("other"), date="1999")])
     assert "## mine" in results and "**Forward, float32" in results
     assert "other" in results and "| few | GRU 1->2 |" in results
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
@@ -286,6 +286,58 @@ def test_figures_of_a_busy_machine_say_so_and_stay_out_of_the_readme(tmp_path):
     readme, results = folder_of(tmp_path, quiet=[report(*rows)], busy=[busy])
     assert "book-a" in readme and "busy" not in readme
     assert "1 of them kept busy by other processes" in results
+
+
+def both_modes(*names, **changes):
+    return [row(name, mode=mode, **changes) for name in names for mode in ("training", "inference")]
+
+
+def test_a_newer_run_of_one_mode_keeps_the_columns_of_the_other(tmp_path):
+    job = Training("j", "LSTM", 1, "cpu", [10.0, 20.0], [5.0, 5.0], 3, around(2.4), "faster")
+    old = dataclasses.replace(
+        report(*both_modes("book-gru-256", "book-rnn-256"), date="2001", commit="c0ffee"),
+        training=[job],
+    )
+    grid = report(row("grid-gru-h8-b1"), date="2000", commit="d00d")  # none of it is shown
+    busy = report(*both_modes("book-gru-256", speed=9.0), date="2004", busy=1)
+    again = row("book-gru-256", mode="inference", speed=4.0)
+    new = report(again, date="2003", commit="facade")
+    new = dataclasses.replace(new, command="another command")
+    # Rows of one mode make a machine no newer.
+    late = report(row("book-other", mode="inference", speed=8.0), date="2005", cpu="abacus")
+    older = report(*both_modes("book-other"), date="1999", cpu="abacus")
+    newest = report(*both_modes("book-other"), date="2002", cpu="abacus")
+    folder, mine = tmp_path / "a", latest([grid, old, busy, new])
+    folder.mkdir()
+    readme, _ = folder_of(folder, mine=mine, other=latest([older, late]))
+    # In the order of the cases, not of the runs.
+    assert "| book-rnn-256 | GRU 1->2 | 1,000 | 2,000 | 2.00 | 2.00 |\n| book-gru-256" in readme
+    assert "| book-gru-256 | GRU 1->2 | 1,000 | 2,000 | 2.00 | 4.00 |" in readme
+    assert "**2.0 times as fast in training, 2.8 in inference**: geometric means of 2" in readme
+    assert "**2.4 to 2.4 times as fast over the training loops**" in readme
+    text = " ".join(readme.split())
+    assert "All 2 cases: geometric mean 2.00 in training" in text
+    assert "at facade" in text and "2003. Made by `another command`. Other rows: torch" in text
+    assert "at c0ffee" in text and "2001, made by `a command`." in text
+    assert text.count(ENVIRONMENT["cpu"]) == 2  # of the figures, and of the table
+    assert not any(word in text for word in ("d00d", "abacus", "book-other", "9.00"))
+    folder = tmp_path / "b"
+    folder.mkdir()
+    readme, _ = folder_of(folder, mine=latest([old, new]), other=[newest])
+    assert "abacus" in readme and ENVIRONMENT["cpu"] not in readme
+
+
+def test_the_readme_says_of_which_cases_and_peers_its_rows_are(tmp_path):
+    old = report(*both_modes("book-a", "book-b"), date="2001", absent=["JAX (jax)", "TVM (tvm)"])
+    extra = [row("book-c", mode="inference"), row("book-d", mode="inference", problem="bad")]
+    new = report(*(with_peer(r, "JAX", 2.0) for r in extra), date="2002")
+    readme, _ = folder_of(tmp_path, mine=[old, new])
+    text = " ".join(readme.split())
+    assert "geometric means of 2 training and 3 inference cases" in text
+    assert "All 2 training and 3 inference cases: geometric mean 2.00 in training" in text
+    assert "| book-c | GRU 1->2 |  |  |  | 2.00 |" in readme  # no speed in inference by mistake
+    assert "Also measured in some rows: JAX." in text
+    assert "Not installed, and not measured: TVM (tvm)." in text
 
 
 def test_results_of_the_gpu_command_have_their_own_tables(tmp_path):
@@ -315,7 +367,7 @@ def test_implementations_that_are_ahead_are_named_in_the_readme(tmp_path):
         with_peer(row("a-gru"), "ONNX Runtime", 0.8),
         with_peer(row("b-gru"), "OpenVINO", 0.8, noise=1.5),  # a tie
         with_peer(row("book-a"), "torch int8", 1.3),
-        row("book-a", mode="inference"),
+        with_peer(row("book-a", mode="inference"), "OpenVINO", 1.3),
     ]
     run = report(*rows, absent=["JAX (jax)"])
     readme, results = folder_of(tmp_path, mine=[run])
