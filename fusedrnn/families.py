@@ -3,15 +3,17 @@
 A family is what is launched, checked and struck out as one: CUDA kernels of one exchange between
 blocks, arithmetic, cell and direction (csrc/plan/families.h); or CPU kernels of one instruction
 set, dtype, cell and direction. The first use of a CUDA family on a device runs its case
-(csrc/torch/cuda_standing.cpp calls `verify`); `python -m fusedrnn check` runs all of them.
+(csrc/torch/cuda_standing.cpp calls `verify`); `python -m fusedrnn check` runs all of them. Kernels
+take ensembles too, whose weights come stacked (see batching.py), so a family has a case of these.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -94,13 +96,21 @@ class Case(NamedTuple):
     config: Config
     plan: str = ""  # of FUSEDRNN_PLAN
     tf32: bool = False
+    members: int = 0  # with weights of their own, which come stacked; 0: none are stacked
 
 
 INPUT = 3
 
 
 def cases(family: Family) -> list[Case]:
-    """Sizes that divide evenly by nothing; teams of three blocks, two or more of them."""
+    """Sizes that divide evenly by nothing; teams of three blocks, two or more of them. Then the
+    same for an ensemble: as many teams for each of its members.
+    """
+    found = _cases(family)
+    return [*found, *(case._replace(batch=2 * case.batch, members=2) for case in found)]
+
+
+def _cases(family: Family) -> list[Case]:
     layers, half = 1 + family.chained, family.dtype.itemsize == 2
     alone = family.exchange in ("block", "stepwise")
     hidden = 5 if alone else 19
@@ -123,7 +133,8 @@ def runs_on(family: Family, spec: cuda.Spec) -> bool:
     for case in cases(family):
         size = (case.config, family.dtype, case.steps, case.batch, family.backward)
         try:
-            cuda.plan(*size, spec, forced=case.plan, tf32=case.tf32)
+            members = max(1, case.members)
+            cuda.plan(*size, spec, forced=case.plan, tf32=case.tf32, members=members)
         except ValueError:
             return False
     return True
@@ -165,6 +176,7 @@ class _Call:
 
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         config, seed = case.config, [0]
+        self.members = case.members
 
         def rounded(*shape: int, scale: float = 1.0) -> Tensor:
             return (_random(*shape, seed=seed) * scale).to(dtype)
@@ -176,11 +188,12 @@ class _Call:
         self.cx = rounded(states, case.batch, config.hidden_size) if lstm else None
         relu = config.mode == "RNN_RELU"
         scale = config.hidden_size**-0.5 / (2 if relu else 1)
-        self.weights = [rounded(*shape, scale=scale) for shape in _shapes(config, INPUT)]
-        if relu:  # far from the jump of the slope, on both sides of it
-            for bias in (w for w in self.weights if w.dim() == 1):
-                bias[::2] += 1
-                bias[1::2] -= 1
+        lead, shapes = [case.members] if case.members else [], _shapes(config, INPUT)
+        self.weights = [rounded(*lead, *shape, scale=scale) for shape in shapes]
+        for w, shape in zip(self.weights, shapes, strict=True):
+            if relu and len(shape) == 1:  # biases: far from the jump of the slope, on both sides
+                w[..., ::2] += 1
+                w[..., 1::2] -= 1
         self.rest: tuple[Any, ...] = (*[None] * 7, 0.0, *config)
         width = config.directions * config.out_size
         sizes = [(case.steps, case.batch, width), (states, case.batch, config.out_size)]
@@ -188,6 +201,35 @@ class _Call:
         self.grads, self.grad_tangents = ([rounded(*size) for size in sizes] for _ in range(2))
         given = (self.x, self.hx, self.cx, *self.weights)
         self.direction = [None if t is None else rounded(*t.shape) for t in given]
+
+    def by_member(self, compute: Callable[[_Call], list[Tensor]]) -> list[Tensor]:
+        """What `compute` makes of each member's call, in the layout of one call of them all: row b
+        is of member b % members, gradients of weights have a leading dimension.
+        """
+        if not self.members:
+            return compute(self)
+
+        def rows(t: Tensor | None, member: int) -> Any:
+            return None if t is None else t[:, member :: self.members]
+
+        results = []
+        for m in range(self.members):
+            own = copy.copy(self)
+            own.members = 0
+            own.x, own.hx, own.cx = (rows(t, m) for t in (self.x, self.hx, self.cx))
+            own.weights = [w[m] for w in self.weights]
+            own.grads, own.grad_tangents = (
+                [rows(g, m) for g in grads] for grads in (self.grads, self.grad_tangents)
+            )
+            own.direction = [
+                rows(t, m) if i < 3 or t is None else t[m] for i, t in enumerate(self.direction)
+            ]
+            results.append(compute(own))
+        of_rows = 2 + (self.cx is not None)  # of y, hn and cn, or of the gradients of x, hx and cx
+        return [
+            torch.stack(each, 2).flatten(1, 2) if i < of_rows else torch.stack(each)
+            for i, each in enumerate(zip(*results, strict=True))
+        ]
 
     def exact(self, backward: bool) -> list[Tensor]:
         given = (self.x, self.hx, self.cx, *self.weights)
@@ -208,18 +250,19 @@ class _Call:
         x, hx, cx, *weights = (
             None if t is None else t.to(device) for t in (self.x, self.hx, self.cx, *self.weights)
         )
+        call = (x, hx, cx, weights, *self.rest)
         with torch.no_grad():
             with plans(False):
-                y, hn, cn, *kept = ops.forward(x, hx, cx, weights, *self.rest, True)
+                y, hn, cn, *kept = ops.forward(*call, True)
             if not backward:
                 return [t for t in (y, hn, cn) if t.numel()]
             grads = [*(g.to(device) for g in self.grads), None][:3]
             needs = [t is not None for t in (x, hx, cx, *weights)]
             with plans(True):
-                dx, dhx, dcx, dweights = ops.backward(
-                    *grads, None, None, y, *kept, needs, 0, x, hx, cx, weights, *self.rest
+                *states, dweights = ops.backward(
+                    *grads, None, None, y, *kept, needs, self.members, *call
                 )
-            return [g for g, need in zip((dx, dhx, dcx, *dweights), needs, strict=True) if need]
+            return [g for g, need in zip((*states, *dweights), needs, strict=True) if need]
 
     def exact_tangents(self, backward: bool) -> list[Tensor]:
         """The derivatives of the same along `direction`."""
@@ -254,7 +297,7 @@ class _Call:
             u, du = (moved((*g, None, None, None)[:5]) for g in (self.grads, self.grad_tangents))
             needs = [t is not None for t in (x, hx, cx, *weights)]
             *states, dweights = ops.backward_tangent(
-                *u, *du, *direction, y, *kept, dy, *dkept, needs, 0, *call
+                *u, *du, *direction, y, *kept, dy, *dkept, needs, self.members, *call
             )
             return [g for g, need in zip((*states, *dweights), needs, strict=True) if need]
 
@@ -291,15 +334,16 @@ def problem(family: Family, ops: Any, device: torch.device) -> str | None:
                 return planned(case.plan, case.tf32)
             return planned("stepwise", case.tf32)
 
-        exact, run = call.exact, call.found
+        exact, run = _Call.exact, call.found
         if family.tangent:
-            exact, run = call.exact_tangents, call.found_tangents
+            exact, run = _Call.exact_tangents, call.found_tangents
         found = run(ops, device, family.backward, plans)
         # Normalisation magnifies rounding where a variance is small.
         tolerance = TOLERANCES[family.arithmetic] * (10 if case.config.layer_norm else 1)
-        wrong = _problem(found, exact(family.backward), tolerance)
+        right = call.by_member(functools.partial(exact, backward=family.backward))
+        wrong = _problem(found, right, tolerance)
         if wrong:
-            return wrong
+            return f"of an ensemble {wrong}" if case.members else wrong
     return None
 
 
@@ -312,17 +356,17 @@ def cpu_problem(family: CpuFamily) -> str | None:
     if family.mode in ("GRU", "LSTM"):
         configs += [config._replace(layer_norm=True)]
     for config in configs:
-        for steps, batch in ((5, 33), (2, 1)):
-            call = _Call(Case(steps, batch, config), family.dtype)
+        for steps, batch, members in ((5, 33, 0), (2, 1, 0), (5, 34, 2)):
+            call = _Call(Case(steps, batch, config, members=members), family.dtype)
             plans = lambda backward: contextlib.nullcontext()  # noqa: E731
             found = call.found(torch.ops.fusedrnn, torch.device("cpu"), family.backward, plans)
             tolerance = TOLERANCES[str(family.dtype).removeprefix("torch.")]
             tolerance *= 10 if config.layer_norm else 1
             with _one_thread():
-                exact = call.exact(family.backward)
+                exact = call.by_member(functools.partial(_Call.exact, backward=family.backward))
             wrong = _problem(found, exact, tolerance)
             if wrong:
-                return wrong
+                return f"of an ensemble {wrong}" if members else wrong
     return None
 
 

@@ -72,6 +72,22 @@ def test_the_small_case_finds_a_missing_state(mode, backward, monkeypatch):
             assert "has an error" in families.cpu_problem(family)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("mode", families.MODES)
+def test_the_small_case_of_an_ensemble_finds_weights_of_another_member(mode, backward, monkeypatch):
+    by_member = families._Call.by_member
+
+    def exchanged(self, compute):
+        if self.members:
+            self.weights[1] = self.weights[1].flip(0)  # W_hh
+        return by_member(self, compute)
+
+    monkeypatch.setattr(families._Call, "by_member", exchanged)
+    for family in families.cpu_families():
+        if family.variant == _C.cpu_variant() and family[2:] == (mode, backward):
+            assert "of an ensemble has an error" in families.cpu_problem(family)
+
+
 def test_every_family_of_cuda_has_a_case():
     """The plan that its case forces is of the family; every plan is of one that is listed."""
     spec = cuda.Spec(
@@ -82,10 +98,12 @@ def test_every_family_of_cuda_has_a_case():
     assert len({f.name for f in found}) == len({f.number for f in found}) == len(found)
     assert len(found) == len(families.MODES) * 2 * (3 * 5 * 2 + 4 + 4)
     for family in found:
+        assert {case.members for case in families.cases(family)} == {0, 2}
         for case in families.cases(family):
             plan = cuda.plan(
                 case.config, family.dtype, case.steps, case.batch, family.backward, spec,
                 forced=case.plan, tf32=case.tf32, tangent=family.tangent,
+                members=max(1, case.members),
             )  # fmt: skip
             assert plan.family == family.number, (family, plan)
         assert families.runs_on(family, spec)

@@ -6,6 +6,7 @@ The emulator stands in for the GPU, with launches that it refuses and kernels th
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 
 import pytest
@@ -206,6 +207,71 @@ def test_a_check_finds_a_lost_block(gpu, exchange):
     gpu.play("lose-block")
     family = next(f for f in families.cuda_families() if f.exchange == exchange)
     assert "has an error of" in families.verify(family.number, "fusedrnn_emulated", "cpu")
+
+
+class WrongMembers:
+    """The emulated ops, of which `broken` is wrong for ensembles alone: all members have weight
+    `kind` of the first, or without a kind each other's gradients of weights.
+    """
+
+    def __init__(self, gpu, broken: str, kind: int | None) -> None:
+        self.gpu, self.broken, self.kind = gpu, broken, kind
+
+    def __getattr__(self, name):
+        op = getattr(self.gpu, name)
+        return (lambda *given: self.run(op, given)) if name == self.broken else op
+
+    def run(self, op, given):
+        def stacked(argument):
+            return (
+                isinstance(argument, list)
+                and isinstance(argument[0], torch.Tensor)
+                and argument[0].dim() == 3
+            )
+
+        if self.kind is None:
+            *states, dweights = op(*given)
+            return (*states, [g.flip(0) for g in dweights] if stacked(dweights) else dweights)
+        given = [copy.copy(a) for a in given]
+        for weights in filter(stacked, given):
+            weights[self.kind] = weights[self.kind][:1].expand_as(weights[self.kind])
+        return op(*given)
+
+
+WRONG_MEMBERS = [("forward", kind) for kind in range(4)]  # W_ih, W_hh and the biases
+WRONG_MEMBERS += [("backward", 0), ("backward", 1), ("backward", None)]
+WRONG_MEMBERS += [("forward_tangent", 1), ("backward_tangent", 1), ("backward_tangent", None)]
+
+
+@pytest.mark.parametrize("broken, kind", WRONG_MEMBERS)
+def test_a_check_finds_what_is_wrong_for_ensembles_alone(gpu, broken, kind):
+    """Of every exchange, with one layer a launch or several."""
+    found = [
+        families.problem(f, WrongMembers(gpu, broken, kind), torch.device("cpu"))
+        for f in families.cuda_families()
+        if (f.mode, f.dtype) == ("LSTM", torch.float32)
+        and f.backward == broken.startswith("backward")
+        and f.tangent == broken.endswith("tangent")
+    ]
+    assert found and all(text and text.startswith("of an ensemble has an error") for text in found)
+
+
+def test_kernels_that_are_wrong_for_ensembles_run_no_more(gpu, monkeypatch):
+    compute = families.problem
+
+    def some_are_wrong(family, ops, device):
+        wrong = WrongMembers(ops, "backward", None) if family.exchange == "cluster" else ops
+        return compute(family, wrong, device)
+
+    monkeypatch.setattr(families, "problem", some_are_wrong)
+    job = Job()
+    warned = job.check()
+    reason = "will not run on cpu, because a small case of an ensemble has an error of"
+    assert warned and all(reason in text for text in warned)
+    wrong = [name for name, state in states(gpu).items() if state == "wrong"]
+    assert len(wrong) == len(warned)
+    assert all(name.startswith("cluster GRU backward") for name in wrong)
+    assert job.check() == []
 
 
 def test_a_check_is_not_blamed_for_a_block_of_another_call(gpu, monkeypatch):
