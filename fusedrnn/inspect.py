@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import _C, autocast, checks, cuda, families, support
 from fusedrnn._version import __version__
 from fusedrnn.layer import LayerBase
-from fusedrnn.modules import GRU, LSTM, RNN
+from fusedrnn.modules import GRU, LSTM, RNN, LSTMCell
 from fusedrnn.quantized import Quantized
 from fusedrnn.support import fallback_reason, is_one_hot
 
@@ -50,7 +50,8 @@ def explain(module: nn.Module, *args: object, members: int | None = None, **kwar
     what its layers are given, and the answer names each layer.
 
     `members`: of an ensemble, with weights stacked by torch.func.stack_module_state. Then the
-    answer is for torch.vmap over them, and the other arguments are those of one member.
+    answer is for torch.vmap over them, and the other arguments are those of one member. An argument
+    of this name that the model's own forward takes has to be given by position.
 
     Raises:
         TypeError: `module` is no torch.nn.Module, or has no recurrent layers.
@@ -70,7 +71,7 @@ def _explain(
     if isinstance(module, nn.RNNBase):
         return _checked(module, members, *args, **kwargs)
     if isinstance(module, nn.RNNCellBase):
-        return _of_cell(module, *args, **kwargs)
+        return _of_cell(module, members, *args, **kwargs)
     return _of_model(module, members, args, kwargs)
 
 
@@ -112,7 +113,20 @@ def _of_model(
     return "\n".join(lines)
 
 
-def _of_cell(cell: nn.RNNCellBase, input: Tensor, hx: Any = None) -> str:
+def _head(module: nn.Module, data: Tensor, members: int | None) -> str:
+    head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}"
+    return f"{head}:" if members is None else f"{head}, of each of {members} members:"
+
+
+def _under_vmap(data: Tensor, packed: bool = False) -> str:
+    """What becomes of torch.nn's own kernels where members have weights of their own."""
+    text = "under torch.vmap they raise an error, because they have no batching rule"
+    if packed or support.on_gpu(data):
+        return text
+    return f"{text}; inside of torch.func.grad they run, step by step or member by member"
+
+
+def _of_cell(cell: nn.RNNCellBase, members: int | None, input: Tensor, hx: Any = None) -> str:
     """Calls a copy on the meta device first, which raises the error of the call."""
     states = tuple(s.to("meta") for s in hx) if isinstance(hx, tuple) else hx
     states = states.to("meta") if isinstance(states, Tensor) else states
@@ -120,8 +134,10 @@ def _of_cell(cell: nn.RNNCellBase, input: Tensor, hx: Any = None) -> str:
     moved: Any = {n: p if p is None else p.to("meta") for n, p in cell._parameters.items()}
     twin._parameters = moved
     type(cell).forward(twin, input.to("meta"), states)
-    head = f"{cell} on {tuple(input.shape)} {input.dtype} {input.device.type}:"
-    return f"{head} torch.nn's own code, one step a call"
+    text = f"{_head(cell, input, members)} torch.nn's own code, one step a call"
+    if members is None or not isinstance(cell, nn.LSTMCell) or isinstance(cell, LSTMCell):
+        return text
+    return f"{text}: see fusedrnn.swap\n  {_under_vmap(input)}"
 
 
 def _checked(
@@ -183,17 +199,17 @@ def _of_layer(
 ) -> str:
     """Which kernels would run, how the work is divided, and why not faster ones."""
     data: Any = input.data if isinstance(input, PackedSequence) else input
-    head = f"{module} on {tuple(data.shape)} {data.dtype} {data.device.type}"
-    head += ":" if members is None else f", of each of {members} members:"
+    head, packed = _head(module, data, members), isinstance(input, PackedSequence)
+    vmapped = [] if members is None else [_under_vmap(data, packed)]
     if not isinstance(module, LayerBase):
-        return f"{head} torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
+        why = "torch.nn's own kernels, because it is not fusedrnn's: see fusedrnn.swap"
+        return "\n  ".join([f"{head} {why}", *vmapped])
     reason = fallback_reason(data)
-    packed = isinstance(input, PackedSequence)
     one_hot, regularisers = is_one_hot(data, packed), module.only_ours()
     if reason:
-        ours = one_hot or regularisers
-        what = "plain PyTorch" if ours else "torch.nn's own kernels"
-        return f"{head} {what}, because {reason}"
+        if one_hot or regularisers:
+            return f"{head} plain PyTorch, because {reason}"
+        return "\n  ".join([f"{head} torch.nn's own kernels, because {reason}", *vmapped])
     steps, batch = support.sizes(module, input, one_hot)
     stored: Any = torch.float32 if module.stored else data.dtype
     if one_hot and not module.stored:

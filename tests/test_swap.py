@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_as_exact_as_torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 from fusedrnn import _C
@@ -434,6 +434,92 @@ def test_explain_of_an_ensemble(x, rows):
     assert one == fusedrnn.explain(layer, x).splitlines()[1:]
     with pytest.raises(ValueError, match="at least one member"):
         fusedrnn.explain(layer, x, members=0)
+
+
+def stacked(layers):
+    """The parameters of an ensemble, and a function of one member's and its input."""
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+
+    def member(parameters, x, *batch_sizes):
+        given = PackedSequence(x, *batch_sizes) if batch_sizes else x
+        y = torch.func.functional_call(skeleton, parameters, (given,))
+        y = y[0] if isinstance(y, tuple) else y
+        return y.data if batch_sizes else y
+
+    return torch.func.stack_module_state(layers)[0], member
+
+
+VMAP_RAISES = "under torch.vmap they raise an error, because they have no batching rule"
+IN_GRAD = "; inside of torch.func.grad they run, step by step or member by member"
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cls", [nn.RNN, nn.GRU, nn.LSTM])
+def test_explain_of_an_ensemble_of_torch_nn_s_layers(cls, dtype):
+    """And what really becomes of such a call."""
+    layers, x = [cls(3, 4, dtype=dtype) for _ in range(2)], torch.randn(2, 5, 6, 3, dtype=dtype)
+    text = fusedrnn.explain(layers[0], x[0], members=2)
+    assert "of each of 2 members: torch.nn's own kernels" in text and "fusedrnn.swap" in text
+    assert text.endswith(f"\n  {VMAP_RAISES}{IN_GRAD}")
+    assert text in fusedrnn.explain(nn.Sequential(layers[0]), x[0], members=2)
+    parameters, member = stacked(layers)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.vmap(member)(parameters, x)
+    gradients = torch.func.grad(lambda *given: member(*given).sum())
+    found = torch.vmap(gradients)(parameters, x)
+    for m, layer in enumerate(layers):
+        expected = torch.autograd.grad(layer(x[m])[0].sum(), layer.parameters())
+        for ours, theirs in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(ours[m], theirs)
+
+    packed = pack_padded_sequence(x[0], [5, 4, 3, 2, 1, 1])
+    assert fusedrnn.explain(layers[0], packed, members=2).endswith(f"\n  {VMAP_RAISES}")
+    data, sizes = packed.data.expand(2, -1, -1), packed.batch_sizes
+    for call in (member, gradients):
+        with pytest.raises(RuntimeError):
+            torch.vmap(call, (0, 0, None))(parameters, data, sizes)
+
+
+def test_explain_of_ensembles_that_fall_back():
+    layers = [fusedrnn.GRU(3, 4, dtype=torch.complex64) for _ in range(2)]
+    x = torch.randn(2, 5, 6, 3, dtype=torch.complex64)
+    assert VMAP_RAISES in fusedrnn.explain(layers[0], x[0], members=2)
+    assert VMAP_RAISES not in fusedrnn.explain(layers[0], x[0])
+    parameters, member = stacked(layers)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.vmap(member)(parameters, x)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("package", [nn, fusedrnn])
+def test_explain_of_an_ensemble_of_cells(package, name):
+    cells, x = [getattr(package, name)(3, 4) for _ in range(2)], torch.randn(2, 5, 3)
+    text = fusedrnn.explain(cells[0], x[0], members=2)
+    assert "of each of 2 members: torch.nn's own code, one step a call" in text
+    parameters, member = stacked(cells)
+    if package is nn and name == "LSTMCell":
+        assert text.endswith(f": see fusedrnn.swap\n  {VMAP_RAISES}{IN_GRAD}")
+        with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+            torch.vmap(member)(parameters, x)
+        torch.vmap(torch.func.grad(lambda *given: member(*given).sum()))(parameters, x)
+    else:
+        assert VMAP_RAISES not in text
+        torch.vmap(member)(parameters, x)
+
+
+def test_explain_passes_a_model_s_own_members_by_position():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = fusedrnn.GRU(3, 4)
+
+        def forward(self, x, members=1):
+            return self.rnn(x.repeat(1, members, 1))
+
+    text = fusedrnn.explain(Model(), torch.zeros(5, 2, 3), 7)
+    assert "on (5, 14, 3)" in text and "members" not in text
+    assert "of each of 7 members" in fusedrnn.explain(Model(), torch.zeros(5, 2, 3), 7, members=7)
 
 
 def test_explain_says_why_not_ours():
