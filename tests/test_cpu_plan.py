@@ -194,6 +194,27 @@ def test_a_plan_of_few_tokens(hidden, steps, batch, more, expected):
         assert getattr(plan if name in of_plan else plan.pass_, name) == value, name
 
 
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "steps", "expected"),
+    [
+        (256, "float32", 1, (False, False, False)),
+        (512, "float32", 1, (False, True, False)),
+        (512, "float32", 3, (False, True, False)),
+        (512, "float32", 50, (True, True, False)),  # W_hh alone, in both directions as if packed
+        (256, "float32", 30, (True, False, False)),
+        (512, "bfloat16", 1, (False, False, False)),
+        (1024, "float32", 1, (False, True, True)),
+    ],
+)
+def test_a_quick_l3_is_read_row_by_row(hidden, dtype, steps, expected):
+    problem = make_problem("LSTM", hidden, hidden, dtype=dtype)
+    made = bindings.plan_cpu(problem, make_request(steps, 1), make_machine(quick_l3=True)).pass_
+    alternates, streams, prefetches = expected
+    assert (made.alternates, made.streams, made.prefetches) == (alternates, streams, prefetches)
+    other = bindings.plan_cpu(problem, make_request(steps, 1), make_machine()).pass_
+    assert not other.streams
+
+
 def variant(dtype: str, steps: int, batch: int, hidden: int = 64, **machine) -> str:
     """The variant that a machine with all of them takes."""
     problem, request = make_problem("LSTM", 64, hidden, dtype=dtype), make_request(steps, batch)

@@ -82,6 +82,16 @@ def test_matches_torch(cell, sizes, dtype, half):
         compare(plain, fused, x, states)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cell", CELLS)
+def test_few_rows_of_large_weights(cell, dtype):
+    """Weights that no L2 holds, read unpacked: in other orders than small ones."""
+    for T, B in ((1, 1), (3, 1), (1, 5)):
+        plain, fused = make_pair(cell, 517, 1030, dtype=dtype)
+        x = torch.randn(T, B, 517).to(dtype)
+        compare(plain, fused, x, random_state(plain, B))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cell", CELLS)
 def test_small_tensors_on_average(cell, dtype):
@@ -417,4 +427,5 @@ def test_few_tokens(cell, dtype):
             assert (y[n:, b] == 0).all()
             if n:
                 alone, _ = fused(x[:n, b : b + 1])
-                assert torch.equal(y[:n, b : b + 1], alone)
+                few = 4 * torch.finfo(dtype).eps  # a row alone may be summed in another order
+                torch.testing.assert_close(y[:n, b : b + 1], alone, rtol=few, atol=few)

@@ -123,9 +123,9 @@ struct UnpackedStep {
   int64_t layer, dir, t, rows, all_rows;  // all_rows: at any time
   bool descending;                        // the order of units
   void *h_prev, *h, *c;  // compute type [all_rows, hidden], rows in Sequence::order
-  // The products of W_hh where unpacked_recurrent computes them, [vectors of
-  // units][gates][all_rows] whole vectors; null: the step does.
-  void* recurrent;
+  // The products of W_ih and then of W_hh: [vectors of units][2][gates][all_rows] whole vectors.
+  void* sums;
+  bool has_recurrent;  // those of W_hh are there, from unpacked_recurrent
 };
 
 // A thread's place in a team, which takes a task together (run/team.h). Without a team it is alone.

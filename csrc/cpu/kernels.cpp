@@ -153,7 +153,7 @@ RowsScratch unpacked_scratch_of(const Problem& p, int64_t rows) {
   return with_dtype(p.dtype, [&](auto s) {
     using C = Compute<decltype(s)>;
     Scratch common{}, own{};
-    common.take<C>(rows * traits(p.cell).gates * Panels<C>::padded(p.hidden_size));
+    common.take<C>(rows * 2 * traits(p.cell).gates * Panels<C>::padded(p.hidden_size));
     own.take<C>(rows * max(p.input_size, p.num_directions * p.out_size()));
     return RowsScratch{common.used, own.used};
   });

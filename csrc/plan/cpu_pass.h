@@ -29,6 +29,7 @@ struct CpuPass {
   bool unpacked_hh;     // forward reads W_hh unpacked
   bool alternates;      // consecutive steps read weights in opposite directions
   bool prefetches;      // unpacked forward: the next units' weights during a unit's products
+  bool streams;         // unpacked weights of one batch row: a row at a time
   bool overlaps_cells;  // in forward cells are computed during the next product
   bool long_sums;       // of products: torch's own are short where rows are few
   ProductKind product;  // in forward

@@ -140,10 +140,15 @@ int64_t bytes_between(const Problem& p, int64_t longest) {
 }
 
 // Weights that are more than L2 holds, but not by so much that little of them is found there the
-// next time, are read in alternating directions.
-bool alternates(int64_t bytes_between, int64_t threads) {
-  const int64_t own = bytes_between / threads;
-  return own > kL2Bytes && own <= 5 * kL2Bytes;
+// next time, are read in alternating directions, unless L3 is as quick.
+bool alternates(int64_t bytes_of_thread, const CpuMachine& m) {
+  return !m.quick_l3 && bytes_of_thread > kL2Bytes && bytes_of_thread <= 5 * kL2Bytes;
+}
+
+// A quick L3 is read fastest as one stream of rows, unless these are short as those of bfloat16.
+// Sums differ, so this does not depend on the number of threads.
+bool streams(int64_t bytes, const Problem& p, const CpuMachine& m) {
+  return m.quick_l3 && bytes > kL2Bytes && p.dtype != DType::kBFloat16;
 }
 
 // Unpacked weights are prefetched where L3 holds little of them when they are read again. Several
@@ -245,12 +250,14 @@ CpuPlan plan_cpu(const Problem& p, const CpuRequest& all, const CpuMachine& m) {
   } else if (plan.unpacked) {
     plan.threads = unpacked;
     const int64_t between = bytes_between(p, r.longest);
-    plan.pass.alternates = alternates(between, unpacked);
+    plan.pass.alternates = alternates(between / unpacked, m);
+    plan.pass.streams = streams(between, p, m);
     plan.pass.prefetches = prefetches(between, r.batch, m);
     // Of a single step all that W_hh is multiplied with is known at its beginning.
     plan.recurrent_first = plan.pass.alternates && r.longest == 1;
   } else {
     plan.pass.unpacked_hh = reads_hh_unpacked(p, costs, r);
+    plan.pass.streams = plan.pass.unpacked_hh && streams(recurrent_weight_bytes(p, costs), p, m);
     plan.pass.overlaps_cells = overlaps_cells(p, costs);
   }
   return plan;
@@ -279,7 +286,9 @@ std::string weights_in_words(const CpuPlan& plan, bool backward) {
   if (!plan.unpacked) return "";
   return std::string("; weights read unpacked") +
          (plan.pass.alternates && !backward ? ", in alternating directions" : "") +
-         (plan.pass.prefetches ? ", prefetched" : "") +
+         (plan.pass.prefetches ? ", prefetched"
+          : plan.pass.streams  ? ", row by row"
+                               : "") +
          (plan.recurrent_first ? ", W_hh first" : "");
 }
 

@@ -24,6 +24,7 @@ struct CpuMachine {
   int64_t threads;
   bool all_threads;  // divide even the smallest work among all of them
   int64_t l3_bytes;  // of one L3 cache, which some cores share
+  bool quick_l3;     // a core reads it about as fast as L2
 };
 
 struct CpuRequest {

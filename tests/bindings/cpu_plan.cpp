@@ -28,7 +28,7 @@ struct Variant {
 
 struct Machine {
   std::vector<Variant> variants;
-  bool named, tiles, all_threads;
+  bool named, tiles, all_threads, quick_l3;
   int64_t threads, l3_bytes;
 
   // What f makes of the CpuMachine.
@@ -38,7 +38,7 @@ struct Machine {
     for (const Variant& v : variants) values.push_back(v.value());
     if (values.empty()) throw py::value_error("a machine without variants");
     return f(CpuMachine{values.data(), int(values.size()), named, tiles, threads, all_threads,
-                        l3_bytes});
+                        l3_bytes, quick_l3});
   }
 };
 
@@ -68,7 +68,7 @@ void bind_machine(py::module_& m) {
   using T = Machine;
   auto type = structure<T>(m, "CpuMachine");
   fields(type, NAMED(variants), NAMED(named), NAMED(tiles), NAMED(all_threads), NAMED(threads),
-         NAMED(l3_bytes));
+         NAMED(l3_bytes), NAMED(quick_l3));
 }
 
 void bind_request(py::module_& m) {
@@ -88,8 +88,8 @@ void bind_pass(py::module_& m) {
       .finalize();
   using T = CpuPass;
   auto type = structure<T>(m, "CpuPass");
-  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(prefetches), NAMED(overlaps_cells),
-         NAMED(long_sums), NAMED(product));
+  fields(type, NAMED(unpacked_hh), NAMED(alternates), NAMED(prefetches), NAMED(streams),
+         NAMED(overlaps_cells), NAMED(long_sums), NAMED(product));
 }
 
 void bind_plan(py::module_& m) {

@@ -70,13 +70,13 @@ struct GroupCells {
 // Adds the products of unpacked W_hh with h of n <= kDotRows rows to the gates of some blocks.
 template <class Cell, class S, class C>
 void add_unpacked(const S* w_hh, int64_t H, int64_t P, int64_t block, int64_t blocks, int64_t n,
-                  const C* h, int64_t ld_h, C* gates, int64_t ld_gates) {
+                  const C* h, int64_t ld_h, C* gates, int64_t ld_gates, RowReading reading) {
   constexpr int w = Lanes<C>::kWidth;
   for (int64_t unit = block * w; unit < min(H, (block + blocks) * w); unit += w)
     for (int slot = Cell::kSlots - Cell::kGates; slot < Cell::kSlots; slot++) {
       Vec<C> sums[kDotRows];
       dot_rows<C>(sums, w_hh + (gate_of(Cell::h_ranges(), slot) * H + unit) * P, min(w, H - unit),
-                  h, ld_h, P, n);
+                  h, ld_h, P, n, reading);
       C* const sum = gates + unit * Cell::kSlots + slot * w;
       for (int64_t r = 0; r < n; r++) store(sum + r * ld_gates, load(sum + r * ld_gates) + sums[r]);
     }
@@ -310,7 +310,7 @@ class ForwardPass {
       if (call.pass.unpacked_hh)
         return add_unpacked<Cell>(static_cast<const S*>(d.weights.w_hh), p.hidden_size,
                                   p.out_size(), block, blocks, n, h, buf.ld_operand, gates,
-                                  buf.ld_gates);
+                                  buf.ld_gates, {call.pass.streams, 0});
     C* const sums = gates + (block * Cell::kSlots + kFirstHSlot) * G::kWidth;
     d.w_hh.multiply(block, blocks * Cell::kGates * G::kWidth, n, h, buf.ld_operand, sums,
                     buf.ld_gates, {kNormed ? nullptr : sums, buf.ld_gates}, work, tile_height);

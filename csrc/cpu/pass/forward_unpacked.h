@@ -1,11 +1,13 @@
 // The forward pass without packed weights, for calls of few tokens, in which packing would take
 // longer than the products. For plain layers: no projection, regularisers or resets.
 //
-// The gates of a vector of units are dot products with as many rows of the weights; then the cells
-// of these units are computed. Threads divide the units of a step, which share nothing that is
-// written. Where weights exceed L2, steps take the units in ascending and descending order in turn,
-// and the recurrent products of a single step may be computed apart from it. If the plan
-// says so, the weights of the next units are prefetched while those of a unit are multiplied.
+// Gates are dot products with the rows of the weights, which are read in the order in which they
+// lie in memory: the products of a vector of units with one gate, then those of the next units, and
+// so gate after gate. The cells follow. Threads divide the units of a step, which share nothing
+// that is written. Where weights exceed L2, the plan may have steps read them in ascending and
+// descending order in turn, and the recurrent products of a single step computed apart from it; or
+// have the weights of the next units prefetched while those of a unit are multiplied; or have rows
+// of weights read one at a time.
 #pragma once
 #include "cpu/pass/arrays.h"
 #include "cpu/product/unpacked.h"
@@ -13,18 +15,25 @@
 
 namespace {
 
-// f(first unit, units) for part `part` of `parts` of the vectors of units, in descending order if
-// asked for.
-template <class C, class F>
-FUSEDRNN_INLINE void each_unit_vector(int64_t H, int64_t part, int64_t parts, bool descending,
-                                      F f) {
-  constexpr int w = Lanes<C>::kWidth;
-  const int64_t all = (H + w - 1) / w, begin = all * part / parts, end = all * (part + 1) / parts;
-  for (int64_t i = begin; i < end; i++) {
-    const int64_t j = (descending ? begin + end - 1 - i : i) * w;
-    f(j, min(w, H - j));
+// Some vectors of units.
+template <class C>
+struct UnitVectors {
+  int64_t H, begin, end;
+
+  UnitVectors(int64_t hidden, int64_t part, int64_t parts) : H(hidden) {
+    const int64_t all = (H + Lanes<C>::kWidth - 1) / Lanes<C>::kWidth;
+    begin = all * part / parts, end = all * (part + 1) / parts;
   }
-}
+  // f(first unit, units) for each, in descending order if asked for.
+  template <class F>
+  FUSEDRNN_INLINE void each(bool descending, F f) const {
+    constexpr int w = Lanes<C>::kWidth;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t j = (descending ? begin + end - 1 - i : i) * w;
+      f(j, min(w, H - j));
+    }
+  }
+};
 
 // One step of a layer and direction.
 template <class Cell, class S>
@@ -43,20 +52,11 @@ class UnpackedPass {
         out(layer_output<S>(forward, step.layer)),
         saved(forward.reserve ? saved_slots<S>(forward, step.layer, step.dir) : nullptr),
         cells(forward, step.layer, step.dir),
-        ahead(forward.pass.prefetches ? (step.descending ? -kWidth : kWidth) : 0) {}
+        reading{forward.pass.streams,
+                forward.pass.prefetches ? (step.descending ? -kWidth : kWidth) : 0} {}
 
-  // The recurrent products of a part of the units and all rows, to step.recurrent.
-  void recurrent_products(int64_t part, int64_t parts) const {
-    each_unit_vector<C>(H, part, parts, step.descending, [&](int64_t j, int64_t n) {
-      for (int64_t first = 0; first < step.rows; first += kDotRows) {
-        const int64_t count = min(kDotRows, step.rows - first);
-        Vec<C> sums[kGates][kDotRows];
-        multiply_h(j, n, first, count, sums);
-        for (int k = 0; k < kGates; k++)
-          for (int64_t i = 0; i < count; i++) store(recurrent(j, k, first + i), sums[k][i]);
-      }
-    });
-  }
+  // The recurrent products of a part of the units and all rows, before the others.
+  void recurrent_products(int64_t part, int64_t parts) const { multiply_h({H, part, parts}); }
 
   // The step for a part of the units and all rows.
   void run(int64_t part, int64_t parts, void* scratch) const {
@@ -66,46 +66,45 @@ class UnpackedPass {
     const int64_t K = input.width;
     C* const x = static_cast<C*>(scratch);
     for (int64_t r = 0; r < step.rows; r++) input.read(x + r * K, K, step.t, seq.order[r]);
-    each_unit_vector<C>(H, part, parts, step.descending, [&](int64_t j, int64_t n) {
-      for (int64_t first = 0; first < step.rows; first += kDotRows) {
-        const int64_t count = min(kDotRows, step.rows - first);
-        Vec<C> sums_x[kGates][kDotRows], sums_h[kGates][kDotRows];
-        multiply_x(j, n, x + first * K, K, count, sums_x);
-        if (!step.recurrent) multiply_h(j, n, first, count, sums_h);
-        for (int64_t i = 0; i < count; i++) {
-          Vec<C> s[Cell::kSlots] = {};
-          for (int k = 0; k < kGates; k++) {
-            s[k] += sums_x[k][i];
-            s[kFirst + k] += step.recurrent ? load(recurrent(j, k, first + i)) : sums_h[k][i];
-            add_bias(s, k, j, n);
-          }
-          compute_cell(s, first + i, j, n);
+    const UnitVectors<C> units(H, part, parts);
+    if (!step.has_recurrent && !step.descending) multiply_h(units);
+    multiply(units, false, x, K);
+    if (!step.has_recurrent && step.descending) multiply_h(units);
+    units.each(false, [&](int64_t j, int64_t n) {
+      for (int64_t r = 0; r < step.rows; r++) {
+        Vec<C> s[Cell::kSlots] = {};
+        for (int k = 0; k < kGates; k++) {
+          s[k] += *sum(j, k, r);
+          s[kFirst + k] += *sum(j, kGates + k, r);
+          add_bias(s, k, j, n);
         }
+        compute_cell(s, r, j, n);
       }
     });
   }
 
  private:
-  // The products of W_ih and W_hh with some rows, for units from j on: sums[gate][row].
-  FUSEDRNN_INLINE void multiply_x(int64_t j, int64_t n, const C* x, int64_t K, int64_t count,
-                                  Vec<C> (&sums)[kGates][kDotRows]) const {
-    const S* const w_ih = static_cast<const S*>(weights.w_ih);
-    for (int k = 0; k < kGates; k++)
-      dot_rows<C>(sums[k], w_ih + (gate_of(Cell::x_ranges(), k) * H + j) * K, n, x, K, K, count,
-                  ahead * K);
+  // The products of W_ih with x, or of W_hh with h, of a part of the units and all rows.
+  __attribute__((noinline)) void multiply(const UnitVectors<C>& units, bool of_h, const C* factor,
+                                          int64_t K) const {
+    const S* const matrix = static_cast<const S*>(of_h ? weights.w_hh : weights.w_ih);
+    for (int i = 0; i < kGates; i++) {
+      const int k = step.descending ? kGates - 1 - i : i;
+      const int64_t gate =
+          of_h ? gate_of(Cell::h_ranges(), kFirst + k) : gate_of(Cell::x_ranges(), k);
+      units.each(step.descending, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < step.rows; r += kDotRows)
+          dot_rows<C>(sum(j, of_h * kGates + k, r), matrix + (gate * H + j) * K, n, factor + r * K,
+                      K, K, min(kDotRows, step.rows - r), reading);
+      });
+    }
   }
-  FUSEDRNN_INLINE void multiply_h(int64_t j, int64_t n, int64_t first, int64_t count,
-                                  Vec<C> (&sums)[kGates][kDotRows]) const {
-    const S* const w_hh = static_cast<const S*>(weights.w_hh);
-    const C* const h = static_cast<const C*>(step.h_prev) + first * H;
-    for (int k = 0; k < kGates; k++)
-      dot_rows<C>(sums[k], w_hh + (gate_of(Cell::h_ranges(), kFirst + k) * H + j) * H, n, h, H, H,
-                  count, ahead * H);
+  void multiply_h(const UnitVectors<C>& units) const {
+    multiply(units, true, static_cast<const C*>(step.h_prev), H);
   }
-  // The place of a vector in step.recurrent.
-  FUSEDRNN_INLINE C* recurrent(int64_t j, int k, int64_t row) const {
-    return static_cast<C*>(step.recurrent) +
-           ((j / kWidth * kGates + k) * step.all_rows + row) * kWidth;
+  // A vector of step.sums, followed by that of the next row.
+  FUSEDRNN_INLINE Vec<C>* sum(int64_t j, int gate, int64_t row) const {
+    return static_cast<Vec<C>*>(step.sums) + (j / kWidth * 2 * kGates + gate) * step.all_rows + row;
   }
 
   FUSEDRNN_INLINE void add_bias(Vec<C> (&s)[Cell::kSlots], int k, int64_t j, int64_t n) const {
@@ -139,7 +138,7 @@ class UnpackedPass {
   const Weights& weights;
   S *const out, *const saved;
   const CellStates<C> cells;
-  const int64_t ahead;  // rows of weights, from those that are read to those prefetched
+  const RowReading reading;
 };
 
 }  // namespace

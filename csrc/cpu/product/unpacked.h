@@ -35,68 +35,89 @@ FUSEDRNN_INLINE Vec<C> lane_sums(Vec<C> (&v)[Lanes<C>::kWidth]) {
 template <class S>
 using DotOperand = std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
 
+// How rows of weights are read. Some at a time share what is loaded of x. A hardware prefetcher
+// follows one at a time best, whose sum is of several parts to hide the latency of additions.
+enum class RowTile { kSome, kSomePrefetched, kOne };
+struct RowReading {
+  bool one_at_a_time;  // where x has one row
+  int64_t ahead;       // the rows that lie so many rows further are prefetched; 0: none
+};
+
 // Lane i of out[r] is the dot product of row i of w, which has `rows` rows, and row r of x, both of
-// K elements. Lanes from `rows` on are undefined. If `kPrefetch`, the elements that are `ahead` of
-// those of w are prefetched to L2.
-template <int kRows, bool kPrefetch, class C, class S>
+// K elements. Lanes from `rows` on are undefined. Prefetched, to L2, are the elements that lie
+// `ahead` of those of w.
+template <int kRows, RowTile kReading, class C, class S>
 __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
                                         int64_t ldx, int64_t K, int64_t ahead) {
   using X = DotOperand<S>;
-  constexpr int width = Lanes<C>::kWidth, kAtOnce = width * kDepth<X>;
+  constexpr bool kAlone = kReading == RowTile::kOne;
+  constexpr int width = Lanes<C>::kWidth, kAtOnce = width * kDepth<X>, kParts = kAlone ? 4 : 1;
   // Few rows of w at a time: rows whose length is a power of two share cache sets.
-  constexpr int kTile = kRows == 1 ? width < 8 ? width : 8 : width < 4 ? width : 4;
+  constexpr int kMost = kAlone ? 1 : kRows == 1 ? 8 : 4, kTile = width < kMost ? width : kMost;
   Vec<C> all[kRows][width];
   for (int first = 0; first < width; first += kTile) {
     const S* row[kTile];
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; i++) row[i] = w + min(first + i, rows - 1) * K;
-    Vec<C> sums[kRows][kTile] = {};
-    auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    Vec<C> sums[kParts][kRows][kTile] = {};
+    auto step = [&](auto& sum, int64_t k, int64_t n) __attribute__((always_inline)) {
       auto read = [&](auto* p) { return load_operands<X>(p + k, n).plane[0]; };
       Vec<X> part[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) part[r] = read(x + r * ldx);
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; i++) {
-        if constexpr (kPrefetch) __builtin_prefetch(row[i] + k + ahead, 0, 2);
+        if constexpr (kReading == RowTile::kSomePrefetched)
+          __builtin_prefetch(row[i] + k + ahead, 0, 2);
         const Vec<X> weights = read(row[i]);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; r++) sums[r][i] = multiply_add<X>(weights, part[r], sums[r][i]);
+        for (int r = 0; r < kRows; r++) sum[r][i] = multiply_add<X>(weights, part[r], sum[r][i]);
       }
     };
     int64_t k = 0;
-    for (; k + kAtOnce <= K; k += kAtOnce) step(k, kAtOnce);
-    if (k < K) step(k, K - k);
+    for (; kParts > 1 && k + kParts * kAtOnce <= K; k += kParts * kAtOnce)
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; p++) step(sums[p], k + p * kAtOnce, kAtOnce);
+    for (; k + kAtOnce <= K; k += kAtOnce) step(sums[0], k, kAtOnce);
+    if (k < K) step(sums[0], k, K - k);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
-      for (int i = 0; i < kTile; i++) all[r][first + i] = sums[r][i];
+      for (int i = 0; i < kTile; i++) {
+        Vec<C> sum = sums[0][r][i];
+#pragma GCC unroll 4
+        for (int p = 1; p < kParts; p++) sum += sums[p][r][i];
+        all[r][first + i] = sum;
+      }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; r++) out[r] = lane_sums<C>(all[r]);
 }
 
-template <bool kPrefetch, class C, class S>
+template <RowTile kReading, class C, class S>
 FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x, int64_t ldx,
                               int64_t K, int64_t ahead, int64_t count) {
   switch (count) {
     case 1:
-      return dot_rows<1, kPrefetch>(out, w, rows, x, ldx, K, ahead);
+      return dot_rows<1, kReading>(out, w, rows, x, ldx, K, ahead);
     case 2:
-      return dot_rows<2, kPrefetch>(out, w, rows, x, ldx, K, ahead);
+      return dot_rows<2, kReading>(out, w, rows, x, ldx, K, ahead);
     case 3:
-      return dot_rows<3, kPrefetch>(out, w, rows, x, ldx, K, ahead);
+      return dot_rows<3, kReading>(out, w, rows, x, ldx, K, ahead);
     default:
-      return dot_rows<kDotRows, kPrefetch>(out, w, rows, x, ldx, K, ahead);
+      return dot_rows<kDotRows, kReading>(out, w, rows, x, ldx, K, ahead);
   }
 }
 
-// The same; nothing is prefetched if `ahead` is 0.
+// The same for `count` rows of x.
 template <class C, class S>
 FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x, int64_t ldx,
-                              int64_t K, int64_t count, int64_t ahead = 0) {
-  if (ahead) return dot_rows<true>(out, w, rows, x, ldx, K, ahead, count);
-  dot_rows<false>(out, w, rows, x, ldx, K, 0, count);
+                              int64_t K, int64_t count, RowReading reading) {
+  if (reading.ahead)
+    return dot_rows<RowTile::kSomePrefetched>(out, w, rows, x, ldx, K, reading.ahead * K, count);
+  if (reading.one_at_a_time && count == 1)
+    return dot_rows<1, RowTile::kOne>(out, w, rows, x, ldx, K, 0);
+  dot_rows<RowTile::kSome>(out, w, rows, x, ldx, K, 0, count);
 }
 
 // `columns` of C = A W + D for the row-major weights W [K, N], a few rows of which are read at a

@@ -57,9 +57,9 @@ class UnpackedForward {
     s.all_rows = batch_;
     s.h_prev = memory, s.h = memory + state, s.c = memory + 2 * state;
     run_.kernels.unpacked_begin(a_, s);
-    if (!run_.plan.recurrent_first || i == 0) return;
-    s.recurrent = memory + state_bytes_ - bytes_.common;
-    set_time(s, 0);
+    s.sums = memory + state_bytes_ - bytes_.common;
+    s.has_recurrent = run_.plan.recurrent_first && i > 0;
+    if (s.has_recurrent) set_time(s, 0);
   }
 
   void set_time(UnpackedStep& s, int64_t step) const {
