@@ -99,20 +99,20 @@ class _Fold:
         """What forward made for one member, for each of them."""
         y, reserve, hs, cs = made
         sections = ops.reserve_rows(config, y.dtype)
-        parts = reserve.flatten().split([len(reserve) * width for width in sections])
-        repeated = [
-            self.rows(part.view(-1, width), None, 0).flatten()
-            for part, width in zip(parts, sections, strict=True)
-            if width
-        ]
-        count = len(reserve) * self.members
-        reserve = torch.cat([*repeated, reserve.new_empty(0)]).view(count, reserve.shape[1])
+        count = len(reserve)
+        repeated = reserve.new_empty(count * self.members, reserve.shape[1])
+        given = reserve.flatten().split([count * width for width in sections])
+        parts = repeated.flatten().split([len(repeated) * width for width in sections])
+        for part, source, width in zip(parts, given, sections, strict=True):
+            if width:
+                shape = (count // self.inner, -1, self.inner, width)
+                part.view(shape).copy_(source.view(shape))
         states = [
             # Of one row a view, which is not contiguous.
             t if t is None or t.dim() == 1 else self.rows(t, None, row).contiguous()
             for t, row in ((y, rows[0]), (hs, rows[3]), (cs, rows[4]))
         ]
-        return states[0], reserve, *states[1:]
+        return states[0], repeated, *states[1:]
 
 
 def _is_batched(t: Tensor) -> bool:
