@@ -193,7 +193,7 @@ class Quantized(LayerBase):
     @property
     def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
         """What torch.nn's and our checks ask for the dtype of a call."""
-        return [torch.empty(0)]
+        return [torch.empty(0, dtype=torch.float32)]
 
     def __getstate__(self) -> dict[str, Any]:  # torch.nn's are about flat weights
         return self.__dict__.copy()

@@ -93,6 +93,25 @@ def test_lengths_and_packed_sequences(kind):
     assert_near(layer(x, hx, lengths=[3, 7, 1, 5]), expected, LOSS[kind])
 
 
+@pytest.mark.parametrize("form", ["plain", "unbatched", "packed", "lengths"])
+def test_the_default_dtype_changes_nothing(form):
+    layer, _ = make()
+    x, options = torch.randn(4, 3, 5), {}
+    if form == "unbatched":
+        x = x[:, 0]
+    elif form == "packed":
+        x = pack_padded_sequence(x, [4, 2, 1])
+    elif form == "lengths":
+        options["lengths"] = [4, 2, 1]
+    expected = layer(x, **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(layer(x, **options), expected, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", ["rnn", "gru"])
 def test_integers_for_one_hot_vectors(cell, kind):
