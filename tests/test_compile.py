@@ -338,6 +338,16 @@ def test_export_with_lengths():
     torch.testing.assert_close(program.module()(x, lengths), model(x, lengths))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_exported_programs_with_all_states_are_saved(cell, tmp_path):
+    layer, x = make_pair(cell, 3, 4, num_layers=2)[1], torch.randn(7, 3, 3)
+    program = torch.export.export(layer, (x,), {"return_all": True})
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(x, return_all=True)
+    torch.testing.assert_close(found, layer(x, return_all=True))
+    assert found[2]._fields == ("h", "c")
+
+
 @pytest.mark.slow
 def test_package_of_generated_code(tmp_path):
     """AOTInductor: a package that a process which imports fusedrnn loads and runs."""
