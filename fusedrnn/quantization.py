@@ -115,6 +115,9 @@ def _why_not(module: nn.Module, weights: str) -> str | None:
         return swap._why_not_swapped(module)
     if isinstance(module, nn.RNNCellBase):
         return "a cell: only layers are quantized"
+    replaced = swap.own_forward(module, "quantize")
+    if replaced:
+        return replaced
     for option in ("layer_norm", "zoneout") if isinstance(module, LayerBase) else ():
         if getattr(module, option):
             return f"it has {option}, which quantized layers lack"

@@ -259,6 +259,20 @@ def test_parametrized_layers():
     torch.testing.assert_close(layer(x)[0], before)
 
 
+@pytest.mark.parametrize("change", ["swap", "unswap", "quantize"])
+def test_layers_whose_forward_was_replaced(change):
+    """As tools that move weights about do; the new forward calls that of the class of before."""
+    layer = fusedrnn.LSTM(3, 4).eval() if change == "unswap" else nn.LSTM(3, 4).eval()
+    layer.before, cls = layer.forward, type(layer)
+    layer.forward = lambda x: layer.before(x)
+    x = torch.randn(5, 2, 3)
+    expected = layer(x)[0]
+    report = getattr(fusedrnn, change)(nn.Sequential(layer))
+    assert f"its forward was replaced, and the new one may call the old: {change}" in str(report)
+    assert type(layer) is cls and not report.changed
+    assert torch.equal(layer(x)[0], expected)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "model", nn.LSTM, [nn.LSTM(2, 3)], torch.zeros(2)])
 @pytest.mark.parametrize("change", [fusedrnn.swap, fusedrnn.unswap])
 def test_only_modules(change, wrong):
