@@ -7,6 +7,7 @@ the user's torch.nn layers are compiled. So it is on only while dynamo looks at 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any, cast
@@ -42,6 +43,7 @@ def leave(function: Callable[..., Any]) -> None:
     Behind a break of the graph an op runs in eager mode, but dynamo still looks at every function
     of Python: it would trace the op's kernels, with arguments that it cannot take.
     """
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(cast(FunctionType, function).__code__, strategy)
+    with contextlib.suppress(AttributeError):  # of a later torch, which may name it otherwise
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(cast(FunctionType, function).__code__, strategy)
