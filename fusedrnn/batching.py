@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from fusedrnn import ops
+from fusedrnn import node, ops
 
 # The batched dimension of each argument, None where it has none; a list of those of `weights`.
 Dims = Any
@@ -227,10 +227,7 @@ def _at_level(op: Any, rule: Any) -> Any:
     return kernel
 
 
-_library = torch.library.Library("fusedrnn", "IMPL")
-
-
 def register() -> None:
     for op, rule in ((ops.forward, _forward), (ops.infer, _infer), (ops.backward, _backward)):
         name = op.name().removesuffix(".default")
-        _library.impl(name, _at_level(op, rule), "FuncTorchBatched", with_keyset=True)
+        node.register(name, _at_level(op, rule), "FuncTorchBatched")

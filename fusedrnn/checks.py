@@ -158,8 +158,9 @@ def _as_tensor(name: str, argument: str, given: Any) -> Tensor:
     plain = isinstance(given, (list, tuple)) and not isinstance(given, PackedSequence)
     if plain or hasattr(given, "__array__"):
         try:
-            # torch takes an empty list for floats.
-            return torch.as_tensor(given, dtype=torch.int64 if plain and not given else None)
+            # torch takes an empty list for floats, and numbers to the default device.
+            dtype = torch.int64 if plain and not given else None
+            return torch.as_tensor(given, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             what = f"a {type(given).__name__} of which torch makes no tensor ({error})"
             raise TypeError(f"{name}: {argument} should be a Tensor, got {what}") from None

@@ -88,7 +88,7 @@ def run(layer: LayerBase, input: Any, hx: Any) -> Any:
     try:
         y, hn, cn = _call(x, h, c, weights, layer._stack(), graph, save)
     except RuntimeError as error:
-        if "fusedrnn: " not in str(error):
+        if "fusedrnn: " not in str(error) and all(w is not None for w in weights):
             raise  # not the op's: a hook's on saved tensors, say
         return None
     if one_hot and hx is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
 from fusedrnn import (
     autocast,
@@ -194,6 +195,8 @@ def shaped(
 
 
 dynamo.allow(Fused)
+# torch.export.save stores the name of what a program returns.
+_pytree._register_namedtuple(AllStates, serialized_type_name="fusedrnn.modules.AllStates")
 flops.register()
 decompositions.register()
 batching.register()

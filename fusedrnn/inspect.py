@@ -17,6 +17,7 @@ from fusedrnn.layer import LayerBase
 from fusedrnn.modules import GRU, LSTM, RNN, LSTMCell
 from fusedrnn.quantized import Quantized
 from fusedrnn.support import fallback_reason, is_one_hot
+from fusedrnn.swap import PAIRS
 
 
 def info() -> dict[str, str]:
@@ -68,11 +69,21 @@ def explain(module: nn.Module, *args: object, members: int | None = None, **kwar
 def _explain(
     module: nn.Module, members: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str:
-    if isinstance(module, nn.RNNBase):
-        return _checked(module, members, *args, **kwargs)
-    if isinstance(module, nn.RNNCellBase):
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _of_model(module, members, args, kwargs)
+    try:
+        if isinstance(module, nn.RNNBase):
+            return _checked(module, members, *args, **kwargs)
         return _of_cell(module, members, *args, **kwargs)
-    return _of_model(module, members, args, kwargs)
+    except Exception:
+        if type(module).forward in FORWARDS and "forward" not in vars(module):
+            raise
+        # These arguments are right for all that is known here.
+        return f"{module}: its own forward; explain the layer with what that passes on"
+
+
+# Whose arguments are known here: that of a subclass may take others.
+FORWARDS = {cls.forward for cls in (*PAIRS, *PAIRS.values(), Quantized)}  # type: ignore[attr-defined]
 
 
 def _of_model(
@@ -95,6 +106,7 @@ def _of_model(
         return before
 
     for name, layer in copied.named_modules():
+        layer._compiled_call_impl = None  # of Module.compile: it would call the original
         if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
             calls[name] = Counter()
             layer.register_forward_pre_hook(describe(name), with_kwargs=True)

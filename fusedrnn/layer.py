@@ -115,11 +115,14 @@ class LayerBase(DropIn, nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         """In the order of the ops. Most are found without Module.__getattr__, which is slow."""
-        parameters = self._parameters
-        return [
-            parameters[name] if name in parameters else getattr(self, name)  # type: ignore[misc]
-            for name in self._flat_weights_names
+        parameters, names = self._parameters, self._flat_weights_names
+        found: list[Any] = [
+            parameters[name] if name in parameters else getattr(self, name) for name in names
         ]
+        for name, weight in zip(names, found, strict=True):
+            if weight is None:
+                raise TypeError(f"{type(self).__name__}: expected Tensor as {name}, got None")
+        return found
 
     def _stack(self) -> tuple[str, int, int, int, bool, bool]:
         """The first fields of `Config`, which describe a stack without options of ours."""

@@ -49,7 +49,7 @@ from torch._C import _functorch as _C_functorch
 from torch.autograd import forward_ad
 
 from fusedrnn import _C, batched_gradients, derivatives, reference, tangents
-from fusedrnn.node import Node, apply
+from fusedrnn.node import Node, apply, register
 
 forward = torch.ops.fusedrnn.forward.default
 infer = torch.ops.fusedrnn.infer.default
@@ -651,8 +651,7 @@ def _backward_autograd(keys: Any, *arguments: Any) -> tuple:
     return dx, dhx, dcx, dweights
 
 
-_library = torch.library.Library("fusedrnn", "IMPL")
-_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
-_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
-_library.impl("infer", _infer_autograd, "Autograd", with_keyset=True)
-_library.impl("infer_quantized", _infer_quantized_autograd, "Autograd", with_keyset=True)
+register("forward", _forward_autograd, "Autograd")
+register("backward", _backward_autograd, "Autograd")
+register("infer", _infer_autograd, "Autograd")
+register("infer_quantized", _infer_quantized_autograd, "Autograd")

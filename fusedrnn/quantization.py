@@ -115,9 +115,15 @@ def _why_not(module: nn.Module, weights: str) -> str | None:
         return swap._why_not_swapped(module)
     if isinstance(module, nn.RNNCellBase):
         return "a cell: only layers are quantized"
+    replaced = swap.own_forward(module, "quantize")
+    if replaced:
+        return replaced
     for option in ("layer_norm", "zoneout") if isinstance(module, LayerBase) else ():
         if getattr(module, option):
             return f"it has {option}, which quantized layers lack"
+    computed = [n for n in module._flat_weights_names if n not in module._parameters]
+    if computed:  # before each call, so what is there now may be of other parameters
+        return f"its {computed[0]} is no parameter (weight_norm, pruning): remove that before"
     dtype = next(module.parameters()).dtype
     if dtype != torch.float32:
         return f"its weights are {dtype}: model.float() before"

@@ -156,9 +156,17 @@ class Quantized(LayerBase):
             "fusedrnn.dequantize(model) first"
         )
 
+    def _refuse_torchscript(self, function: str) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.{function} knows no {self._get_name()}: torch.export takes it, or "
+            "fusedrnn.dequantize(model) before"
+        )
+
     def _checked(self, input: Any, hx: Any, lengths: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             self._refuse_transforms()
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            self._refuse_torchscript("trace")
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         one_hot = support.is_one_hot(data, packed)
@@ -185,7 +193,7 @@ class Quantized(LayerBase):
     @property
     def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
         """What torch.nn's and our checks ask for the dtype of a call."""
-        return [torch.empty(0)]
+        return [torch.empty(0, dtype=torch.float32)]
 
     def __getstate__(self) -> dict[str, Any]:  # torch.nn's are about flat weights
         return self.__dict__.copy()
@@ -200,10 +208,7 @@ class Quantized(LayerBase):
         return f"{super().extra_repr()}, weights={self.stored}"
 
     def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError(
-            f"torch.jit.script knows no {self._get_name()}: torch.export takes it, or "
-            "fusedrnn.dequantize(model) before"
-        )
+        self._refuse_torchscript("script")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for t in self._buffers.values():

@@ -142,13 +142,12 @@ def _change(
     layers = []
     for name, module in model.named_modules():
         before = _class_of(module)
-        if type(module) in classes:
+        reason = own_forward(module, function) if type(module) in classes else why_not(module)
+        if reason == "":
             module.__class__ = classes[type(module)]
             layers.append(Layer(name, before, _class_of(module), _runs_elsewhere(module)))
-        else:
-            reason = why_not(module)
-            if reason is not None:
-                layers.append(Layer(name, before, before, reason))
+        elif reason is not None:
+            layers.append(Layer(name, before, before, reason))
     return Report(function, model, tuple(layers))
 
 
@@ -157,6 +156,16 @@ def _class_of(module: nn.Module) -> str:
     if cls in PAIRS:
         return f"torch.nn.{cls.__name__}"
     return f"fusedrnn.{cls.__name__}" if cls in PAIRS.values() else cls.__name__
+
+
+def own_forward(layer: nn.Module, function: str) -> str:
+    """Why `function` cannot change the class of a layer that some tool gave a forward; else empty.
+
+    Such a forward calls the one that it found, which is that of the class of then.
+    """
+    if "forward" not in vars(layer):
+        return ""
+    return f"its forward was replaced, and the new one may call the old: {function} before that"
 
 
 def _runs_elsewhere(module: nn.Module) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedrnn import batching, ops, tangents
+from fusedrnn import batching, node, ops, tangents
 from fusedrnn.batching import Dims
 
 _DIRECTION = 4  # arguments: tangents of x, hx, cx and the weights
@@ -111,4 +111,4 @@ def register() -> None:
     for op, rule in rules:
         name = op.name().removesuffix(".default")
         kernel = batching._at_level(op, rule)
-        batching._library.impl(name, kernel, "FuncTorchBatched", with_keyset=True)
+        node.register(name, kernel, "FuncTorchBatched")

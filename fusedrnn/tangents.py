@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 # ops imports this module: it is used in functions only.
 from fusedrnn import batched_gradients, cuda, derivatives, ops
-from fusedrnn.node import Node, apply
+from fusedrnn.node import Node, apply, register
 from fusedrnn.recomputed import gradients_of
 
 forward_tangent = torch.ops.fusedrnn.forward_tangent.default
@@ -298,6 +298,5 @@ def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
     return dx, dhx, dcx, dweights
 
 
-_library = torch.library.Library("fusedrnn", "IMPL")
-_library.impl("forward_tangent", _forward_tangent_autograd, "Autograd", with_keyset=True)
-_library.impl("backward_tangent", _backward_tangent_autograd, "Autograd", with_keyset=True)
+register("forward_tangent", _forward_tangent_autograd, "Autograd")
+register("backward_tangent", _backward_tangent_autograd, "Autograd")

@@ -31,6 +31,16 @@ def test_lengths(form):
     assert torch.equal(layer(x, lengths=LENGTH_FORMS[form](LENGTHS))[0], expected)
 
 
+@pytest.mark.parametrize("form", ["list", "numpy"])
+def test_the_default_device_is_not_that_of_numbers(form):
+    layer, x = fusedrnn.LSTM(INPUT, HIDDEN), torch.randn(T, B, INPUT)
+    resets = torch.rand(T, B) < 0.4
+    expected = layer(x, lengths=LENGTHS, resets=resets)[0]
+    with torch.device("meta"):
+        found = layer(x, lengths=LENGTH_FORMS[form](LENGTHS), resets=RESET_FORMS[form](resets))[0]
+    assert torch.equal(found, expected)
+
+
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64, torch.bfloat16]
 RESET_FORMS = {
     **{str(dtype): lambda r, dtype=dtype: r.to(dtype) for dtype in DTYPES},

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.func import vmap
 from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
@@ -185,6 +185,34 @@ def test_transforms_under_compile():
     torch.testing.assert_close(torch.compile(each, fullgraph=True, backend=GRAPHS)(x), each(x))
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know")
+def test_packing_inside_breaks_the_graph_and_no_more():
+    """Eager mode runs the op behind the break, where dynamo still looks at functions of Python."""
+    model = fusedrnn.LSTM(3, 4, 2, bidirectional=True)
+
+    def tag(x):
+        y, _ = model(pack_padded_sequence(x, [2, 5, 3], enforce_sorted=False))
+        return pad_packed_sequence(y)[0]
+
+    tag.parameters = model.parameters
+    same_training(tag, torch.compile(tag, backend=GRAPHS), torch.randn(5, 3, 3))
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know")
+def test_backward_inside_breaks_the_graph_and_no_more():
+    model, x = fusedrnn.GRU(3, 4, 2), torch.randn(5, 3, 3)
+
+    def step():
+        model(x)[0].square().sum().backward()
+
+    step()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(step, backend="eager")()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 def test_torchs_own_layers_are_treated_as_ever():
     """torch refuses its own layers, before and after one of ours was compiled."""
     model = nn.ModuleList([fusedrnn.GRU(3, 4), nn.LSTM(4, 2)])
@@ -308,6 +336,16 @@ def test_export_with_lengths():
     program = torch.export.export(model, given, dynamic_shapes=shapes).run_decompositions()
     x, lengths = torch.randn(9, 2, 3), torch.tensor([9, 1])
     torch.testing.assert_close(program.module()(x, lengths), model(x, lengths))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_exported_programs_with_all_states_are_saved(cell, tmp_path):
+    layer, x = make_pair(cell, 3, 4, num_layers=2)[1], torch.randn(7, 3, 3)
+    program = torch.export.export(layer, (x,), {"return_all": True})
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(x, return_all=True)
+    torch.testing.assert_close(found, layer(x, return_all=True))
+    assert found[2]._fields == ("h", "c")
 
 
 @pytest.mark.slow

@@ -493,6 +493,19 @@ def test_weights_of_another_width_than_the_module(gradients):
     assert said[0] == said[1] and said[0][0] is RuntimeError
 
 
+@pytest.mark.parametrize("given", ["tensor", "packed"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_weight_of_none(given, gradients):
+    plain, fused = make_pair("gru", INPUT, HIDDEN)
+    x = zeros(T, B, INPUT) if given == "tensor" else packed()
+    for layer in (plain, fused):
+        layer.bias_hh_l0 = None
+        with torch.set_grad_enabled(gradients), pytest.raises(TypeError, match="expected Tensor"):
+            layer(x)
+    with pytest.raises(TypeError, match="^GRU: expected Tensor as bias_hh_l0, got None$"):
+        fused(x)
+
+
 def test_a_subclass_checks_itself():
     class Strict(fusedrnn.GRU):
         def check_input(self, input, batch_sizes):

@@ -10,6 +10,7 @@ import torch
 from cases import CELLS, make_pair, random_state
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
@@ -90,6 +91,25 @@ def test_lengths_and_packed_sequences(kind):
     expected = nn.utils.rnn.pad_packed_sequence(expected[0], total_length=7)[0], expected[1]
     assert_near(layer(x, hx, lengths=lengths), expected, LOSS[kind])
     assert_near(layer(x, hx, lengths=[3, 7, 1, 5]), expected, LOSS[kind])
+
+
+@pytest.mark.parametrize("form", ["plain", "unbatched", "packed", "lengths"])
+def test_the_default_dtype_changes_nothing(form):
+    layer, _ = make()
+    x, options = torch.randn(4, 3, 5), {}
+    if form == "unbatched":
+        x = x[:, 0]
+    elif form == "packed":
+        x = pack_padded_sequence(x, [4, 2, 1])
+    elif form == "lengths":
+        options["lengths"] = [4, 2, 1]
+    expected = layer(x, **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(layer(x, **options), expected, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -278,6 +298,29 @@ def test_layers_quantized_by_torch_are_left():
     assert "quantize the float model in its place" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", ["weight_norm", "prune"])
+def test_layers_whose_weights_are_computed_before_each_call_are_left(change):
+    """What weight_norm made of one checkpoint is there until a call after another was loaded."""
+    layer = nn.LSTM(3, 4).eval()
+    if change == "prune":
+        prune.l1_unstructured(layer, "weight_hh_l0", 0.5)
+    else:
+        nn.utils.weight_norm(layer, "weight_hh_l0")
+    report = fusedrnn.quantize(nn.Sequential(layer))
+    assert "its weight_hh_l0 is no parameter" in str(report)
+    assert type(layer) is nn.LSTM
+    if change == "prune":
+        prune.remove(layer, "weight_hh_l0")
+    else:
+        nn.utils.remove_weight_norm(layer, "weight_hh_l0")
+    x, expected = torch.randn(5, 2, 3), layer.weight_hh_l0.detach().clone()
+    assert fusedrnn.quantize(layer).changed
+    layer(x)
+    fusedrnn.dequantize(layer)
+    torch.testing.assert_close(layer.weight_hh_l0, expected, atol=1e-2, rtol=0)
+
+
 # What is refused
 
 
@@ -349,8 +392,10 @@ def test_wrong_calls():
             layer(*args)
         expected = str(theirs.value).replace("LSTM:", "QuantizedLSTM:")
         assert str(ours.value) == expected
-    with pytest.raises(RuntimeError, match="torch.export takes it"):
+    with pytest.raises(RuntimeError, match="jit.script knows no QuantizedLSTM: torch.export takes"):
         torch.jit.script(layer)
+    with pytest.raises(RuntimeError, match="jit.trace knows no QuantizedLSTM: torch.export takes"):
+        torch.jit.trace(layer, torch.randn(2, 3, 5))
 
 
 def test_the_op_refuses_wrong_weights():

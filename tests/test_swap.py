@@ -259,6 +259,20 @@ def test_parametrized_layers():
     torch.testing.assert_close(layer(x)[0], before)
 
 
+@pytest.mark.parametrize("change", ["swap", "unswap", "quantize"])
+def test_layers_whose_forward_was_replaced(change):
+    """As tools that move weights about do; the new forward calls that of the class of before."""
+    layer = fusedrnn.LSTM(3, 4).eval() if change == "unswap" else nn.LSTM(3, 4).eval()
+    layer.before, cls = layer.forward, type(layer)
+    layer.forward = lambda x: layer.before(x)
+    x = torch.randn(5, 2, 3)
+    expected = layer(x)[0]
+    report = getattr(fusedrnn, change)(nn.Sequential(layer))
+    assert f"its forward was replaced, and the new one may call the old: {change}" in str(report)
+    assert type(layer) is cls and not report.changed
+    assert torch.equal(layer(x)[0], expected)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "model", nn.LSTM, [nn.LSTM(2, 3)], torch.zeros(2)])
 @pytest.mark.parametrize("change", [fusedrnn.swap, fusedrnn.unswap])
 def test_only_modules(change, wrong):
@@ -579,6 +593,44 @@ def test_explain_counts_calls():
     assert "decoder (4 calls): fusedrnn.LSTM(6, 8, num_layers=2) on (1, 4, 6)" in text
     assert "encoder: fusedrnn.LSTM" in text and "bridge: fusedrnn.RNNCell(8, 8) on (4, 8)" in text
     assert "unused: not called" in text
+
+
+@pytest.mark.parametrize("which", ["layer", "model"])
+def test_explain_of_what_module_compile_compiled(which):
+    model, x = nn.Sequential(fusedrnn.GRU(3, 4)), torch.randn(5, 2, 3)
+    (model[0] if which == "layer" else model).compile(backend="eager")
+    assert "0: fusedrnn.GRU(3, 4) on (5, 2, 3)" in fusedrnn.explain(model, x)
+    assert not model[0]._forward_pre_hooks
+
+
+class Flags(nn.GRU):
+    """What it takes is not what torch.nn's takes."""
+
+    def forward(self, input, flag):
+        return super().forward(input if flag else -input)
+
+
+class FusedFlags(fusedrnn.GRU):
+    def forward(self, input, flag):
+        return super().forward(input if flag else -input)
+
+
+@pytest.mark.parametrize("cls", [Flags, FusedFlags])
+def test_explain_of_subclasses_with_arguments_of_their_own(cls):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.plain = cls(3, 4), fusedrnn.GRU(4, 2)
+
+        def forward(self, x):
+            return self.plain(self.rnn(x, flag=True)[0])
+
+    text = fusedrnn.explain(Model(), torch.randn(5, 2, 3))
+    assert f"rnn: {cls.__name__}(3, 4): its own forward" in text
+    assert "plain: fusedrnn.GRU(4, 2) on (5, 2, 4)" in text
+    assert "its own forward" in fusedrnn.explain(cls(3, 4), torch.randn(5, 2, 3), 1)
+    with pytest.raises(TypeError, match="flag"):
+        fusedrnn.explain(nn.Sequential(cls(3, 4)), torch.randn(5, 2, 3))
 
 
 def test_explain_leaves_a_model_as_it_was():
