@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from fusedrnn import node, ops
+from fusedrnn import calls, node, ops
 
 # The batched dimension of each argument, None where it has none; a list of those of `weights`.
 Dims = Any
@@ -29,11 +29,11 @@ class _Fold:
     stacked where they differ between members, or where `differ` says so.
     """
 
-    def __init__(self, call: ops.Call, dims: Dims, members: int, differ: bool = False) -> None:
+    def __init__(self, call: calls.Call, dims: Dims, members: int, differ: bool = False) -> None:
         self._given, self._dims, self.members = call, dims, members
-        of_weights = dims[ops.FIRST_WEIGHT :]
+        of_weights = dims[calls.FIRST_WEIGHT :]
         self.differ = differ or any(d is not None for d in of_weights)
-        w_ih: Any = call.tensors[ops.FIRST_WEIGHT]
+        w_ih: Any = call.tensors[calls.FIRST_WEIGHT]
         shape = list(w_ih.shape)
         if of_weights[0] is not None:
             del shape[of_weights[0]]
@@ -41,16 +41,16 @@ class _Fold:
         self.stacked = shape[0] if len(shape) == 3 else 0
         self.inner = 1 if self.differ else max(self.stacked, 1)
 
-    def call(self) -> ops.Call:
+    def call(self) -> calls.Call:
         given, dims = self._given, self._dims
         tensors = [
             t if row is None else self.rows(t, dim, row)
             for t, dim, row in zip(given.tensors, dims, given.row_dims(), strict=True)
         ]
         if given.batch_sizes is not None:
-            tensors[ops.BATCH_SIZES] = given.batch_sizes * self.members
+            tensors[calls.BATCH_SIZES] = given.batch_sizes * self.members
         if self.differ:
-            first = ops.FIRST_WEIGHT
+            first = calls.FIRST_WEIGHT
             tensors[first:] = map(self._weight, tensors[first:], dims[first:])
         return given._replace(tensors=tuple(tensors))
 
@@ -95,10 +95,10 @@ class _Fold:
         lead = (each,) if members or self.stacked else ()
         return t.reshape(self.members, *lead, *t.shape[3:]), 0
 
-    def repeated(self, made: tuple, rows: tuple, config: ops.Config) -> tuple:
+    def repeated(self, made: tuple, rows: tuple, config: calls.Config) -> tuple:
         """What forward made for one member, for each of them."""
         y, reserve, hs, cs = made
-        sections = ops.reserve_rows(config, y.dtype)
+        sections = calls.reserve_rows(config, y.dtype)
         count = len(reserve)
         repeated = reserve.new_empty(count * self.members, reserve.shape[1])
         given = reserve.flatten().split([count * width for width in sections])
@@ -129,8 +129,8 @@ def _transposed(pairs: list[Batched]) -> tuple[tuple, tuple]:
 
 
 def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    call, save = ops.Call.of(*arguments[:-1]), arguments[-1]
-    fold = _Fold(call, ops.Call.of(*in_dims[:-1]).tensors, info.batch_size)
+    call, save = calls.Call.of(*arguments[:-1]), arguments[-1]
+    fold = _Fold(call, calls.Call.of(*in_dims[:-1]).tensors, info.batch_size)
     results = ops.forward(*fold.call().arguments(), save)
     of_y, of_hn, of_cn, of_hs, of_cs = call.result_row_dims()
     rows = (of_y, of_hn, of_cn, 0, of_hs, of_cs)
@@ -138,9 +138,9 @@ def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
 
 
 def _infer(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    call = ops.Call.of(*ops.plain_call(*arguments)[0])
+    call = calls.Call.of(*calls.plain_call(*arguments)[0])
     dims = (*in_dims[:4], *[None] * (len(call.arguments()) - 4))
-    fold = _Fold(call, ops.Call.of(*dims).tensors, info.batch_size)
+    fold = _Fold(call, calls.Call.of(*dims).tensors, info.batch_size)
     results = ops.infer(*fold.call().arguments()[:4], *arguments[4:])
     rows = (*call.result_row_dims()[:3], 0)
     pairs: Any = [
@@ -151,8 +151,8 @@ def _infer(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
 
 
 def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    given = ops.BackwardCall.of(*arguments)
-    dims: Any = ops.BackwardCall.of(*in_dims)
+    given = calls.BackwardCall.of(*arguments)
+    dims: Any = calls.BackwardCall.of(*in_dims)
     call, rows = given.call, given.call.result_row_dims()
     fold = _Fold(call, dims.call.tensors, info.batch_size)
     folded = fold.call()
@@ -166,7 +166,7 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
         made = (y, *kept)
     else:
         # Only gradients are batched.
-        made = fold.repeated(given.made, rows, ops.Config(*call.constants[1:]))
+        made = fold.repeated(given.made, rows, calls.Config(*call.constants[1:]))
     groups = fold.groups(given.members)
     *states, dweights = ops.backward(*grads, *made, given.needs, groups, *folded.arguments())
     found, of_found = _transposed(

@@ -11,7 +11,7 @@ import torch
 from fusedrnn import _C
 
 if TYPE_CHECKING:
-    from fusedrnn.ops import Config
+    from fusedrnn.calls import Config
 
 SWITCH = "FUSEDRNN_CUDA_KERNELS"
 POSITIONS = ("off", "verified", "on")

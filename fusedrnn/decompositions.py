@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fusedrnn import derivatives, onnx, ops, reference
+from fusedrnn import calls, derivatives, onnx, ops, reference
 from fusedrnn.on_import import when_imported
 
 
@@ -77,8 +77,8 @@ class _Packed:
         step = (tokens[:, None] >= ends).sum(1)
         self.step, self.row = step.to(x.device), (tokens - starts[step]).to(x.device)
 
-    def padded_call(self, call: ops.Call) -> ops.Call:
-        x, hx, cx, _, _, mask, resets, h_mask, *zones = call.tensors[: 3 + ops.NON_DIFFERENTIABLE]
+    def padded_call(self, call: calls.Call) -> calls.Call:
+        x, hx, cx, _, _, mask, resets, h_mask, *zones = call.tensors[: 3 + calls.NON_DIFFERENTIABLE]
         assert x is not None
 
         def flat(masks: Tensor | None) -> Tensor | None:
@@ -86,8 +86,8 @@ class _Packed:
 
         resets = None if resets is None else resets[self.place]
         others = (None, self.lengths, flat(mask), resets, h_mask, *map(flat, zones))
-        weights = call.tensors[3 + ops.NON_DIFFERENTIABLE :]
-        return ops.Call((x[self.place], hx, cx, *others, *weights), call.constants)
+        weights = call.tensors[3 + calls.NON_DIFFERENTIABLE :]
+        return calls.Call((x[self.place], hx, cx, *others, *weights), call.constants)
 
     def padded(self, values: Tensor | None) -> Tensor | None:
         """(..., tokens, width) as (..., T, B, width), with zeros."""
@@ -102,7 +102,7 @@ class _Packed:
         return steps[..., self.step, self.row, :]
 
 
-def _padded(call: ops.Call) -> tuple[ops.Call, _Packed | None]:
+def _padded(call: calls.Call) -> tuple[calls.Call, _Packed | None]:
     x, hx, _, batch_sizes = call.tensors[:4]
     if batch_sizes is None:
         return call, None
@@ -111,15 +111,15 @@ def _padded(call: ops.Call) -> tuple[ops.Call, _Packed | None]:
     return packed.padded_call(call), packed
 
 
-def _constant_steps(call: ops.Call) -> bool:
+def _constant_steps(call: calls.Call) -> bool:
     x = call.tensors[0]
     return x is not None and isinstance(x.shape[0], int)
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call, packed = _padded(ops.Call.of(*arguments[:-1]))
+    call, packed = _padded(calls.Call.of(*arguments[:-1]))
     if torch.onnx.is_in_onnx_export():
-        y, hn, c, hs = onnx.forward(call, ops.Config(*call.constants[1:]))
+        y, hn, c, hs = onnx.forward(call, calls.Config(*call.constants[1:]))
         cn, cs = y.new_empty(0) if c is None else c, y.new_empty(0)
     else:
         loop = reference.each_step if _constant_steps(call) else _scan
@@ -131,19 +131,20 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def infer(*arguments: Any) -> tuple:
-    call, save = ops.plain_call(*arguments)
-    return ops.plain_results(call, save, forward(*call, save))
+    call, save = calls.plain_call(*arguments)
+    return calls.plain_results(call, save, forward(*call, save))
 
 
 def backward(*arguments: Any) -> Any:
     """By autograd, whose operators the tracing sees."""
-    grads, y, needs = arguments[: ops.RESULTS], arguments[ops.RESULTS], arguments[ops.RESULTS + 4]
-    if arguments[ops.RESULTS + 5]:  # members
+    given = calls.BackwardCall.of(*arguments)
+    grads, y, needs = given.grads, given.made[0], given.needs
+    if given.members:
         raise NotImplementedError(
             "fusedrnn: gradients of each sample do not become aten's operators: leave "
             "torch.ops.fusedrnn out of the table of decompositions"
         )
-    call, packed = _padded(ops.Call.of(*arguments[ops.RESULTS + 6 :]))
+    call, packed = _padded(given.call)
     if packed is not None:
         dy, dhn, dcn, *states = grads
         grads = (packed.padded(dy), dhn, dcn, *map(packed.padded, states))

@@ -13,7 +13,7 @@ from fusedrnn import reference
 from fusedrnn.recomputed import each_chunk, fresh, gradients_of
 
 if TYPE_CHECKING:
-    from fusedrnn.ops import Call
+    from fusedrnn.calls import Call
     from fusedrnn.tangents import TangentCall
 
 

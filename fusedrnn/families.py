@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import _C, cuda, derivatives, reference, tangents
-from fusedrnn.ops import Call, Config
+from fusedrnn.calls import Call, Config
 
 MODES = tuple(reference.STEPS)
 # The largest error of a result, as a part of its largest element, that rounding explains.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import checks, ops, support
+from fusedrnn import calls, checks, ops, support
 from fusedrnn.drop_in import PUBLIC
 from fusedrnn.layer import ONLY_OURS, LayerBase
 
@@ -23,7 +23,7 @@ def _call(
 ) -> tuple[Tensor, Tensor, Any]:
     """y, hn and an LSTM's cn; `stack`: the first fields of Config."""
     if graph:
-        constants = (0.0, *stack, *ops.NO_OPTIONS)
+        constants = (0.0, *stack, *calls.NO_OPTIONS)
         return ops.apply_forward(None, save, constants, None, x, hx, cx, *weights)
     return ops.call_below_autograd(ops.infer, x, hx, cx, weights, *stack)[:3]
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import ops
+from fusedrnn import calls
 from fusedrnn.on_import import when_imported
 
 
-def _layers(weights: list[Tensor], config: ops.Config) -> list[list[Tensor]]:
+def _layers(weights: list[Tensor], config: calls.Config) -> list[list[Tensor]]:
     """The weights of each layer and direction."""
     each = len(weights) // (config.num_layers * config.directions)
     return [weights[i : i + each] for i in range(0, len(weights), each)]
@@ -28,7 +28,7 @@ def _size(matrix: Tensor) -> int:
 
 
 def _tokens(x: Tensor) -> int:
-    return ops.tokens_shape(x).numel()
+    return calls.tokens_shape(x).numel()
 
 
 def _batch(x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> int:
@@ -40,8 +40,8 @@ def _batch(x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> int:
     return int(batch_sizes[0]) if type(batch_sizes) is Tensor else 0
 
 
-def _config(call: tuple) -> ops.Config:
-    return ops.Config(*call[-len(ops.Config._fields) :])
+def _config(call: tuple) -> calls.Config:
+    return calls.Config(*call[-len(calls.Config._fields) :])
 
 
 def forward(*arguments: Any, out_val: Any = None) -> int:
@@ -52,7 +52,7 @@ def forward(*arguments: Any, out_val: Any = None) -> int:
 def infer(
     x: Tensor, hx: Any, cx: Any, weights: list[Tensor], *stack: Any, out_val: Any = None
 ) -> int:
-    return _products(x, weights, ops.Config(*stack[: ops.STACK]))
+    return _products(x, weights, calls.Config(*stack[: calls.STACK]))
 
 
 def infer_quantized(
@@ -67,7 +67,7 @@ def infer_quantized(
 ) -> int:
     """From sizes, as packed weights have other shapes."""
     *described, input_size, _ = stack
-    config = ops.Config(*described)
+    config = calls.Config(*described)
     rows = {"LSTM": 4, "GRU": 3}.get(config.mode, 1) * config.hidden_size
     flops = 0
     for layer in range(config.num_layers):
@@ -78,7 +78,7 @@ def infer_quantized(
     return 2 * _tokens(x) * config.directions * flops
 
 
-def _products(x: Tensor, weights: list[Tensor], config: ops.Config) -> int:
+def _products(x: Tensor, weights: list[Tensor], config: calls.Config) -> int:
     flops = 0
     for i, (w_ih, w_hh, *more) in enumerate(_layers(weights, config)):
         gathers = i < config.directions and not x.is_floating_point()
@@ -90,7 +90,7 @@ def _products(x: Tensor, weights: list[Tensor], config: ops.Config) -> int:
 
 def backward(*arguments: Any, out_val: Any = None) -> int:
     """Only products that a required gradient depends on."""
-    needs, _, *call = arguments[ops.RESULTS + 4 :]
+    needs, _, *call = arguments[calls.RESULTS + 4 :]
     x, hx, weights, config = call[0], call[1], call[3], _config(tuple(call))
     tokens, batch = _tokens(x), _batch(x, hx, call[4])
     need_x, need_hx, need_cx = needs[:3]

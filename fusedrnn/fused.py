@@ -12,9 +12,11 @@ from torch.utils import _pytree
 from fusedrnn import (
     autocast,
     batching,
+    calls,
     checks,
     decompositions,
     dynamo,
+    fakes,
     fast_path,
     flops,
     masks,
@@ -131,11 +133,11 @@ class Fused(LayerBase):
         x, hx, cx, weights = call[:4]
         transformed = torch._C._are_functorch_transforms_active()
         dual = transformed and ops.in_forward_mode()
-        if (dual and not tangents.has_kernels(ops.Call.of(*call))) or (
+        if (dual and not tangents.has_kernels(calls.Call.of(*call))) or (
             more and support.no_kernel(x) is not None
         ):
             return reference.forward(*call)
-        if torch.compiler.is_compiling() and ops.is_plain(call) and not self.recompute:
+        if torch.compiler.is_compiling() and calls.is_plain(call) and not self.recompute:
             # Each argument costs time. With gradients its Autograd key calls the other op.
             return *ops.infer(*call[:4], *self._stack())[:3], None, None
         # A trace is replayed with and without gradients.
@@ -197,6 +199,7 @@ def shaped(
 dynamo.allow(Fused)
 # torch.export.save stores the name of what a program returns.
 _pytree._register_namedtuple(AllStates, serialized_type_name="fusedrnn.modules.AllStates")
+fakes.register()
 flops.register()
 decompositions.register()
 batching.register()

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fusedrnn import calls
 from fusedrnn import layer_norm as norms
-from fusedrnn import ops
 from fusedrnn.drop_in import DropIn
 
 # Constructor keywords that torch.nn's classes do not have.
@@ -135,8 +135,8 @@ class LayerBase(DropIn, nn.RNNBase):
             self.bidirectional,
         )
 
-    def _config(self, all_states: bool = False) -> ops.Config:
-        return ops.Config(*self._stack(), *self._zoneout_rates(), all_states, self.layer_norm)
+    def _config(self, all_states: bool = False) -> calls.Config:
+        return calls.Config(*self._stack(), *self._zoneout_rates(), all_states, self.layer_norm)
 
     def _zoneout_rates(self) -> tuple[float, float]:
         """Of h and of c."""

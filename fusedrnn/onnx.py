@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from fusedrnn import ops
+from fusedrnn import calls
 
 # Of each mode: ONNX's operator, torch.nn's gates in ONNX's order, attributes of every direction.
 OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -29,7 +29,7 @@ def refuse_tracing(more: bool) -> None:
         _refuse("lengths, resets, integers or regularisers with dynamo=False", "leave that out")
 
 
-def _check(call: ops.Call, config: ops.Config) -> None:
+def _check(call: calls.Call, config: calls.Config) -> None:
     _, _, mask, resets, h_mask, zone_h, zone_c = call.non_differentiable()
     on_aten = "ONNX's layers have none; torch.export has, also with run_decompositions()"
     if mask is not None:
@@ -55,11 +55,11 @@ def _reordered(weight: Tensor, gates: tuple[int, ...]) -> Tensor:
     return torch.cat([weight[g * rows : (g + 1) * rows] for g in gates])
 
 
-def forward(call: ops.Call, config: ops.Config) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def forward(call: calls.Call, config: calls.Config) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """y, hn, an LSTM's cn, and hs (the outputs of all layers but the last) as ONNX nodes."""
     _check(call, config)
     x, hx, cx = call.tensors[:3]
-    lengths, weights = call.tensors[4], call.tensors[3 + ops.NON_DIFFERENTIABLE :]
+    lengths, weights = call.tensors[4], call.tensors[3 + calls.NON_DIFFERENTIABLE :]
     assert x is not None
     operator, gates, attributes = OPERATORS[config.mode]
     directions = config.directions

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedrnn import batching, node, ops, tangents
+from fusedrnn import batching, calls, node, ops, tangents
 from fusedrnn.batching import Dims
 
 _DIRECTION = 4  # arguments: tangents of x, hx, cx and the weights
@@ -21,11 +21,11 @@ class _Fold(batching._Fold):
     """
 
     def __init__(self, arguments: Any, dims: Dims, of_direction: Dims, members: int) -> None:
-        call = ops.Call.of(*arguments)
+        call = calls.Call.of(*arguments)
         of_weights = any(d is not None for d in of_direction[3] or ())
-        super().__init__(call, ops.Call.of(*dims).tensors, members, of_weights)
+        super().__init__(call, calls.Call.of(*dims).tensors, members, of_weights)
         self.of_results, self.of_states = call.result_row_dims(), call.row_dims()[:3]
-        self.config, self.folded = ops.Config(*call.constants[1:]), self.call()
+        self.config, self.folded = calls.Config(*call.constants[1:]), self.call()
 
     def all_rows(self, tensors: Any, dims: Dims, rows: Any) -> list[Tensor | None]:
         return [self.rows(*each) for each in zip(tensors, dims, rows, strict=True)]
@@ -65,7 +65,7 @@ class _Fold(batching._Fold):
 
 
 def _forward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    members, first = info.batch_size, _DIRECTION + ops.MADE + 1  # after the direction and `save`
+    members, first = info.batch_size, _DIRECTION + calls.MADE + 1  # after the direction and `save`
     fold = _Fold(arguments[first:], dims[first:], dims[:_DIRECTION], members)
     made, of_made = arguments[_DIRECTION : first - 1], dims[_DIRECTION : first - 1]
     results = tangents.forward_tangent(
@@ -80,10 +80,10 @@ def _forward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tup
 
 
 def _backward_tangent(info: Any, dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
-    members, grads = info.batch_size, 2 * ops.RESULTS
+    members, grads = info.batch_size, 2 * calls.RESULTS
     made = grads + _DIRECTION
-    of_made = made + ops.MADE  # the tangents of it
-    end = of_made + ops.MADE
+    of_made = made + calls.MADE  # the tangents of it
+    end = of_made + calls.MADE
     needs, before = arguments[end : end + 2]
     first = end + 2
     fold = _Fold(arguments[first:], dims[first:], dims[grads:made], members)

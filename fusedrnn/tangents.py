@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 # ops imports this module: it is used in functions only.
-from fusedrnn import batched_gradients, cuda, derivatives, ops
+from fusedrnn import batched_gradients, calls, cuda, derivatives, fakes, ops
 from fusedrnn.node import Node, apply, register
 from fusedrnn.recomputed import gradients_of
 
@@ -33,7 +33,7 @@ backward_tangent = torch.ops.fusedrnn.backward_tangent.default
 Tensors = tuple[Tensor | None, ...]
 
 
-def has_kernels(call: ops.Call) -> bool:
+def has_kernels(call: calls.Call) -> bool:
     """Whether the kernels take the derivatives of a call."""
     x = call.tensors[0]
     assert x is not None
@@ -42,7 +42,7 @@ def has_kernels(call: ops.Call) -> bool:
     )
 
 
-def _on_cuda(call: ops.Call) -> bool:
+def _on_cuda(call: calls.Call) -> bool:
     """Whether the CUDA kernels take them."""
     x = call.tensors[0]
     assert x is not None
@@ -68,25 +68,29 @@ class TangentCall(NamedTuple):
     made: tuple[Any, ...]  # y, reserve, hs, cs, and for backward_tangent the tangents of these
     needs: list[bool]
     members: int
-    call: ops.Call
+    call: calls.Call
 
     @staticmethod
     def of_forward(dx: Any, dhx: Any, dcx: Any, dweights: Any, *rest: Any) -> TangentCall:
-        none, (*made, _), call = (None,) * ops.RESULTS, rest[: ops.MADE + 1], rest[ops.MADE + 1 :]
+        none, (*made, _), call = (
+            (None,) * calls.RESULTS,
+            rest[: calls.MADE + 1],
+            rest[calls.MADE + 1 :],
+        )
         direction = (dx, dhx, dcx, *map(_given, dweights))
-        return TangentCall(none, none, direction, tuple(made), [], 0, ops.Call.of(*call))
+        return TangentCall(none, none, direction, tuple(made), [], 0, calls.Call.of(*call))
 
     @staticmethod
     def of_backward(*arguments: Any) -> TangentCall:
-        n = ops.RESULTS
+        n = calls.RESULTS
         u, du, (dx, dhx, dcx, dweights, *rest) = (
             arguments[:n],
             arguments[n : 2 * n],
             arguments[2 * n :],
         )
-        made, (needs, members, *call) = tuple(rest[: 2 * ops.MADE]), rest[2 * ops.MADE :]
+        made, (needs, members, *call) = tuple(rest[: 2 * calls.MADE]), rest[2 * calls.MADE :]
         direction = (dx, dhx, dcx, *map(_given, dweights))
-        return TangentCall(u, du, direction, made, needs, members, ops.Call.of(*call))
+        return TangentCall(u, du, direction, made, needs, members, calls.Call.of(*call))
 
     def of_graph(self) -> Tensors:
         """The tensors that the results are differentiated by."""
@@ -94,7 +98,7 @@ class TangentCall(NamedTuple):
 
     def with_graph(self, tensors: Sequence[Any]) -> TangentCall:
         """Others, or what is said of each, in their place."""
-        ends = ops.RESULTS, 2 * ops.RESULTS, 2 * ops.RESULTS + len(self.direction)
+        ends = calls.RESULTS, 2 * calls.RESULTS, 2 * calls.RESULTS + len(self.direction)
         u, du, v = (tuple(tensors[i:j]) for i, j in zip((0, *ends), ends, strict=False))
         call = self.call.with_differentiable(tuple(tensors[ends[-1] :]))
         return self._replace(u=u, du=du, direction=v, call=call)
@@ -106,21 +110,21 @@ def _given(weight_tangent: Tensor) -> Tensor | None:
 
 @torch.library.register_fake("fusedrnn::forward_tangent")
 def _fake_forward_tangent(*arguments: Any) -> tuple[Tensor, ...]:
-    made, (save, *call) = arguments[4 : 4 + ops.MADE], arguments[4 + ops.MADE :]
-    ops._check_devices(call[0], *arguments[:3], *arguments[3], *made)
-    return ops._fake_forward(*call, save)
+    made, (save, *call) = arguments[4 : 4 + calls.MADE], arguments[4 + calls.MADE :]
+    fakes.check_devices(call[0], *arguments[:3], *arguments[3], *made)
+    return fakes.forward(*call, save)
 
 
 @torch.library.register_fake("fusedrnn::backward_tangent")
 def _fake_backward_tangent(*arguments: Any) -> tuple:
     given = TangentCall.of_backward(*arguments)
-    made, tangents = given.made[: ops.MADE], given.made[ops.MADE :]
-    ops._check_devices(made[0], *given.du, *given.direction, *tangents)
-    return ops._fake_backward(*given.u, *made, given.needs, given.members, *given.call.arguments())
+    made, tangents = given.made[: calls.MADE], given.made[calls.MADE :]
+    fakes.check_devices(made[0], *given.du, *given.direction, *tangents)
+    return fakes.backward(*given.u, *made, given.needs, given.members, *given.call.arguments())
 
 
 def derivative(
-    call: ops.Call, made: tuple[Any, ...], u: Tensors, v: Tensors, needs: list[bool]
+    call: calls.Call, made: tuple[Any, ...], u: Tensors, v: Tensors, needs: list[bool]
 ) -> tuple[Tensors, Tensors]:
     """F'(v), and B'(v, u) of what is needed, in Call.differentiable()'s order."""
     wanted = any(needs) and any(g is not None for g in u)
@@ -131,7 +135,7 @@ def derivative(
         return first, (None,) * len(needs)
     dmade = dy, dreserve, dhs, dcs
     dx, dhx, dcx, dweights = backward_tangent(
-        *u, *[None] * ops.RESULTS, *direction, *made, *dmade, needs, 0, *arguments
+        *u, *[None] * calls.RESULTS, *direction, *made, *dmade, needs, 0, *arguments
     )
     found = zip((dx, dhx, dcx, *dweights), needs, strict=True)
     return first, tuple(g if n else None for g, n in found)
@@ -140,7 +144,7 @@ def derivative(
 # ---- forward mode of the ops ----
 
 
-def _primal(call: ops.Call, direction: Tensors) -> ops.Call:
+def _primal(call: calls.Call, direction: Tensors) -> calls.Call:
     """The call without its tangents, which are `direction`."""
     pairs = zip(call.differentiable(), direction, strict=True)
     return call.with_differentiable(
@@ -148,7 +152,7 @@ def _primal(call: ops.Call, direction: Tensors) -> ops.Call:
     )
 
 
-def of_forward(call: ops.Call, made: tuple[Any, ...], direction: Tensors) -> tuple:
+def of_forward(call: calls.Call, made: tuple[Any, ...], direction: Tensors) -> tuple:
     """The tangents of forward's results; `made`: y, the reserve, hs and cs."""
     given = direction_arguments(direction, made[0])
     results = forward_tangent(*given, *made, False, *_primal(call, direction).arguments())
@@ -156,7 +160,7 @@ def of_forward(call: ops.Call, made: tuple[Any, ...], direction: Tensors) -> tup
 
 
 def of_backward(
-    call: ops.Call,
+    call: calls.Call,
     made: tuple[Any, ...],
     needs: list[bool],
     members: int,
@@ -182,7 +186,7 @@ def _keep(ctx: Any, given: TangentCall, made: tuple[Tensor, ...]) -> None:
     """For `_kept`; tensors may be moved by hooks, so ctx itself holds none."""
     nothing = given.with_graph([None] * len(given.of_graph()))
     ctx.given = nothing._replace(
-        made=(), call=ops.Call((None,) * len(nothing.call.tensors), given.call.constants)
+        made=(), call=calls.Call((None,) * len(nothing.call.tensors), given.call.constants)
     )
     ctx.count = len(made)
     ctx.save_for_backward(*made, *given.call.non_differentiable(), *given.of_graph())
@@ -191,7 +195,7 @@ def _keep(ctx: Any, given: TangentCall, made: tuple[Tensor, ...]) -> None:
 
 def _kept(ctx: Any) -> TangentCall:
     made, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    others, of_graph = rest[: ops.NON_DIFFERENTIABLE], rest[ops.NON_DIFFERENTIABLE :]
+    others, of_graph = rest[: calls.NON_DIFFERENTIABLE], rest[calls.NON_DIFFERENTIABLE :]
     call = ctx.given.call.with_non_differentiable(others)
     return ctx.given._replace(made=made, call=call).with_graph(of_graph)
 
@@ -280,7 +284,7 @@ def _forward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
 
 def _backward_tangent_autograd(keys: Any, *arguments: Any) -> tuple:
     given = TangentCall.of_backward(*arguments)
-    tensors, y, dreserve = given.of_graph(), given.made[0], given.made[ops.MADE + 1]
+    tensors, y, dreserve = given.of_graph(), given.made[0], given.made[calls.MADE + 1]
     # Of F' in the plain implementation there is no reserve: torch.func's levels find that out.
     lowest = not torch._C._are_functorch_transforms_active()
     no_reserve = lowest and y.numel() > 0 and dreserve.shape[0] == 0

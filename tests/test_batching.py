@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
-from fusedrnn import ops, reference
+from fusedrnn import calls, ops, reference
 
 LENGTHS = torch.tensor([[5, 2, 0], [1, 5, 3], [3, 3, 4], [0, 0, 0]])  # (members, B), T = 5
 
@@ -519,7 +519,7 @@ def test_single_steps_say_what_is_wrong(name, nonlinearity):
 
 def test_rules_of_infer():
     """The op that plain inference calls, under vmap itself."""
-    names = ("x", "hx", "cx", "weights", *ops.Config._fields[:6])
+    names = ("x", "hx", "cx", "weights", *calls.Config._fields[:6])
     for cell in ("gru", "lstm"):
         call = {k: v for k, v in arguments(cell).items() if k in names}
         xs = torch.randn(3, T, B, call["x"].shape[-1], dtype=torch.float64)

@@ -34,7 +34,7 @@ from test_tangents import (  # noqa: F401
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedrnn import cuda, ops, tangents
+from fusedrnn import calls, cuda, tangents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
 
@@ -166,16 +166,16 @@ def test_nothing_to_do(cell, steps, batch):
 def test_which_calls_on_cuda_have_kernels(monkeypatch):
     with FakeTensorMode():
         call = arguments("gru")
-        tensors = ops.Call.of(*call.values()).tensors
+        tensors = calls.Call.of(*call.values()).tensors
         on_cuda = tuple(None if t is None else torch.empty_like(t, device="cuda") for t in tensors)
-        constants = ops.Call.of(*call.values()).constants
+        constants = calls.Call.of(*call.values()).constants
         monkeypatch.setattr(cuda, "missing", lambda device: None)
-        assert tangents.has_kernels(ops.Call(on_cuda, constants))
+        assert tangents.has_kernels(calls.Call(on_cuda, constants))
         for option in ("all_states", "layer_norm"):
-            changed = ops.Call.of(*(call | {option: True}).values()).constants
-            assert tangents.has_kernels(ops.Call(on_cuda, changed))
-        stacked = [torch.empty((1, *t.shape), device="cuda") for t in on_cuda[ops.FIRST_WEIGHT :]]
-        given = ops.Call((*on_cuda[: ops.FIRST_WEIGHT], *stacked), constants)
+            changed = calls.Call.of(*(call | {option: True}).values()).constants
+            assert tangents.has_kernels(calls.Call(on_cuda, changed))
+        stacked = [torch.empty((1, *t.shape), device="cuda") for t in on_cuda[calls.FIRST_WEIGHT :]]
+        given = calls.Call((*on_cuda[: calls.FIRST_WEIGHT], *stacked), constants)
         assert tangents.has_kernels(given)
         monkeypatch.setattr(cuda, "missing", lambda device: "some reason")
-        assert not tangents.has_kernels(ops.Call(on_cuda, constants))
+        assert not tangents.has_kernels(calls.Call(on_cuda, constants))

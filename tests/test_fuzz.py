@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
-from fusedrnn import ops
+from fusedrnn import calls, ops
 
 MEMORY = 1 << 30  # bytes: what asks for more gets an exception
 DTYPES = [torch.float32] * 6 + [
@@ -307,7 +307,7 @@ def fuzz_ops(rng):
             call[name] = spoil(rng, call[name])
         if rng.random() < 0.2:
             ops.infer(
-                *(call[name] for name in ("x", "hx", "cx", "weights", *ops.Config._fields[:6]))
+                *(call[name] for name in ("x", "hx", "cx", "weights", *calls.Config._fields[:6]))
             )
         y, *_ = ops.forward(*call.values())
         if y.requires_grad:

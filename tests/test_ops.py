@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
-from fusedrnn import ops
+from fusedrnn import calls, ops
 from fusedrnn.node import Node
 
 T, B, INPUT, HIDDEN, LAYERS = 3, 4, 2, 3, 2
@@ -73,7 +73,7 @@ def arguments(
         def zones(width):
             return torch.randint(0, 2, (states, tokens.numel(), width)).byte()
 
-        wide = ops.compute_dtype(dtype)
+        wide = calls.compute_dtype(dtype)
         found |= {
             "resets": torch.rand(tokens) < 0.4,
             "h_mask": (torch.rand(states, B, config.out_size) < 0.5).to(wide) * 2,
@@ -148,7 +148,7 @@ def test_forward_without_reserve_passes_opcheck(cell):
     assert ops.forward(*call.values())[3].shape[0] == 0
 
 
-INFER = ["x", "hx", "cx", "weights", *ops.Config._fields[:6]]
+INFER = ["x", "hx", "cx", "weights", *calls.Config._fields[:6]]
 
 
 @pytest.mark.usefixtures("filled")

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import masks, ops, reference
+from fusedrnn import calls, masks, ops, reference
 
 T, B, WIDTH, HIDDEN = 6, 4, 3, 5
 REGULARISERS = {
@@ -161,7 +161,7 @@ def exact_run(call, graph, save):
 
     dtype = call[3][0].dtype
     y, hn, cn, hs, cs = reference.forward(*map(wide, call))
-    return *(t.to(dtype) for t in (y, hn, cn, hs)), cs.to(ops.compute_dtype(dtype))
+    return *(t.to(dtype) for t in (y, hn, cn, hs)), cs.to(calls.compute_dtype(dtype))
 
 
 class Call(NamedTuple):

@@ -9,7 +9,7 @@ from torch import func
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fusedrnn
-from fusedrnn import derivatives, ops, reference, tangents
+from fusedrnn import calls, derivatives, ops, reference, tangents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")
 
@@ -60,7 +60,7 @@ def given(call, some="all", seed=4):
     and tangents of these.
     """
     torch.manual_seed(seed)
-    call = ops.Call.of(*call.values())
+    call = calls.Call.of(*call.values())
 
     def like(t):
         return None if t is None or not t.is_floating_point() else torch.randn_like(t)
@@ -164,7 +164,7 @@ def long_call(cell, T, B, width, hidden, dtype):
     tensors = (torch.randn(T, B, width, dtype=dtype), *states)
     call = dict(zip(("x", "hx", "cx"), tensors, strict=True))
     call["weights"] = [p.detach() for p in module.parameters()]
-    call |= dict.fromkeys(f"other {i}" for i in range(ops.NON_DIFFERENTIABLE))
+    call |= dict.fromkeys(f"other {i}" for i in range(calls.NON_DIFFERENTIABLE))
     call |= {"dropout": 0.0, **module._config()._asdict()}
     return normed(call) if name != cell else call
 
@@ -195,7 +195,7 @@ def test_odd_sizes_in_each_dtype(cell, dtype):
     direction, u, du = (low(low(group)) for group in (direction, u, du))
     wide = [tuple(None if t is None else t.double() for t in g) for g in (direction, u, du)]
     exact = by_reference(call, None, *wide)
-    call = ops.Call(low(call.tensors), call.constants)
+    call = calls.Call(low(call.tensors), call.constants)
     found = by_kernels(call, forward(call)[0], direction, u, du)
     if dtype == torch.float64:
         return check_equal(found, exact, atol=1e-11)
@@ -595,7 +595,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
 
     def below(op, *given):
         if op is ops.backward:
-            seen.append(list(given[ops.RESULTS + 4]))
+            seen.append(list(given[calls.RESULTS + 4]))
         return run(op, *given)
 
     monkeypatch.setattr(ops, "call_below_autograd", below)

@@ -103,8 +103,8 @@ class Arguments {
   StableIValue* const end_;
 };
 
-// The arguments that several ops have, and below them what reads them; fusedrnn/ops.py documents
-// each.
+// The arguments that several ops have, and below them what reads them; fusedrnn/calls.py
+// documents each.
 #define FUSEDRNN_TENSORS "Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights"
 #define FUSEDRNN_STACK \
   "str mode, int hidden_size, int proj_size, int num_layers, bool bias, bool bidirectional"
