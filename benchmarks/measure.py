@@ -79,19 +79,25 @@ def verdict(ratio: Summary, noise: Summary) -> str:
 
 
 def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
-    """Seconds of each of ``works`` in each round; the order is reversed from round to round."""
+    """Seconds of each of ``works`` in each round; the order is reversed from round to round.
+
+    After the turn of one with an attribute ``rest``, so many seconds pass: see Peer.
+    """
     repeats = []
     for work in works:
         once = work(1)  # the first call allocates, starts threads, fills caches
         if once < 10 * budget.turn:
             once = work(1)
         repeats.append(max(1, math.ceil(budget.turn / max(once, 1e-9))))
+    rests = [getattr(work, "rest", 0.0) for work in works]
     seconds: list[list[float]] = [[] for _ in works]
     order = list(range(len(works)))
     start = time.perf_counter()
     while True:
         for i in order:
             seconds[i].append(works[i](repeats[i]))
+            if torch.get_num_threads() > 1:
+                time.sleep(rests[i])
         order.reverse()
         if budget.spent(len(seconds[0]), time.perf_counter() - start):
             return seconds
@@ -169,9 +175,10 @@ class Unit:
         mode: str,
         input_grad: bool,
         setting: Setting = contextlib.nullcontext,
+        rest: float = 0.0,
     ) -> None:
         self.device = data.output_grad.device
-        self.mode, self.setting = mode, setting
+        self.mode, self.setting, self.rest = mode, setting, rest
         self._module = module.train(mode != "inference")
         self._output_grad = data.output_grad
         self._leaves: dict[str, Tensor] = dict(module.named_parameters())

@@ -85,7 +85,8 @@ class Peer:
     ``can`` tells which measurements it supports. ``factor`` bounds its error as a multiple of
     torch.nn's: 2 for fusedrnn, more for others; ``relative`` admits more, as a part of the results,
     to weights in fewer bits. ``setting`` is a context for its calls. ``rival`` is the
-    implementation of ours that it is an alternative to.
+    implementation of ours that it is an alternative to. ``rest``: seconds for which its threads
+    still spin after a call, which would take a core from the next implementation.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Peer:
     setting: Setting = nullcontext
     relative: float = 0.0
     rival: str = "fusedrnn"
+    rest: float = 0.0
 
     def missing(self) -> str | None:
         """A required package that is not installed, if any."""
@@ -138,7 +140,14 @@ PEERS = (
     Peer("fusedrnn, recompute", _recompute, _training),
     Peer("torch.compile", adapters.compiled, _compile_can, (), RIGHT, adapters.compiling),
     Peer("cell loop", adapters.CellLoop, _loop_can, factor=RIGHT),
-    Peer("ONNX Runtime", adapters.OnnxRuntime, _onnx_can, ("onnxruntime", "onnx"), factor=RIGHT),
+    Peer(
+        "ONNX Runtime",
+        adapters.OnnxRuntime,
+        _onnx_can,
+        ("onnxruntime", "onnx"),
+        factor=RIGHT,
+        rest=0.1,
+    ),
     Peer("OpenVINO", adapters.OpenVino, _openvino_can, ("openvino", "onnx"), factor=RIGHT),
     Peer(INT8, _in_int8, _quantized, relative=ROUNDED, rival=INT8),
     Peer("fusedrnn bfloat16", _in_bfloat16, _quantized, relative=ROUNDED, rival=INT8),

@@ -227,7 +227,8 @@ class _Measurement:
         try:
             start = time.perf_counter()
             module = peer.build(self._layer, self._data.input)
-            unit = Unit(module, self._data, self._mode, self._case.input_grad, peer.setting)
+            call = (module, self._data, self._mode, self._case.input_grad)
+            unit = Unit(*call, peer.setting, peer.rest)
             results = unit.results()
             measure.synchronize(self._device)
             seconds = time.perf_counter() - start

@@ -82,6 +82,23 @@ def test_turns_alternate_and_the_first_calls_do_not_count():
     assert "".join(name for name, _ in log) == "ab" + "ab" + "ba" + "ab"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_that_spin_come_to_rest(threads, monkeypatch):
+    happened = []
+
+    class Spinning:
+        rest = 0.1
+
+        def __call__(self, repeats: int) -> float:
+            happened.append("spins")
+            return 1.0
+
+    monkeypatch.setattr(measure.time, "sleep", happened.append)
+    monkeypatch.setattr(measure.torch, "get_num_threads", lambda: threads)
+    measure.interleave([Spinning(), lambda repeats: 1.0], Budget(seconds=1e-9, rounds=1, turn=0.0))
+    assert happened[-2:] == (["spins", "spins"] if threads == 1 else [0.1, 0.0])
+
+
 def test_short_work_is_repeated_within_its_turn():
     log: list[tuple[str, int]] = []
     work = Scripted("a", [9.0, 0.25, 2.5], log)
