@@ -121,7 +121,7 @@ def headline(runs: Sequence[Report]) -> str:
     jobs: dict[str, dict[str, Row]] = {}
     for row in shown:
         if row.case.startswith(BOOK) or row.shape.startswith("LSTM") or row.ahead():
-            jobs.setdefault(row.case, {})[row.mode] = row
+            jobs[row.case] = {r.mode: r for r in shown if r.case == row.case}
     first = next(iter(modes))
     title = f"{first} speed in tokens/s, and {tables.TIMES}; {shown[0].dtype}, {_where(shown[0])}"
     header = ["job", "layers, T steps, B rows", "torch.nn", OURS]
@@ -140,9 +140,9 @@ def headline(runs: Sequence[Report]) -> str:
         where = "" if all(peers) else " in some rows"
         parts.append(
             filled(
-                f"Also measured{where}: {', '.join(others)}. One that is faster than fusedrnn, or "
-                "with weights in 8 bits than fusedrnn's in 8 bits, is named in its row, with how "
-                "many times as fast it is."
+                f"Also measured{where}: {', '.join(others)}. What is faster than fusedrnn, or in "
+                "8 bits than fusedrnn's in 8 bits, is named in its row, with how many times as "
+                "fast."
             )
         )
     absent = dict.fromkeys(peer for run in made for peer in run.environment.get("absent") or [])
@@ -154,13 +154,11 @@ def headline(runs: Sequence[Report]) -> str:
 
 
 def _caption(runs: Sequence[Report]) -> str:
-    """The machine of several runs, and the software and the command of each."""
+    """The machine of several runs, and the software of each."""
     first, *others = runs
-    parts = [f"{report.caption(first.environment)}. Made by `{first.command}`."]
-    parts += [
-        f"Other rows: {report.versions(r.environment)}, made by `{r.command}`." for r in others
-    ]
-    return " ".join(parts)
+    parts = [report.caption(first.environment)]
+    parts += [f"other rows: {report.versions(r.environment)}" for r in others]
+    return f"{'; '.join(parts)}. [Results](docs/results.md) has the commands."
 
 
 def _counts(modes: dict[str, list[Row]]) -> str:

@@ -317,8 +317,8 @@ def test_a_newer_run_of_one_mode_keeps_the_columns_of_the_other(tmp_path):
     assert "**2.4 to 2.4 times as fast over the training loops**" in readme
     text = " ".join(readme.split())
     assert "All 2 cases: geometric mean 2.00 in training" in text
-    assert "at facade" in text and "2003. Made by `another command`. Other rows: torch" in text
-    assert "at c0ffee" in text and "2001, made by `a command`." in text
+    assert "at facade" in text and "2003; other rows: torch" in text
+    assert "at c0ffee" in text and "2001. [Results](docs/results.md) has the commands." in text
     assert text.count(ENVIRONMENT["cpu"]) == 2  # of the figures, and of the table
     assert not any(word in text for word in ("d00d", "abacus", "book-other", "9.00"))
     folder = tmp_path / "b"
