@@ -81,7 +81,8 @@ def verdict(ratio: Summary, noise: Summary) -> str:
 def interleave(works: Sequence[Work], budget: Budget) -> list[list[float]]:
     """Seconds of each of ``works`` in each round; the order is reversed from round to round.
 
-    After the turn of one with an attribute ``rest``, so many seconds pass: see Peer.
+    On several threads, a pause of ``rest`` seconds follows the turn of work that has this attribute
+    (see Peer).
     """
     repeats = []
     for work in works:

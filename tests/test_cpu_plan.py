@@ -211,8 +211,9 @@ def test_a_quick_l3_is_read_row_by_row(hidden, dtype, steps, expected):
     made = bindings.plan_cpu(problem, make_request(steps, 1), make_machine(quick_l3=True)).pass_
     alternates, streams, prefetches = expected
     assert (made.alternates, made.streams, made.prefetches) == (alternates, streams, prefetches)
-    other = bindings.plan_cpu(problem, make_request(steps, 1), make_machine()).pass_
-    assert not other.streams
+    for request, machine in ((make_request(steps, 1), make_machine()),
+                             (make_request(steps, 2), make_machine(quick_l3=True))):  # fmt: skip
+        assert not bindings.plan_cpu(problem, request, machine).pass_.streams
 
 
 def variant(dtype: str, steps: int, batch: int, hidden: int = 64, **machine) -> str:

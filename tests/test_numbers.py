@@ -427,5 +427,7 @@ def test_few_tokens(cell, dtype):
             assert (y[n:, b] == 0).all()
             if n:
                 alone, _ = fused(x[:n, b : b + 1])
-                few = 4 * torch.finfo(dtype).eps  # a row alone may be summed in another order
+                # A row alone is summed in another order where weights are read row by row.
+                streams = "row by row" in fusedrnn.explain(fused, x[:n, b : b + 1])
+                few = 4 * torch.finfo(dtype).eps if streams else 0
                 torch.testing.assert_close(y[:n, b : b + 1], alone, rtol=few, atol=few)

@@ -120,10 +120,14 @@ int64_t unpacked_threads(const Problem& p, const CpuCosts& costs, const CpuReque
   return std::max<int64_t>(1, std::min(r.ensemble * weights / kBytesOfThread, m.threads));
 }
 
+int64_t unpacked_hh_bytes(const Problem& p) {
+  return p.gate_rows() * p.out_size() * bytes(p.dtype);
+}
+
 // With few rows a step takes about as long with W_hh unpacked, and packing it as long as some
 // steps. Beyond L2 both wait for the same bytes.
 bool reads_hh_unpacked(const Problem& p, const CpuCosts& costs, const CpuRequest& r) {
-  const int64_t weights = p.gate_rows() * p.out_size() * bytes(p.dtype);
+  const int64_t weights = unpacked_hh_bytes(p);
   const int64_t most_steps = weights > kL2Bytes ? 64 : 32 / std::max<int64_t>(1, r.batch);
   return !r.tangent && r.batch <= kDotRows && r.steps <= most_steps && weights >= kL2Bytes / 8 &&
          !p.layer_norm && p.stored == Stored::kPlain && costs.loads_quickly && !costs.tiled;
@@ -145,10 +149,10 @@ bool alternates(int64_t bytes_of_thread, const CpuMachine& m) {
   return !m.quick_l3 && bytes_of_thread > kL2Bytes && bytes_of_thread <= 5 * kL2Bytes;
 }
 
-// A quick L3 is read fastest as one stream of rows, unless these are short as those of bfloat16.
-// Sums differ, so this does not depend on the number of threads.
-bool streams(int64_t bytes, const Problem& p, const CpuMachine& m) {
-  return m.quick_l3 && bytes > kL2Bytes && p.dtype != DType::kBFloat16;
+// For one row of the batch a quick L3 is read fastest as one stream, except in bfloat16, whose rows
+// take half the bytes. Sums differ, so this does not depend on the number of threads.
+bool streams(int64_t bytes, int64_t rows, const Problem& p, const CpuMachine& m) {
+  return m.quick_l3 && rows == 1 && bytes > kL2Bytes && p.dtype != DType::kBFloat16;
 }
 
 // Unpacked weights are prefetched where L3 holds little of them when they are read again. Several
@@ -251,13 +255,13 @@ CpuPlan plan_cpu(const Problem& p, const CpuRequest& all, const CpuMachine& m) {
     plan.threads = unpacked;
     const int64_t between = bytes_between(p, r.longest);
     plan.pass.alternates = alternates(between / unpacked, m);
-    plan.pass.streams = streams(between, p, m);
+    plan.pass.streams = streams(between, r.batch, p, m);
     plan.pass.prefetches = prefetches(between, r.batch, m);
     // Of a single step all that W_hh is multiplied with is known at its beginning.
     plan.recurrent_first = plan.pass.alternates && r.longest == 1;
   } else {
     plan.pass.unpacked_hh = reads_hh_unpacked(p, costs, r);
-    plan.pass.streams = plan.pass.unpacked_hh && streams(recurrent_weight_bytes(p, costs), p, m);
+    plan.pass.streams = plan.pass.unpacked_hh && streams(unpacked_hh_bytes(p), r.batch, p, m);
     plan.pass.overlaps_cells = overlaps_cells(p, costs);
   }
   return plan;

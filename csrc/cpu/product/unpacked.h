@@ -35,17 +35,18 @@ FUSEDRNN_INLINE Vec<C> lane_sums(Vec<C> (&v)[Lanes<C>::kWidth]) {
 template <class S>
 using DotOperand = std::conditional_t<kPlanes<Operand<S>> == 1, Operand<S>, Compute<S>>;
 
-// How rows of weights are read. Some at a time share what is loaded of x. A hardware prefetcher
-// follows one at a time best, whose sum is of several parts to hide the latency of additions.
+// How many rows of weights are read at a time. Several share what is loaded of x. The hardware
+// prefetcher follows a single row best; its sum has several parts, which hide the latency of
+// additions.
 enum class RowTile { kSome, kSomePrefetched, kOne };
 struct RowReading {
-  bool one_at_a_time;  // where x has one row
+  bool one_at_a_time;  // for x of one row
   int64_t ahead;       // the rows that lie so many rows further are prefetched; 0: none
 };
 
 // Lane i of out[r] is the dot product of row i of w, which has `rows` rows, and row r of x, both of
-// K elements. Lanes from `rows` on are undefined. Prefetched, to L2, are the elements that lie
-// `ahead` of those of w.
+// K elements. Lanes from `rows` on are undefined. With kSomePrefetched, the elements that lie
+// `ahead` of those that are read are prefetched to L2.
 template <int kRows, RowTile kReading, class C, class S>
 __attribute__((noinline)) void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
                                         int64_t ldx, int64_t K, int64_t ahead) {
@@ -115,8 +116,7 @@ FUSEDRNN_INLINE void dot_rows(Vec<C>* out, const S* w, int64_t rows, const C* x,
                               int64_t K, int64_t count, RowReading reading) {
   if (reading.ahead)
     return dot_rows<RowTile::kSomePrefetched>(out, w, rows, x, ldx, K, reading.ahead * K, count);
-  if (reading.one_at_a_time && count == 1)
-    return dot_rows<1, RowTile::kOne>(out, w, rows, x, ldx, K, 0);
+  if (reading.one_at_a_time) return dot_rows<1, RowTile::kOne>(out, w, rows, x, ldx, K, 0);
   dot_rows<RowTile::kSome>(out, w, rows, x, ldx, K, 0, count);
 }
 
