@@ -6,11 +6,14 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.layer import LayerBase
+
+# What a subclass may have another of. For an LSTM torch.nn has its own.
+_TORCH_CHECKS = (nn.RNNBase.check_forward_args, nn.LSTM.check_forward_args)
 
 
 def canonical(
@@ -71,6 +74,8 @@ def canonical(
         if not one_hot:
             module.check_input(x, None)
         batch = x.size(1)
+    if type(module).check_forward_args not in _TORCH_CHECKS:
+        _ask_subclass(module, x, states, batch, batch_sizes)
     if hx is not None:
         weight = module._flat_weights[0]
         dtype = weight.dtype if one_hot and weight is not None else x.dtype
@@ -85,6 +90,21 @@ def canonical(
     if lengths is not None:
         lengths = checked_lengths(module, lengths, batch, x.device)
     return (x, *states, *[None] * (2 - len(states)), unsort, lengths)
+
+
+def _ask_subclass(
+    module: LayerBase, x: Tensor, states: tuple[Any, ...], batch: int, batch_sizes: Any
+) -> None:
+    """Calls the check that a subclass overrides, with what torch.nn calls it."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)
+    dtype = x.dtype if x.is_floating_point() else module._weights()[0].dtype
+    hidden: Any = tuple(
+        torch.zeros(rows, batch, width, dtype=dtype, device=x.device) if state is None else state
+        for state, width in zip(states, widths, strict=False)
+    )
+    input = x.transpose(0, 1) if module.batch_first and batch_sizes is None else x
+    module.check_forward_args(input, hidden if len(hidden) == 2 else hidden[0], batch_sizes)
 
 
 def _check_state(
@@ -149,6 +169,26 @@ def checked_lengths(module: LayerBase, lengths: Any, batch: int, device: torch.d
         )
     # A copy to the CPU has to be complete before it is read.
     return lengths.to(device, non_blocking=device.type == "cuda")
+
+
+def refuse_values(x: Tensor, lengths: Tensor | None, one_hot: bool, input_size: int) -> None:
+    """Raises the op's errors of values, which it finds only while it runs; `x`: time first."""
+    if not x.is_cpu or _traced(x):
+        return
+    if lengths is not None:
+        steps = x.size(0)
+        wrong = lengths[(lengths < 0) | (lengths > steps)]
+        if len(wrong):
+            raise RuntimeError(f"fusedrnn: expected lengths in [0, {steps}], got {int(wrong[0])}")
+    if one_hot:
+        outside = (x < 0) | (x >= input_size)
+        if lengths is not None:
+            outside &= torch.arange(x.size(0)).unsqueeze(1) < lengths
+        if outside.any():
+            raise IndexError(
+                f"fusedrnn: index {int(x[outside][0])} is out of range for input_size "
+                f"{input_size}: integers stand for one-hot vectors, features need input.float()"
+            )
 
 
 def _as_tensor(name: str, argument: str, given: Any) -> Tensor:

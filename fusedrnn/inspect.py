@@ -185,7 +185,8 @@ def _checked(
         module._check_mode()
         module._check_devices(data, hx)
     one_hot = ours and is_one_hot(data, isinstance(input, PackedSequence))
-    x, *_ = checks.canonical(twin, input, hx, lengths, one_hot)
+    x, *_, in_steps = checks.canonical(twin, input, hx, lengths, one_hot)
+    checks.refuse_values(x, in_steps, one_hot, module.input_size)
     if resets is not None:
         checks.checked_resets(twin, resets, input, x, one_hot)
     return _of_layer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ else:  # without the types of calls
 
 __all__ = ["GRU", "LSTM", "RNN", "AllStates", "GRUCell", "LSTMCell", "RNNCell"]
 
+Class = TypeVar("Class")
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -35,6 +37,24 @@ def _signature(init: Init) -> Init:
     return __init__  # type: ignore[return-value]
 
 
+def _names(cls: type[Class]) -> type[Class]:
+    """Gives `cls` the shared forward as its own, whose name Python's errors of a call say."""
+    shared: Any = cls.forward  # type: ignore[attr-defined]
+    own = FunctionType(
+        shared.__code__,
+        shared.__globals__,
+        shared.__name__,
+        shared.__defaults__,
+        shared.__closure__,
+    )
+    own.__kwdefaults__, own.__annotations__ = shared.__kwdefaults__, shared.__annotations__
+    own.__doc__, own.__module__ = shared.__doc__, shared.__module__
+    own.__qualname__ = f"{cls.__name__}.forward"
+    cls.forward = own  # type: ignore[attr-defined]
+    return cls
+
+
+@_names
 class RNN(OneState, nn.RNN):
     """A stack of Elman RNN layers: `torch.nn.RNN` with fused kernels and more.
 
@@ -101,6 +121,7 @@ class RNN(OneState, nn.RNN):
     ) -> None: ...
 
 
+@_names
 class GRU(OneState, nn.GRU):
     """A stack of GRU (gated recurrent unit) layers: `torch.nn.GRU` with fused kernels and more.
 
@@ -170,6 +191,7 @@ class GRU(OneState, nn.GRU):
     ) -> None: ...
 
 
+@_names
 class LSTM(TwoStates, nn.LSTM):
     """A stack of LSTM (long short-term memory) layers: `torch.nn.LSTM` with fused kernels and more.
 
@@ -247,6 +269,7 @@ class LSTM(TwoStates, nn.LSTM):
     ) -> None: ...
 
 
+@_names
 class RNNCell(OneStateCell, nn.RNNCell):
     """One step of one RNN layer: `torch.nn.RNNCell`, whose operator it runs.
 
@@ -271,6 +294,7 @@ class RNNCell(OneStateCell, nn.RNNCell):
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
 
+@_names
 class GRUCell(OneStateCell, nn.GRUCell):
     """One step of one GRU layer: `torch.nn.GRUCell`, whose operator it runs.
 
@@ -294,6 +318,7 @@ class GRUCell(OneStateCell, nn.GRUCell):
         super().__init__(input_size, hidden_size, bias, device, dtype)
 
 
+@_names
 class LSTMCell(TwoStatesCell, nn.LSTMCell):
     """One step of one LSTM layer: `torch.nn.LSTMCell`, whose operator it runs.
 

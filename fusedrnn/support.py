@@ -20,7 +20,8 @@ KERNEL_DTYPES = DTYPES + INTEGERS
 
 def is_one_hot(data: Tensor, packed: bool) -> bool:
     """Whether `data` is integers that stand for one-hot vectors, which torch.nn refuses."""
-    return data.dtype in INTEGERS and data.dim() < (2 if packed else 3)
+    # dim first, as torch.nn: what is no tensor gets the words of its error.
+    return data.dim() < (2 if packed else 3) and data.dtype in INTEGERS
 
 
 def on_gpu(tensor: Tensor) -> bool:

@@ -695,6 +695,35 @@ def test_explain_raises_what_the_call_would(name, which, inside):
             assert str(explained.value) == str(called.value)
 
 
+TOKENS = torch.tensor([[0, 1], [2, 0], [1, 9], [-1, 1], [0, 0]])
+WRONG_VALUES = {
+    "length above T": (torch.zeros(5, 2, 3), [5, 6]),
+    "length below 0": (torch.zeros(5, 2, 3), [-1, 5]),
+    "token": (TOKENS, None),
+    "token, packed": (pack_padded_sequence(TOKENS, [5, 3]), None),
+    "token within a length": (TOKENS, [4, 2]),
+}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("which", WRONG_VALUES)
+def test_explain_raises_what_the_call_would_of_values(which, quantized, batch_first):
+    layer = fusedrnn.GRU(3, 4, batch_first=batch_first).eval()
+    if quantized:
+        fusedrnn.quantize(layer)
+    input, lengths = WRONG_VALUES[which]
+    if batch_first and "packed" not in which:
+        input = input.transpose(0, 1)
+    with pytest.raises((RuntimeError, IndexError)) as called:
+        layer(input, lengths=lengths)
+    with pytest.raises(type(called.value)) as explained:
+        fusedrnn.explain(layer, input, lengths=lengths)
+    assert str(explained.value) == str(called.value)
+    if input is TOKENS:
+        assert "gathered" in fusedrnn.explain(layer, input, lengths=[3, 2])
+
+
 def test_explain_of_cells_and_of_what_torch_does_not_have():
     x = torch.zeros(2, 3)
     assert "torch.nn's own code" in fusedrnn.explain(nn.LSTMCell(3, 4), x)
