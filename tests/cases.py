@@ -20,6 +20,11 @@ CELLS: dict[str, tuple[str, Any]] = {
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+# torch.nn hands an LSTM's padded float32 input to oneDNN under autocast too, which then fails on a
+# processor without the instructions for bfloat16.
+AUTOCAST_LSTM = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def make_pair(cell: str, input_size: int, hidden_size: int, seed: int = 0, **kwargs: Any):
     """(torch.nn's module, ours) with the same weights."""
     name, extra = CELLS[cell]

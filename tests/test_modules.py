@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CELLS, make_pair, random_state, run
+from cases import AUTOCAST_LSTM, CELLS, make_pair, random_state, run
 from tolerances import assert_as_exact_as_torch
 from torch import nn
 from torch.func import functional_call
@@ -213,6 +213,8 @@ def test_modules_made_elsewhere(cell, device):
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("cell", CELLS)
 def test_autocast_gives_torchs_dtypes(cell, of, with_states, packed):
+    if cell == "lstm" and of == torch.float32 and not (packed or AUTOCAST_LSTM):
+        pytest.skip("torch.nn fails")
     plain, fused = stack(cell, dtype=of)
     found = []
     for module in (plain, fused):
@@ -239,8 +241,10 @@ def test_autocast_numbers(cell):
     x = torch.randn(5, 2, 3)
     exact = plain(x)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = fused(x)[0].float(), plain(x)[0].float()
-    assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+        ours = fused(x)[0].float()
+        theirs = plain(x)[0].float() if cell != "lstm" or AUTOCAST_LSTM else None
+    if theirs is not None:
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
     inside = copy.deepcopy(fused).bfloat16()(x.bfloat16())[0].float()
     torch.testing.assert_close(ours, inside, rtol=0, atol=0)
     torch.testing.assert_close(fused(x)[0], exact)  # and no trace of it is left

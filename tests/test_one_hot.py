@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, make_pair, random_state
+from cases import AUTOCAST_LSTM, CELLS, DTYPES, make_pair, random_state
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_as_exact_as_torch
@@ -231,8 +231,9 @@ def test_autocast(cell):
     plain, fused = make_pair(cell, WIDTH, 5)
     x = torch.randint(0, WIDTH, (T, B))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (theirs, _), (ours, _) = plain(one_hot(x, WIDTH).float()), fused(x)
-    assert ours.dtype == theirs.dtype
+        ours, _ = fused(x)
+        if cell != "lstm" or AUTOCAST_LSTM:
+            assert ours.dtype == plain(one_hot(x, WIDTH).float())[0].dtype
     assert torch.equal(ours, fused_autocast(fused, one_hot(x, WIDTH).float()))
 
 
