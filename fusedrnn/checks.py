@@ -120,6 +120,18 @@ def _check_state(
         )
 
 
+def refuse_devices(x: Tensor, states: tuple[Any, ...], weights: list[Tensor]) -> None:
+    """Raises torch.nn's error where a state or a weight is not on the device of the input."""
+    device = x.device
+    for kind, tensors in (("hidden", states), ("parameter", weights)):
+        for t in tensors:
+            if t is not None and t.device != device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at "
+                    f"{device} and {kind} tensor at {t.device}"
+                ) from None
+
+
 def checked_resets(module: LayerBase, resets: Any, input: Any, x: Tensor, one_hot: bool) -> Tensor:
     """Bools, time first, or as the data of packed input."""
     name = type(module).__name__

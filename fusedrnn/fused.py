@@ -149,12 +149,13 @@ class Fused(LayerBase):
             and ops.require_grad((x, hx, cx, *weights), transformed)
             and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
         )
-        if not support.on_gpu(x) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return ops.run(call, graph, graph and not self.recompute)
         try:
             return ops.run(call, graph, graph and not self.recompute)
         except RuntimeError as error:
             if ops.NOTHING_RUNS not in str(error):
+                checks.refuse_devices(x, (hx, cx), weights)
                 raise
             return reference.forward(*call) if more or ops.in_forward_mode() else None
 

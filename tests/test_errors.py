@@ -505,6 +505,27 @@ def test_a_subclass_checks_itself():
         Strict(INPUT, HIDDEN)(zeros(T, B, INPUT))
 
 
+@pytest.mark.parametrize("where", ["weights", "one weight", "state"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_tensors_of_two_devices(cell, where):
+    """One forgotten in model.to or hx.to; meta stands for a GPU."""
+    errors = []
+    for module in make_pair(cell, INPUT, HIDDEN, num_layers=LAYERS):
+        hx = states(module)
+        if where == "weights":
+            module.to("meta")
+        elif where == "one weight":
+            module.weight_hh_l1 = nn.Parameter(module.weight_hh_l1.to("meta"))
+        else:
+            hx = tuple(s.to("meta") for s in hx) if module.mode == "LSTM" else hx.to("meta")
+        with pytest.raises(RuntimeError, match="are not at the same device") as caught:
+            module(zeros(T, B, INPUT), hx)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    with pytest.raises(RuntimeError, match="are not at the same device"):
+        module(packed(), hx)  # where torch.nn's words differ
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_subclass_checks_all_arguments(cell, batch_first):
