@@ -164,6 +164,8 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
         # A reserve does not have the members of an outer rule apart.
         y, _, _, *kept = ops.forward(*folded.arguments(), True)
         made = (y, *kept)
+    elif _share(given, fold):
+        made = given.made
     else:
         # Only gradients are batched.
         made = fold.repeated(given.made, rows, calls.Config(*call.constants[1:]))
@@ -177,6 +179,22 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple, tuple]:
         [fold.gradient(g, n, given.members) for g, n in zip(dweights, needs, strict=True)]
     )
     return (*found, list(weights)), (*of_found, list(of_weights))
+
+
+def _share(given: calls.BackwardCall, fold: _Fold) -> bool:
+    """Whether members read what forward saved once; rows b * n to b * n + n - 1 that of row b."""
+    call = given.call
+    weights = call.tensors[calls.FIRST_WEIGHT :]
+    return not (
+        any(given.needs[3:])
+        or call.constants[calls.ALL_STATES]
+        or given.made[0].device.type != "cpu"
+        or fold.differ
+        or fold.stacked
+        or any(_is_batched(w) for w in weights if w is not None)
+        # Second derivatives read a row for each member.
+        or (torch.is_grad_enabled() and ops.require_grad((*given.grads, *call.tensors), True))
+    )
 
 
 def _unwrapped(argument: Any, level: int) -> tuple[Any, Dims]:

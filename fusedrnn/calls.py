@@ -34,7 +34,9 @@ reserve.
 backward returns the gradients of x, hx, cx and each weight; `needs` says which are required, and
 the others are empty. `members` is 0, or a number that divides B: then row b belongs to member
 b % members, and the gradients of weights (members, ...) are sums over each member's rows. Of an
-ensemble `members` is 0 or a multiple of its size.
+ensemble `members` is 0 or a multiple of its size. On the CPU, where no gradient of a weight is
+wanted and without ensemble and all_states, y and reserve may be those of B / n rows: then rows
+b * n to b * n + n - 1 share what forward saved for row b.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
-from fusedrnn import calls, ops, reference
+from fusedrnn import batching, calls, ops, reference
 
 LENGTHS = torch.tensor([[5, 2, 0], [1, 5, 3], [3, 3, 4], [0, 0, 0]])  # (members, B), T = 5
 
@@ -265,30 +265,74 @@ def test_only_gradients_are_batched(cell):
 
 
 @pytest.mark.usefixtures("kernels_only")
-@pytest.mark.parametrize("kind", ["padded", "packed", "all states", "zoneout", "normalised"])
+@pytest.mark.parametrize(
+    "kind", ["padded", "lengths", "packed", "all states", "zoneout", "normalised"]
+)
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm-proj"])
-def test_batched_gradients(cell, kind):
-    """One backward, which repeats what forward has saved."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batched_gradients(cell, kind, frozen, monkeypatch):
+    """One backward, which repeats what forward has saved where weights have gradients."""
     module = make(cell)
     options = {"zoneout": 0.3} if kind == "zoneout" else {}
     if kind == "normalised" and cell != "rnn":
         options = {"layer_norm": True}
     module = type(module)(3, 4, num_layers=2, bidirectional=True, dropout=0.5, **options).double()
+    module.requires_grad_(not frozen)
     x = torch.randn(8, 3).double() if kind == "packed" else torch.randn(4, 3, 3).double()
     x.requires_grad_()
     given = PackedSequence(x, torch.tensor([3, 2, 2, 1])) if kind == "packed" else x
     hx = states_of(module, 1)
     hx = tuple(h[0] for h in hx) if type(hx) is tuple else hx[0]
-    outputs = module(given, hx, return_all=kind == "all states")
+    states = flat(hx) if frozen else []
+    for h in states:
+        h.requires_grad_()
+    rows = {}
+    if kind == "lengths":
+        resets = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+        rows = {"lengths": torch.tensor([2, 4, 3]), "resets": resets}
+    outputs = module(given, hx, return_all=kind == "all states", **rows)
     outputs = [t for t in flat(outputs) if t.requires_grad]
     grads = [torch.randn(3, *t.shape, dtype=torch.float64) for t in outputs]
-    wanted = [x, *module.parameters()]
+    wanted = [x, *(states if frozen else module.parameters())]
+    if frozen and kind != "all states":
+        monkeypatch.setattr(batching._Fold, "repeated", None)
     found = torch.autograd.grad(outputs, wanted, grads, is_grads_batched=True, retain_graph=True)
     for m in range(3):
         own = [g[m] for g in grads]
         expected = torch.autograd.grad(outputs, wanted, own, retain_graph=True)
         for a, b in zip(found, expected, strict=True):
             close(a[m], b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_share_what_forward_saved(dtype):
+    """With the bits of rows that each have it; gradients of weights need it for each row."""
+    torch.manual_seed(0)
+    module = fusedrnn.LSTM(5, 24, 2, proj_size=9, bidirectional=True).to(dtype)
+    x, hx, cx = (torch.randn(*s).to(dtype) for s in ((6, 4, 5), (4, 4, 9), (4, 4, 24)))
+    stack = ("LSTM", 24, 9, 2, True, True, 0.0, 0.0, False, False)
+    rest = (list(module._flat_weights), *calls.NO_OTHERS, 0.0, *stack)
+
+    def rows(t):
+        return t.repeat_interleave(3, 1)
+
+    with torch.no_grad():
+        y, _, _, reserve, *_ = ops.forward(x, hx, cx, *rest, True)
+        all_y, _, _, all_reserve, *_ = ops.forward(rows(x), rows(hx), rows(cx), *rest, True)
+        grad_y = torch.randn_like(all_y)
+        needs = [True] * 3 + [False] * len(rest[0])
+
+        def arguments(y, reserve, needs):
+            call = (rows(x), rows(hx), rows(cx), *rest)
+            return (grad_y, None, None, None, None, y, reserve, None, None, needs, 0, *call)
+
+        found = ops.backward(*arguments(y, reserve, needs))
+        expected = ops.backward(*arguments(all_y, all_reserve, needs))
+        for a, b in zip(found[:3], expected[:3], strict=True):
+            assert torch.equal(a, b)
+        torch.library.opcheck(ops.backward, arguments(y, reserve, needs))
+        with pytest.raises(RuntimeError, match="the output of shape"):
+            ops.backward(*arguments(y, reserve, [True] * len(needs)))
 
 
 def test_batched_gradients_of_one_row():

@@ -19,8 +19,13 @@ struct Sequence {
   // The tokens that exist, in storage order; fewer than `tokens` where rows are padded.
   int64_t valid;
   const int64_t *valid_step, *valid_row;  // [valid]
+  // Above 1: that many rows in turn share what forward saved for one row, which has its place.
+  int64_t sharing;
 
   FUSEDRNN_HD int64_t token(int64_t t, int64_t b) const { return offset[t] + b; }
+  FUSEDRNN_HD int64_t saved_token(int64_t token) const {
+    return sharing > 1 ? token / sharing : token;
+  }
   // What step t of a direction starts from: zeros, the call's initial state, or the state that
   // step `before` left.
   enum class Start { kZeros, kInitial, kBefore };

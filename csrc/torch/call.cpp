@@ -128,9 +128,9 @@ void Call::read_batch_sizes(const Tensor& given) {
                   " tokens");
 }
 
-std::vector<int64_t> Call::token_sizes(int64_t width) const {
-  if (packed()) return {tokens, width};
-  return {steps, batch, width};
+std::vector<int64_t> Call::token_sizes(int64_t width, int64_t sharing) const {
+  if (packed()) return {tokens / sharing, width};
+  return {steps, batch / sharing, width};
 }
 
 std::vector<int64_t> Call::hs_sizes() const {
@@ -210,7 +210,7 @@ ForwardOutputs Call::outputs(Save save) const {
 
 GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
                                  const SavedForBackward& saved, const Wanted& wanted,
-                                 ScalarType of_weights)
+                                 ScalarType of_weights, int64_t sharing)
     : members(wanted.members ? wanted.members : call.ensemble) {
   const std::vector<bool>& needs = wanted.needs;
   const Problem& p = call.problem;
@@ -232,8 +232,8 @@ GradientTensors::GradientTensors(const Call& call, const OutputGradients& given,
                     "fusedrnn: expected ", name, " as forward made it");
   };
   check_like("the output", saved.y, call.like);
-  check_saved("the output", saved.y, outputs, call.type());
-  check_saved("the reserve", saved.reserve, {call.tokens, Reserve(p).bytes_per_token()},
+  check_saved("the output", saved.y, call.token_sizes(call.out_width(), sharing), call.type());
+  check_saved("the reserve", saved.reserve, {call.tokens / sharing, Reserve(p).bytes_per_token()},
               ScalarType::Byte);
   auto check_states = [&](const char* name, const OptionalTensor& t,
                           const std::vector<int64_t>& sizes, ScalarType type) {

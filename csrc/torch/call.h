@@ -24,7 +24,7 @@ struct Call {
   int64_t out_width() const { return problem.num_directions * problem.out_size(); }
   ScalarType type() const { return like.scalar_type(); }
   ScalarType compute() const { return compute_type(problem.dtype); }
-  std::vector<int64_t> token_sizes(int64_t width) const;
+  std::vector<int64_t> token_sizes(int64_t width, int64_t sharing = 1) const;
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType) const;
   Weights weights_of(int64_t layer, int64_t dir, int64_t which = 0) const;  // of the ensemble's
   // What dropout multiplies with where it keeps a value.
@@ -53,9 +53,9 @@ struct GradientTensors {
   // The lowest layer that anything asked for depends on; below it nothing is done.
   int64_t lowest;
 
-  // `of_weights`: the type of their gradients.
+  // `of_weights`: the type of their gradients. `sharing`: rows that share what was saved for one.
   GradientTensors(const Call&, const OutputGradients&, const SavedForBackward&, const Wanted&,
-                  ScalarType of_weights);
+                  ScalarType of_weights, int64_t sharing = 1);
   GradientTensors(const Call& call, const OutputGradients& given, const SavedForBackward& saved,
                   const Wanted& wanted)
       : GradientTensors(call, given, saved, wanted, call.compute()) {}

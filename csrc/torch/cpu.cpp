@@ -26,12 +26,27 @@ ForwardOutputs forward_cpu(const Inputs& in, const Config& config, Save save) {
   return {y, hn, cn, reserve, hs, cs};
 }
 
+// How many rows in turn share what forward saved for one, as batched gradients do. Gradients of
+// weights and states of all layers do not read it so.
+static int64_t rows_sharing(const CpuCall& call, const SavedForBackward& saved,
+                            const Wanted& wanted) {
+  const int64_t rows = saved.reserve.dim() ? saved.reserve.size(0) : 0;
+  if (rows == 0 || call.tokens % rows || call.ensemble > 1 || call.problem.all_states) return 1;
+  for (size_t i = 3; i < wanted.needs.size(); i++)
+    if (wanted.needs[i]) return 1;
+  const int64_t sharing = call.tokens / rows;
+  auto shared = [&](int64_t n) { return n % sharing == 0; };
+  const std::vector<int64_t>& sizes = call.batch_sizes;
+  return shared(call.batch) && std::all_of(sizes.begin(), sizes.end(), shared) ? sharing : 1;
+}
+
 BackwardOutputs backward_cpu(const Inputs& in, const Config& config, const OutputGradients& given,
                              const SavedForBackward& saved, const Wanted& wanted) {
   BackwardStack a{};
   CpuCall call(in, config);
   call.fill(a);
-  const GradientTensors g(call, given, saved, wanted, call.type());
+  a.seq.sharing = rows_sharing(call, saved, wanted);
+  const GradientTensors g(call, given, saved, wanted, call.type(), a.seq.sharing);
   const std::vector<MemberTokens> members =
       tokens_of_members(a.seq, call.indices, a.one_hot, g.members);
   Tensor dx = g.x;

@@ -57,9 +57,11 @@ template <class S>
 FUSEDRNN_INLINE S* saved_outputs(const Common& call, int64_t layer) {
   const Problem& p = call.problem;
   if (call.hs)
-    return static_cast<S*>(call.hs) + layer * call.seq.tokens * p.num_directions * p.out_size();
+    return static_cast<S*>(call.hs) +
+           layer * call.seq.saved_token(call.seq.tokens) * p.num_directions * p.out_size();
   if (!call.reserve) return nullptr;
-  return reinterpret_cast<S*>(call.reserve + Reserve(p).output_offset(layer, call.seq.tokens));
+  return reinterpret_cast<S*>(
+      call.reserve + Reserve(p).output_offset(layer, call.seq.saved_token(call.seq.tokens)));
 }
 // Where forward writes the outputs of a layer.
 template <class S>
@@ -84,7 +86,7 @@ struct CellStates {
 
   CellStates(const Common& call, int64_t layer, int64_t dir) : base(nullptr), stride(0) {
     const Problem& p = call.problem;
-    const int64_t H = p.hidden_size, tokens = call.seq.tokens;
+    const int64_t H = p.hidden_size, tokens = call.seq.saved_token(call.seq.tokens);
     if (call.cs) {
       stride = p.num_directions * H;
       base = static_cast<C*>(call.cs) + layer * tokens * stride + dir * H;
@@ -99,13 +101,15 @@ struct CellStates {
 // The other arrays of a layer and direction in the reserve.
 template <class S>
 FUSEDRNN_INLINE S* saved_slots(const Common& call, int64_t layer, int64_t dir) {
-  return reinterpret_cast<S*>(call.reserve +
-                              Reserve(call.problem).slots_offset(layer, dir, call.seq.tokens));
+  return reinterpret_cast<S*>(
+      call.reserve +
+      Reserve(call.problem).slots_offset(layer, dir, call.seq.saved_token(call.seq.tokens)));
 }
 template <class S>
 FUSEDRNN_INLINE Compute<S>* saved_scales(const Common& call, int64_t layer, int64_t dir) {
   return reinterpret_cast<Compute<S>*>(
-      call.reserve + Reserve(call.problem).scales_offset(layer, dir, call.seq.tokens));
+      call.reserve +
+      Reserve(call.problem).scales_offset(layer, dir, call.seq.saved_token(call.seq.tokens)));
 }
 
 // Zoneout of one row: the part of each old value that stays.

@@ -216,23 +216,24 @@ struct BackwardRows {
     const auto start = seq.start(d.dir, t, b, &before);
     const bool has_before = start == Sequence::Start::kBefore,
                initial = start == Sequence::Start::kInitial;
-    const int64_t prev = has_before ? seq.token(before, b) : 0;
+    const int64_t saved = seq.saved_token(token),
+                  prev = has_before ? seq.saved_token(seq.token(before, b)) : 0;
     BackwardRow<S> row{};
-    row.saved = d.saved + token * Cell::kSaved * H;
-    row.h = d.out + (token * D + d.dir) * P;
+    row.saved = d.saved + saved * Cell::kSaved * H;
+    row.h = d.out + (saved * D + d.dir) * P;
     if (Cell::kUsesHPrev)
       row.h_prev = has_before           ? d.out + (prev * D + d.dir) * P
                    : initial && call.hx ? static_cast<const S*>(call.hx) + state * P
                                         : nullptr;
     if (Cell::kHasCell) {
-      row.c = d.cells.row(token);
+      row.c = d.cells.row(saved);
       row.c_prev = has_before ? d.cells.row(prev) : nullptr;
       row.c0 = initial && call.cx ? static_cast<const S*>(call.cx) + state * H : nullptr;
       row.dc = buf.dc + r * H;
       row.zoneout_c = ZoneoutMask<C>(call.zoneout_c, state_row, H);
       if (call.grad_cs) row.dcs = static_cast<const C*>(call.grad_cs) + (token * D + d.dir) * H;
     } else if (Reserve::keeps_candidates(p)) {
-      row.candidate = d.cells.row(token);
+      row.candidate = d.cells.row(saved);
     }
     C* const dh = buf.dh + r * buf.ld_dh;
     if (adds_direct && !p.proj_size) row.dh_direct = dh;
@@ -253,7 +254,8 @@ struct BackwardRows {
   // The same with layer normalisation.
   FUSEDRNN_INLINE NormedValues<S> normed_row_of(const Direction& d, int64_t t, int64_t r,
                                                 int64_t token, X* factors) const {
-    return {{row_of(d, t, r, token, factors), d.weights, d.scales + token * Cell::kScales,
+    return {{row_of(d, t, r, token, factors), d.weights,
+             d.scales + seq.saved_token(token) * Cell::kScales,
              d.dnormed + token * p.normed_columns()}};
   }
 
