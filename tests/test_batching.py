@@ -370,6 +370,25 @@ def test_batched_gradients_are_differentiable():
             close(nested[i, j], pull(forms[i, j], False))
 
 
+def test_batched_gradients_nest_without_copies(monkeypatch):
+    """Of frozen weights: each level's members share what forward saved."""
+    from torch._vmap_internals import _vmap
+
+    monkeypatch.setattr(batching._Fold, "repeated", None)
+    module = make("lstm").requires_grad_(False)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = module(x)
+    forms = torch.randn(2, 4, *y.shape, dtype=torch.float64)
+
+    def pull(form):
+        return torch.autograd.grad(y, x, form, retain_graph=True)[0]
+
+    nested = _vmap(_vmap(pull))(forms)
+    for i in range(2):
+        for j in range(4):
+            close(nested[i, j], pull(forms[i, j]))
+
+
 @pytest.mark.usefixtures("kernels_only")
 def test_only_gradients_are_batched_inside_of_batches():
     """A reserve of an outer rule cannot be repeated: forward runs again."""
