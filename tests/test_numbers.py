@@ -31,8 +31,10 @@ def compare(plain, fused, x, states, **kwargs) -> None:
     exact_states = states and tuple(s.double() for s in states)
     exact = run(exact_module, widen(x), exact_states, **kwargs)
     eps = torch.finfo(plain.weight_ih_l0.dtype).eps
+    # Layer normalisation magnifies rounding where a variance is small, in float64 too.
+    normed = getattr(plain, "layer_norm", False)
     noise = []
-    for _ in range(3 if eps > 1e-10 else 0):
+    for _ in range(3 if eps > 1e-10 or normed else 0):
 
         def moved(t):
             return t * (1 + eps * (2 * torch.rand_like(t) - 1))
@@ -47,9 +49,9 @@ def compare(plain, fused, x, states, **kwargs) -> None:
         near_states = exact_states and tuple(moved(s) for s in exact_states)
         noise.append(run(module, near, near_states, **kwargs))
     ours, theirs = run(fused, x, states, **kwargs), run(plain, x, states, **kwargs)
-    # Layer normalisation magnifies rounding where a variance is small: as much luck as a jump. And
-    # of one token a large weight's gradient has no more independent errors than there are units.
-    jumps = plain.mode == "RNN_RELU" or getattr(plain, "layer_norm", False)
+    # A small variance is as much luck as a jump. And of one token a large weight's gradient has no
+    # more independent errors than there are units.
+    jumps = plain.mode == "RNN_RELU" or normed
     few = exact["output"].numel() < MANY
     assert_as_exact_as_torch(ours, theirs, exact, noise, luck=jumps or few)
 
