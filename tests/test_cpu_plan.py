@@ -18,10 +18,16 @@ VARIANTS = {
     "amx": {"float32": (8, 3, 6, True), "bfloat16": (8, 1, 2, False)},
     "avx512bf16": {"bfloat16": (1, 1, 2, False)},
     "avx512": WIDE,
+    "avx2": WIDE,
     "baseline": {**WIDE, "float16": (1, 1, 4, False)},
 }
 # What may run, best first.
-MACHINES = {"amx": list(VARIANTS), "avx512": ["avx512", "baseline"], "baseline": ["baseline"]}
+MACHINES = {
+    "amx": list(VARIANTS),
+    "avx512": ["avx512", "baseline"],
+    "avx2": ["avx2", "baseline"],
+    "baseline": ["baseline"],
+}
 
 
 def costs(least_rows, planes, weight_bytes, loads_quickly):
@@ -32,15 +38,18 @@ def costs(least_rows, planes, weight_bytes, loads_quickly):
         planes=planes,
         weight_bytes=weight_bytes,
         loads_quickly=loads_quickly,
-        digits=False,
+        words=False,
+        deepest_integers=0,
     )
 
 
 def make_machine(name: str = "avx512", **fields):
     def of(variant: str):
         found = {bindings.DType[d]: costs(*c) for d, c in VARIANTS[variant].items()}
-        if variant in ("amx", "avx512bf16"):
-            found.setdefault(bindings.DType.float32, bindings.CpuCosts()).digits = True
+        of_float32 = found.setdefault(bindings.DType.float32, bindings.CpuCosts())
+        deepest = {"amx": 32768, "avx512bf16": 32768, "avx2": 8192}
+        of_float32.deepest_integers = deepest.get(variant, 0)
+        of_float32.words = variant in ("avx512", "avx2", "baseline")
         return bindings.CpuVariant(name=variant, costs=found)
 
     variants = [of(variant) for variant in MACHINES[name]]
@@ -274,14 +283,20 @@ def stored_plan(machine: str, kind: str, steps: int, batch: int, width: int = 64
 
 
 def test_weights_in_fewer_bytes():
-    assert stored_plan("amx", "int8", 1, 1) == ("avx512bf16", "digits")
-    assert stored_plan("amx", "int8", 35, 32) == ("amx", "digits")
-    assert stored_plan("amx", "int8", 35, 32, tiles=False) == ("avx512bf16", "digits")
+    assert stored_plan("amx", "int8", 1, 1) == ("avx512bf16", "integers")
+    assert stored_plan("amx", "int8", 35, 32) == ("amx", "integers")
+    assert stored_plan("amx", "int8", 35, 32, tiles=False) == ("avx512bf16", "integers")
     # Sums of so many digits could exceed 32 bits.
     assert stored_plan("amx", "int8", 35, 32, width=40_000) == ("amx", "panels")
     assert stored_plan("amx", "int8", 1, 1, width=40_000) == ("avx512", "words")
     assert stored_plan("avx512", "int8", 9, 4) == ("avx512", "words")
     assert stored_plan("avx512", "int8", 9, 5) == ("avx512", "panels")
+    assert stored_plan("avx2", "int8", 1, 1) == stored_plan("avx2", "int8", 9, 32)
+    assert stored_plan("avx2", "int8", 9, 32) == ("avx2", "integers")
+    assert stored_plan("avx2", "int8", 9, 32, width=8192) == ("avx2", "integers")
+    assert stored_plan("avx2", "int8", 9, 32, width=8193) == ("avx2", "panels")
+    assert stored_plan("avx2", "int8", 9, 4, width=8193) == ("avx2", "words")
+    assert stored_plan("avx2", "bfloat16", 9, 4) == ("avx2", "words")
     assert stored_plan("amx", "bfloat16", 1, 1) == ("avx512", "words")
     assert stored_plan("amx", "bfloat16", 9, 5) == ("avx512bf16", "pairs")
     assert stored_plan("amx", "bfloat16", 9, 32) == ("amx", "pairs")

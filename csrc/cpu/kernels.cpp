@@ -83,8 +83,10 @@ FUSEDRNN_INLINE auto with_both(const Problem& p, F f) {
 // Kernels multiply words where they compute float32 without planes.
 template <class F>
 FUSEDRNN_INLINE auto with_forward(const Problem& p, const CpuPass& pass, F f) {
-#if defined(__AVX512VNNI__)
-  if (pass.product == ProductKind::kDigits) return f(DigitFloat{});
+#if defined(FUSEDRNN_INTEGER_PRODUCTS)
+  if (pass.product == ProductKind::kIntegers) return f(IntegerFloat{});
+#endif
+#if defined(__AVX512BF16__)
   if (pass.product == ProductKind::kPairs) return f(PairFloat{});
 #else
   if (pass.product == ProductKind::kWords) return f(WordFloat{});
@@ -94,8 +96,11 @@ FUSEDRNN_INLINE auto with_forward(const Problem& p, const CpuPass& pass, F f) {
 
 CpuCosts costs_of(DType dtype) {
   CpuCosts none{};
-#if defined(__AVX512VNNI__)
-  none.digits = dtype == DType::kFloat32;
+#if defined(FUSEDRNN_INTEGER_PRODUCTS)
+  if (dtype == DType::kFloat32) none.deepest_integers = kDeepestIntegers;
+#endif
+#if !defined(__AVX512BF16__)
+  none.words = dtype == DType::kFloat32;
 #endif
   if (!computes(dtype)) return none;
   return with_dtype(dtype, [&](auto s) {
@@ -106,7 +111,8 @@ CpuCosts costs_of(DType dtype) {
                     kPlanes<X>,
                     kPlanes<X> * int64_t(sizeof(Element<X>)),
                     kLoadsQuickly<decltype(s)> || (kDepth<X> == 2 && kPlanes<X> == 1),
-                    none.digits};
+                    none.words,
+                    none.deepest_integers};
   });
 }
 PackedOffsets forward_offsets_of(const Common& a, int64_t layer) {

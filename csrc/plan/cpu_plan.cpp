@@ -37,13 +37,12 @@ int choose_variant(const Problem& p, const CpuRequest& r, const CpuMachine& m) {
 
 // ---- weights in fewer bytes ----
 
-// Sums of more digits could exceed 32 bits.
-constexpr int64_t kMostDigits = 32768;
 // With fewer rows tiles are mostly empty.
 constexpr int64_t kLeastTileRows = 7;
 
-// How weights in fewer bytes are multiplied, and the variant that does. Digits where the processor
-// has their products; else few rows are multiplied in place, and more by panels of the call.
+// How weights in fewer bytes are multiplied, and the variant that does. Integers where the widest
+// vectors have their products; else few rows are multiplied in place, and more by panels of the
+// call.
 ProductKind choose_product(const Problem& p, const CpuRequest& r, const CpuMachine& m,
                            int* variant) {
   const int64_t deepest =
@@ -56,10 +55,12 @@ ProductKind choose_product(const Problem& p, const CpuRequest& r, const CpuMachi
   auto first = [&](auto fits) {
     return first_variant([&](const CpuVariant& v) { return fits(v.costs[int(DType::kFloat32)]); });
   };
-  if (p.stored == Stored::kInt8 && deepest <= kMostDigits && first([&](const CpuCosts& c) {
-        return c.digits && (!c.tiled || (m.tiles && r.batch >= kLeastTileRows));
-      }))
-    return ProductKind::kDigits;
+  if (p.stored == Stored::kInt8 && first([&](const CpuCosts& c) {
+        return (c.computes || c.deepest_integers) &&
+               (!c.tiled || (m.tiles && r.batch >= kLeastTileRows));
+      }) &&
+      deepest <= m.variants[*variant].costs[int(DType::kFloat32)].deepest_integers)
+    return ProductKind::kIntegers;
   const auto pairs = [&](const CpuVariant& v) {
     const CpuCosts& c = v.costs[int(DType::kBFloat16)];
     return c.computes && c.weight_bytes == 2 &&
@@ -67,8 +68,7 @@ ProductKind choose_product(const Problem& p, const CpuRequest& r, const CpuMachi
   };
   if (p.stored == Stored::kBFloat16 && r.batch > kDotRows && first_variant(pairs))
     return ProductKind::kPairs;
-  if (r.batch <= kDotRows &&
-      first([](const CpuCosts& c) { return c.computes && c.planes == 1 && !c.digits; }))
+  if (r.batch <= kDotRows && first([](const CpuCosts& c) { return c.words; }))
     return ProductKind::kWords;
   *variant = choose_variant(p, r, m);
   return ProductKind::kPanels;
@@ -165,7 +165,8 @@ bool prefetches(int64_t bytes_between, int64_t rows, const CpuMachine& m) {
 // with weights from beyond L2, of which gates and states take a part.
 bool overlaps_cells(const Problem& p, const CpuCosts& costs) {
   return costs.tiled && !p.layer_norm &&
-         (costs.planes > 1 || costs.digits || recurrent_weight_bytes(p, costs) > kL2Bytes / 2);
+         (costs.planes > 1 || costs.deepest_integers ||
+          recurrent_weight_bytes(p, costs) > kL2Bytes / 2);
 }
 
 // ---- rows of the batch ----
@@ -189,7 +190,7 @@ int64_t threads_for(const Problem& p, const CpuRequest& r, const CpuMachine& m) 
 int64_t most_rows(const Problem& p, const CpuCosts& costs, bool backward, ProductKind product) {
   constexpr int64_t kManyRows = 64;
   const bool room = !backward || kManyRows * p.gate_rows() * costs.weight_bytes <= kL2Bytes / 2;
-  const bool many = p.dtype == DType::kBFloat16 || product == ProductKind::kDigits ||
+  const bool many = p.dtype == DType::kBFloat16 || product == ProductKind::kIntegers ||
                     product == ProductKind::kPairs ||
                     (recurrent_weight_bytes(p, costs) > kL2Bytes && room);
   return many ? kManyRows : kManyRows / 2;
@@ -314,7 +315,7 @@ std::string products_in_words(const CpuPlan& plan, const Problem& p, const CpuCo
            (product == ProductKind::kPanels  ? ", packed by the call"
             : product == ProductKind::kWords ? ", widened in the product"
             : product == ProductKind::kPairs ? ", products of pairs"
-                                             : ", products of bytes") +
+                                             : ", products of integers") +
            (product != ProductKind::kPanels && costs.tiled ? " on tiles" : "");
   const bool narrow = bytes(p.dtype) == 2;  // stored in 16 bits, computed in 32
   if (!plan.unpacked && costs.planes > 1)

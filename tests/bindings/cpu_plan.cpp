@@ -55,7 +55,7 @@ void bind_costs(py::module_& m) {
   using T = CpuCosts;
   auto type = structure<T>(m, "CpuCosts");
   fields(type, NAMED(computes), NAMED(tiled), NAMED(least_rows), NAMED(planes), NAMED(weight_bytes),
-         NAMED(loads_quickly), NAMED(digits));
+         NAMED(loads_quickly), NAMED(words), NAMED(deepest_integers));
 }
 
 void bind_variant(py::module_& m) {
@@ -83,7 +83,7 @@ void bind_pass(py::module_& m) {
                                "How weights in fewer bytes are multiplied.")
       .value("panels", ProductKind::kPanels)
       .value("words", ProductKind::kWords)
-      .value("digits", ProductKind::kDigits)
+      .value("integers", ProductKind::kIntegers)
       .value("pairs", ProductKind::kPairs)
       .finalize();
   using T = CpuPass;

@@ -3,10 +3,7 @@
 #pragma once
 #include "cpu/pass/gate_layout.h"
 #include "cpu/product/gemm.h"
-#include "cpu/product/words.h"
-#if defined(__AVX512VNNI__)
-#include "cpu/product/digits.h"
-#endif
+#include "cpu/product/integers.h"
 
 namespace {
 
@@ -64,11 +61,11 @@ class Factor<S, true> {
     const WordMatrix m = shape_.words();
     const int64_t vectors = (N + w - 1) / w;
     auto unit = [&](int64_t v) { return (block + v / m.gates) * w; };
-#if defined(__AVX512VNNI__)
-    if constexpr (kPlanes<X> == 2) {
+#if defined(FUSEDRNN_INTEGER_PRODUCTS)
+    if constexpr (std::is_same_v<S, IntegerFloat>) {
       constexpr int64_t kAtOnce = 4;
       for (int64_t v = 0; v < vectors; v += kAtOnce) {
-        DigitColumn columns[kAtOnce];
+        IntegerColumn columns[kAtOnce];
         const int64_t count = min(kAtOnce, vectors - v);
         for (int64_t i = 0; i < count; i++) {
           const int64_t first = unit(v + i);
@@ -76,12 +73,12 @@ class Factor<S, true> {
           columns[i] = {reinterpret_cast<const char*>(m.vector(gate, first)), m.scale(gate, first),
                         (v + i) * w, m.rows - first};
         }
-        digit_product(M, m.K, a, lda, columns, count, c, ldc, d, work);
+        integer_product(M, m.K, a, lda, columns, count, c, ldc, d, work);
       }
       return;
     }
 #endif
-    if constexpr (kPlanes<X> == 1)
+    if constexpr (std::is_same_v<S, WordFloat>)
       for (int64_t v = 0; v < vectors; v++)
         word_product(m, shape_.gate(v % m.gates), unit(v), M, a, lda, c + v * w, ldc,
                      {d.data ? d.data + v * w : nullptr, d.ld});

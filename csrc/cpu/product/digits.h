@@ -1,15 +1,10 @@
-// Products of 8-bit weights (words.h) as bytes, where the processor multiplies these.
+// Products of 8-bit weights and digits of 8 bits (integers.h), where the processor multiplies
+// bytes.
 //
-// A row of the left factor is cut into digits: with s the largest of it over 32639, its values are
-// s (256 high + low), rounded, and both digits are in [-128, 127]. Sums of digits times weights are
-// whole numbers, and exact. So only this rounding, by at most s / 2, tells the product from that of
-// float32, and results do not depend on how rows are divided. Weights are stored plus 128: the sums
-// start from -128 times the sum of the row's digits.
-//
-// An infinity is the largest number of a row whose others are 0; a row with a NaN is NaN.
+// A row of whole numbers up to 32639 is cut into digits: each is 256 high + low, and both digits
+// are in [-128, 127].
 #pragma once
-#include "cpu/product/gemm.h"
-#include "cpu/product/words.h"
+#include "cpu/product/integers.h"
 
 namespace {
 
@@ -17,16 +12,8 @@ namespace {
 struct Digits {
   int8_t value[4];
 };
-// A storage type: float32, in calls that multiply digits.
-struct DigitFloat {
-  float value;
-};
 template <>
-struct Lanes<DigitFloat> : Lanes<float> {};
-template <>
-constexpr bool kInPlace<DigitFloat> = true;
-template <>
-struct OperandOf<DigitFloat> {
+struct OperandOf<IntegerFloat> {
   using type = Digits;
 };
 template <>
@@ -46,6 +33,9 @@ constexpr int64_t kRowPad<Digits> = 64;
 template <>
 constexpr bool kTiled<Digits> = true;
 #endif
+
+// Sums of more digits could exceed 32 bits.
+constexpr int64_t kDeepestIntegers = 32768;
 
 // What a row has in the padding behind each plane: sixteen times the sum of the plane's digits
 // times -128, from which sums of products start, then s.
@@ -135,17 +125,10 @@ FUSEDRNN_INLINE Vec<float> add_scaled(__m512i high, __m512i low, Vec<float> fact
   return bit_cast<Vec<float>>(_mm512_fmadd_ps(sum, bit_cast<__m512>(factor), bit_cast<__m512>(d)));
 }
 
-// A vector of rows of W, and where their column begins in C and D.
-struct DigitColumn {
-  const char* words;
-  Vec<float> scale;
-  int64_t column, lanes;
-};
-
 // C = A W^T + D for R rows of A and V vectors of rows of W; K words deep.
 template <int R, int V>
 __attribute__((noinline)) void multiply_digits(int64_t K, const Digits* a, int64_t lda,
-                                               const DigitColumn* columns, float* c, int64_t ldc,
+                                               const IntegerColumn* columns, float* c, int64_t ldc,
                                                Addend<float> d) {
   const int64_t plane = lda / 2;
   __m512i high[R][V], low[R][V];
@@ -206,7 +189,7 @@ FUSEDRNN_INLINE void tile_multiply_add_digits() {
 struct TileSums {
   int32_t sums[4][kTileRows * kTileRows];  // of each vector the high and the low digits
   const Digits* a;
-  const DigitColumn* columns;
+  const IntegerColumn* columns;
   float* c;
   const float* d;
   int64_t plane, lda, ldc, ldd, vectors, rows = 0, stored = 0;
@@ -281,7 +264,7 @@ __attribute__((noinline)) void multiply_digit_tiles(int64_t K, TileSums& next, T
 }
 
 FUSEDRNN_INLINE void digit_tile_product(int64_t M, int64_t K, const Digits* a, int64_t lda,
-                                        const DigitColumn* columns, int64_t count, float* c,
+                                        const IntegerColumn* columns, int64_t count, float* c,
                                         int64_t ldc, Addend<float> d, OverlappedWork work) {
   const int64_t words = (K + 63) / 64 * kTileRows;
   const int64_t blocks = (M + kTileRows - 1) / kTileRows * ((count + 1) / 2);
@@ -307,9 +290,9 @@ FUSEDRNN_INLINE void digit_tile_product(int64_t M, int64_t K, const Digits* a, i
 constexpr int64_t kTileDigits = 7;
 
 // C = A W^T + D for M rows and `count` vectors of rows of W; K values deep.
-FUSEDRNN_INLINE void digit_product(int64_t M, int64_t K, const Digits* a, int64_t lda,
-                                   const DigitColumn* columns, int64_t count, float* c, int64_t ldc,
-                                   Addend<float> d, OverlappedWork work) {
+FUSEDRNN_INLINE void integer_product(int64_t M, int64_t K, const Digits* a, int64_t lda,
+                                     const IntegerColumn* columns, int64_t count, float* c,
+                                     int64_t ldc, Addend<float> d, OverlappedWork work) {
   (void)work;
   auto addend = [&](int64_t i) __attribute__((always_inline)) {
     return Addend<float>{d.data ? d.data + i * d.ld : nullptr, d.ld};

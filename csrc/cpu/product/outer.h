@@ -167,7 +167,6 @@ template <class X>
 FUSEDRNN_INLINE void multiply_block(int64_t M, int64_t cols, int64_t count, const X* left,
                                     const X* right, Compute<X>* dst, int64_t N,
                                     const Compute<X>* addend, int64_t chain) {
-  using C = Compute<X>;
   using P = Panels<X>;
   const int64_t K = operands<X>(count);
   if constexpr (kPlanes<X> > 1) {
