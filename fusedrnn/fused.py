@@ -154,7 +154,7 @@ class Fused(LayerBase):
         try:
             return ops.run(call, graph, graph and not self.recompute)
         except RuntimeError as error:
-            if ops.NOTHING_RUNS not in str(error):
+            if not support.on_gpu(x) or ops.NOTHING_RUNS not in str(error):
                 checks.refuse_devices(x, (hx, cx), weights)
                 raise
             return reference.forward(*call) if more or ops.in_forward_mode() else None
